@@ -1,0 +1,36 @@
+# `make demo` and `make test` each do all of the set-up on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# An NVIDIA GPU wants the CUDA build that the package index serves; everything else runs on what constraints.txt pins.
+STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+
+.PHONY: demo test lint types install dev clean
+
+demo: install
+	$(BIN)/llmops tune recipes/quickstart.yaml
+
+test: dev lint types
+	$(BIN)/python -m pytest
+
+lint: dev
+	$(BIN)/ruff check .
+
+types: dev
+	$(BIN)/mypy src/llmops kernels/llmops_kernels
+
+install: $(STAMP)
+dev: $(DEV)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,15 @@
+"""Distillation: loss functions on tensors, loaded when they are first asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["distill_loss", "kl_divergence"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from llmops.methods.distill import logits
+
+        return getattr(logits, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,116 @@
+"""Load a model and its tokenizer from the built-in one, a folder or the hub, as it will be run.
+
+A folder of ours is one of three kinds, told apart by what lies in it: dense weights, packed integers
+(compressed-tensors `pack-quantized`, which come back as `PackedLinear` and are never expanded), or a PEFT adapter
+beside the model it belongs to. Weights are safetensors or the load is refused: a pickle runs code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmops.errors import ModelError
+from llmops.models.builtin import config_of, local_folder
+
+__all__ = ["DTYPES", "load", "load_tokenizer", "merged", "pick_device"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(source: str | Path, *, base_dir: Path | None = None, revision: str | None = None, dtype: str = "auto",
+         device: str = "auto", kernel: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer), in evaluation mode, ready to generate.
+
+    dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16". device: "auto" (a GPU where there is one).
+    kernel: for packed layers, "auto", "torch", "reference" or "triton".
+    Raises ModelError when there is no such model, it is not a causal language model, or it holds no safetensors.
+    """
+    folder = local_folder(str(source), base_dir)
+    where = pick_device(device)
+    try:
+        if folder is not None and (folder / "adapter_config.json").exists():
+            model = _load_adapter(folder, dtype, device, kernel, trust_remote_code)
+        elif folder is not None and _is_packed(folder):
+            from llmops.models.quantized import load_quantized
+
+            model = load_quantized(folder, dtype=dtype, device=where, kernel=kernel)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder or str(source), revision=revision, dtype="auto" if dtype == "auto" else DTYPES[dtype],
+                use_safetensors=True, trust_remote_code=trust_remote_code).to(where)
+        tokenizer = load_tokenizer(folder or str(source), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(_cannot_load(str(source), folder, error)) from error
+    if model.generation_config is not None and tokenizer.pad_token_id is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id, always with a padding token (the end token where none was set)."""
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def merged(model: Any) -> Any:
+    """The plain model, with an adapter folded in if it carries one."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Raises ModelError when a GPU is asked for and there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f'device "{device}" was asked for, but torch sees no GPU; expected auto or cpu here')
+    return torch.device(device)
+
+
+def _is_packed(folder: Path) -> bool:
+    quantization = config_of(folder).get("quantization_config") or {}
+    return bool(quantization.get("format") == "pack-quantized")
+
+
+def _load_adapter(folder: Path, dtype: str, device: str, kernel: str, trust_remote_code: bool) -> nn.Module:
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ModelError(f"{folder}: holds no adapter_model.safetensors; expected a PEFT adapter saved as safetensors "
+                         "(other formats can run code when they are loaded, and are refused)")
+    model, _ = load(_adapter_base(folder), dtype=dtype, device=device, kernel=kernel,
+                    trust_remote_code=trust_remote_code)
+    adapted: nn.Module = PeftModel.from_pretrained(model, folder)
+    return adapted
+
+
+def _adapter_base(folder: Path) -> str:
+    """The model an adapter belongs to: the build beside it in the store, else what the adapter itself names."""
+    manifest = folder / "llmops.json"
+    if manifest.exists():
+        parent = json.loads(manifest.read_text(encoding="utf-8")).get("parent_key")
+        if parent and (folder.parent / parent).is_dir():
+            return str(folder.parent / parent)
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{folder}: its adapter_config.json names no base model; set base_model_name_or_path")
+    return str(named)
+
+
+def _cannot_load(source: str, folder: Path | None, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if folder is None:
+        return (f'model "{source}" cannot be loaded from the hub ({reason}); expected a hub id you can reach, a folder '
+                "that exists, or builtin:tiny. Private models need HF_TOKEN in the environment")
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    cure = ("its weights are pickles, which can run code when loaded: convert them to safetensors"
+            if pickled and not any(folder.glob("*.safetensors"))
+            else "expected config.json, *.safetensors and a tokenizer of a transformers causal language model")
+    return f"{folder}: cannot be loaded ({reason}); {cure}"

@@ -1,0 +1,118 @@
+"""The parity check: is what lies on disk what was built, and is it what the recipe asked for?
+
+The commonest failure of this field is a model that was good in the trainer and bad after export: another template, a
+stop token lost, an adapter merged onto the wrong base, a "quantized" folder that is not. So every variant is read back
+from disk and held against a snapshot of the model in memory:
+
+- the next-token distributions on a probe, KL(memory || disk), mean and max over tokens;
+- the bytes of the chat template, and the stop tokens;
+- the bits, the sparsity and the number of layers that the step asked for, counted in the weights themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmops.quantity import Quantity
+
+__all__ = ["KL_MEAN_LIMIT", "Expected", "Snapshot", "check", "snapshot", "sparsity"]
+
+KL_MEAN_LIMIT = 0.01  # nats a token: rounding to 16 bit and another op's summation order stay well below it
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the step promised: bits of the packed weights, fraction of zeros in the pruned layers, decoder layers."""
+
+    bits: int | None = None
+    sparsity: float | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The model in memory: log-probabilities (tokens, vocabulary) on the probe, template, stop tokens."""
+
+    probe: Tensor
+    log_p: Tensor
+    template: str
+    stops: tuple[int, ...]
+
+
+def snapshot(model: Any, tokenizer: Any, probe: Tensor) -> Snapshot:
+    """probe: (rows, length) token ids."""
+    return Snapshot(probe, _log_probabilities(model, probe), _template(tokenizer), _stops(model, tokenizer))
+
+
+def check(before: Snapshot, model: Any, tokenizer: Any, folder: Path, expected: Expected) -> dict[str, Any]:
+    """The `parity` group of a row: {"ok", "kl_mean", "kl_max", "checks": [{"name", "ok", "detail"}]}."""
+    log_q = _log_probabilities(model, before.probe)
+    kl = (before.log_p.exp() * (before.log_p - log_q)).sum(-1).clamp_min(0)
+    mean, worst = float(kl.mean()), float(kl.max())
+    checks = [_entry("logits", bool(torch.isfinite(log_q).all()) and mean <= KL_MEAN_LIMIT,
+                     f"mean KL {mean:.2e} nats a token, at most {KL_MEAN_LIMIT}"),
+              _entry("template", _template(tokenizer) == before.template, "bytes of the chat template are the same"),
+              _entry("stop tokens", _stops(model, tokenizer) == before.stops,
+                     f"{before.stops} in memory, {_stops(model, tokenizer)} on disk")]
+    checks += _promised(model, folder, expected)
+    how = f"KL(memory || disk) on {len(kl)} probe tokens"
+    return {"ok": all(entry["ok"] for entry in checks), "checks": checks,
+            "kl_mean": Quantity.measured(mean, "nats", how, n=len(kl)).as_dict(),
+            "kl_max": Quantity.measured(worst, "nats", how, n=len(kl)).as_dict()}
+
+
+def sparsity(model: nn.Module) -> tuple[int, int]:
+    """(zeros, weights) of the linear layers that are not the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, Any]]:
+    checks = []
+    if expected.bits is not None:
+        groups = _config(folder).get("quantization_config", {}).get("config_groups", {})
+        bits = sorted({group["weights"]["num_bits"] for group in groups.values()})
+        checks.append(_entry("bits", bits == [expected.bits], f"{expected.bits} asked for, {bits} on disk"))
+    if expected.sparsity is not None:
+        zeros, total = sparsity(model)
+        found = zeros / max(1, total)
+        checks.append(_entry("sparsity", found >= expected.sparsity - 0.005,
+                             f"{expected.sparsity:.3f} asked for, {found:.3f} of the linear weights are zero on disk"))
+    if expected.layers is not None:
+        found_layers = _config(folder).get("num_hidden_layers")
+        checks.append(_entry("layers", found_layers == expected.layers,
+                             f"{expected.layers} asked for, {found_layers} on disk"))
+    return checks
+
+
+def _entry(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "detail": detail}
+
+
+@torch.inference_mode()
+def _log_probabilities(model: Any, probe: Tensor) -> Tensor:
+    device = next(iter(model.parameters())).device
+    rows = [model(input_ids=row[None].to(device)).logits[0].float().log_softmax(-1).cpu() for row in probe]
+    return torch.cat(rows)
+
+
+def _template(tokenizer: Any) -> str:
+    return json.dumps(tokenizer.chat_template, sort_keys=True)
+
+
+def _stops(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [ids]
+    return tuple(sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None}))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

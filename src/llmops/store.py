@@ -1,0 +1,61 @@
+"""Where everything a run makes lies: `runs/ledger.db`, `runs/store/KEY/` the builds, `runs/NAME/` what one run shows.
+
+A build is found by its key alone, so two recipes that share a prefix share its builds. A run's own folder holds the
+recipe as it ran, the log, the report, and a link per variant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llmops.errors import StoreError
+from llmops.ledger import Ledger
+
+__all__ = ["RUNS_VARIABLE", "Store"]
+
+RUNS_VARIABLE = "LLMOPS_RUNS"
+
+
+class Store:
+    """`Store(None)` is `$LLMOPS_RUNS`, or `runs/` here."""
+
+    def __init__(self, runs: str | Path | None = None) -> None:
+        self.runs = Path(runs or os.environ.get(RUNS_VARIABLE) or "runs").expanduser().absolute()
+        if self.runs.exists() and not self.runs.is_dir():
+            raise StoreError(f"{self.runs}: is a file; expected a folder for runs; name another with --runs")
+
+    @property
+    def builds(self) -> Path:
+        return self.runs / "store"
+
+    def build(self, key: str) -> Path:
+        """The folder of a build; it is whole when it is there."""
+        return self.builds / key
+
+    def folder(self, run: str) -> Path:
+        """What one run shows: recipe, log, report, links."""
+        return self.runs / run
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.runs / "ledger.db")
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        """`llmops.json` of a build. Raises StoreError when the build is not there or its manifest is damaged."""
+        path = self.build(key) / "llmops.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path}: cannot be read ({error}); expected the manifest of a finished build; remove the "
+                             "folder and run the same command again, it will be rebuilt") from error
+
+    def link(self, run: str, variant: str, key: str) -> None:
+        """`runs/RUN/VARIANT` -> `../store/KEY`, replaced in one step."""
+        place = self.folder(run) / variant
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = place.parent / f".{variant}.{os.getpid()}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(Path("..") / "store" / key, target_is_directory=True)
+        fresh.replace(place)
