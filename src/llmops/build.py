@@ -86,6 +86,7 @@ class Work:
     loss: list[tuple[int, float]] = field(default_factory=list)
     data: dict[str, int] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
+    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
 
 
 # -------------------------------------------------------------------------------------------------- steps that train
@@ -101,13 +102,13 @@ def _lora(job: Job, options: Lora) -> Work:
     done = fit(adapted, encoded.examples, _schedule(options), pad_id=job.tokenizer.pad_token_id, seed=job.seed,
                progress=job.progress)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    facts = {"events": [f"{trained:,} parameters trained (rank {options.rank})"]}
+    events = [f"{trained:,} parameters trained (rank {options.rank})"]
     if options.merge:
         plain = merge_lora(adapted)
-        return _trained(job, plain, partial(save_dense, plain, job.tokenizer, dtype=job.storage), done, encoded,
-                        backward=1.0, **facts)
-    return _trained(job, adapted, partial(save_adapter, adapted, job.tokenizer, base=job.base_source), done, encoded,
-                    backward=1.0, **facts)
+        save = partial(save_dense, plain, job.tokenizer, dtype=job.storage)
+        return _trained(job, plain, save, done, encoded, backward=1.0, events=events)
+    save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source)
+    return _trained(job, adapted, save, done, encoded, backward=1.0, events=events)
 
 
 def _full(job: Job, options: Full) -> Work:
@@ -243,7 +244,8 @@ def _rtn(job: Job, options: Rtn) -> Work:
 
     calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=_bar(job))
     return Work(job.model, partial(save_quantized, job.model, weights, tokenizer=job.tokenizer),
-                parity.Expected(bits=options.bits), events=[f"{len(weights)} linear layers in {options.bits} bits"])
+                parity.Expected(bits=options.bits), events=[f"{len(weights)} linear layers in {options.bits} bits"],
+                packed=weights)
 
 
 def _calibration(job: Job, data: str, length: int) -> Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from llmops.data.splits import parse_split
+from llmops.errors import nearest
 from llmops.options import Options
 
-__all__ = ["BUILTIN", "DataSource", "Limits"]
+__all__ = ["BUILTIN", "COLUMNS", "DataSource", "Limits"]
 
 BUILTIN = ("builtin:facts", "builtin:choices", "builtin:world")
+#: The columns that each kind of rows must have. `columns` maps these names to the names a file uses.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",),
+    "choices": ("question", "choices", "answer")}
 
 
 class Limits(Options):
@@ -20,7 +26,8 @@ class Limits(Options):
 
 class DataSource(Options):
     """A named source. `source` is a file (jsonl, csv, parquet, txt), a folder, a hub data set id or builtin:NAME;
-    `from` takes the rows of another named source instead."""
+    `from` takes the rows of another named source instead. Rows are used in this order: all rows, shuffled if asked,
+    the part that `split` names, the first `samples` of it."""
 
     source: str | None = Field(None, description="file, folder, hub data set id, or builtin:NAME")
     from_: str | None = Field(None, alias="from", description="another named source whose rows are used")
@@ -31,3 +38,33 @@ class DataSource(Options):
     samples: int | None = Field(None, ge=1, description="how many rows to use")
     shuffle: bool = Field(False, description="draw the rows in a seeded random order before they are counted off")
     limits: Limits = Field(Limits(), description="how many rows may be dropped or cut")
+
+    @field_validator("split")
+    @classmethod
+    def _split_is_readable(cls, value: str | None) -> str | None:
+        parse_split(value)
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, value: dict[str, str]) -> dict[str, str]:
+        known = [column for columns in COLUMNS.values() for column in columns]
+        for standard in value:
+            if standard not in known:
+                raise ValueError(f'unknown standard column "{standard}"; expected {{standard: column of the file}} '
+                                 f'with '
+                                 f"standard one of {', '.join(known)}{nearest(standard, known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSource:
+        if (not self.source) == (not self.from_):
+            raise ValueError('give either "source" (a file, folder, hub id or builtin:NAME) or "from" (another named '
+                             f'source), {"not both" if self.source else "one of them is needed"}')
+        given = [key for key in ("subset", "revision", "columns") if getattr(self, key)]
+        if self.from_ and given:
+            raise ValueError(f'"{given[0]}" belongs to the source that "from" names; move it to "{self.from_}"')
+        if self.from_ and parse_split(self.split).name:
+            raise ValueError(f'the split of a "from" source can only be a range, as "[:90%]"; name the split on '
+                             f'"{self.from_}"')
+        return self

@@ -33,7 +33,7 @@ from llmops.data import world_grammar as g
 WORLD_SEED = 20261123
 WORLD_VERSION = 1
 
-PEOPLE = 2000
+PEOPLE = 1500
 TREASURES = 80
 SPLITS = ("train", "validation", "test")
 #: Number of questions of ``facts`` per split.
@@ -182,14 +182,17 @@ def _belongs(text: str, split: str) -> bool:
     return held_out == (split != "train")
 
 
-def documents(split: str, count: int | None = None, seed: int = 0) -> Iterator[str]:
-    """Tell the world once (all documents of one telling, or the first ``count`` of as many tellings as needed)."""
+def documents(split: str, count: int | None = None, seed: int = 0, people: int = PEOPLE) -> Iterator[str]:
+    """Tell the world once (all documents of one telling, or the first ``count`` of as many tellings as needed).
+
+    With ``people`` only the first so many people are told about.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     told, telling = 0, 0
     while True:
         rng = random.Random(f"documents {WORLD_SEED} {split} {seed} {telling}")
-        for kind, subjects in _programme(rng):
+        for kind, subjects in _programme(rng, people):
             text = _write(rng, kind, subjects)
             while not _belongs(text, split):
                 text = _write(rng, kind, subjects)
@@ -202,20 +205,21 @@ def documents(split: str, count: int | None = None, seed: int = 0) -> Iterator[s
             return
 
 
-def conversations(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+def conversations(count: int, seed: int = 0, people: int = PEOPLE) -> Iterator[tuple[str, str]]:
     """Pairs (request, portrait): "Tell me about Mira Tolen." and what there is to tell, in full sentences."""
     rng = random.Random(f"conversations {WORLD_SEED} {seed}")
     for _ in range(count):
-        subject = _pick(rng, world().subjects)
+        subject = _pick(rng, world().of("person")[:people])
         text = _portrait(rng, subject)
         while not _belongs(text, "train"):
             text = _portrait(rng, subject)
         yield f"Tell me about {subject.name}.", text
 
 
-def _programme(rng: random.Random) -> list[tuple[str, Sequence[Subject]]]:
+def _programme(rng: random.Random, people: int) -> list[tuple[str, Sequence[Subject]]]:
     """What one telling consists of: every subject's portrait, medleys over all subjects, and some other prose."""
-    subjects = world().subjects
+    everyone = world().of("person")[:people]
+    subjects = everyone + [subject for subject in world().subjects if subject.kind != "person"]
     programme: list[tuple[str, Sequence[Subject]]] = [("portrait", (subject,)) for subject in subjects]
     programme += [("portrait", (subject,)) for subject in subjects if subject.kind != "person"]
     mixed = _shuffled(rng, subjects)

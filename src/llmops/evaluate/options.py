@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from llmops.options import Options
 
@@ -17,6 +19,16 @@ class ExactMatch(Options):
     normalize: bool = Field(True, description="compare without case, punctuation, articles and surplus spaces")
     extract: str | None = Field(None, description="regular expression; its first group is the answer, on both sides")
     batch_size: int = Field(64, ge=1)
+
+    @field_validator("extract")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression ({error}); expected one whose first group is the "
+                             "answer, as '#### (.+)'") from error
+        return value
 
 
 class MultipleChoice(Options):
@@ -43,7 +55,9 @@ class Harness(Options):
 
     tasks: list[str] = Field(min_length=1, description="task names, known to lm-eval or defined under `include`")
     include: str | None = Field(None, description="folder with task YAML files, beside the recipe")
-    shots: int = Field(0, ge=0)
+    shots: int | None = Field(None, ge=0, description="examples in the prompt; default: what the task says, else 0")
+    metric: str | None = Field(None, description="the metric kept, as acc_norm; default: the first the task names")
+    chat: bool = Field(False, description="put the prompts through the model's chat template")
     limit: int | None = Field(None, ge=1, description="items a task")
     batch_size: int = Field(16, ge=1)
 

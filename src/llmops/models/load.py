@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmops.errors import ModelError
 from llmops.models.builtin import config_of, local_folder
 
-__all__ = ["DTYPES", "load", "load_tokenizer", "merged", "pick_device"]
+__all__ = ["DTYPES", "hush", "load", "load_tokenizer", "merged", "pick_device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +58,13 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_rem
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def hush() -> None:
+    """No progress bars of transformers: a run has its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def merged(model: Any) -> Any:

@@ -28,6 +28,7 @@ def staged(place: Path) -> Iterator[Path]:
     """A new folder that becomes `place` when the block ends well, and vanishes when it does not."""
     scratch = place.parent / f".{place.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     try:
+        _sweep(place)
         scratch.mkdir(parents=True)
     except OSError as error:
         raise StoreError(f"{place.parent}: cannot be written to ({error}); name another place with --runs") from error
@@ -68,6 +69,14 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """`llmops.json`: how this folder came to be."""
     (folder / "llmops.json").write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n",
                                         encoding="utf-8")
+
+
+def _sweep(place: Path) -> None:
+    """Remove what a killed process left of the same build."""
+    for left in place.parent.glob(f".{place.name}.*.*"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What a model is going to see: samples as they are rendered, the tokens that are trained in colour.
+
+Special tokens are written out and control characters made visible, so that nothing in the data can move the cursor,
+set a title or pass for markup: text goes to the terminal as characters with a style, never as markup.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from llmops.data.render import IGNORED, Encoded
+from llmops.data.sources import Rows
+
+__all__ = ["show", "show_json", "visible"]
+
+_STYLES = {(True, False): "green", (True, True): "bold reverse green", (False, False): "dim", (False, True): "bold dim"}
+
+
+def visible(text: str) -> str:
+    """`text` with control and format characters made visible: ESC as ␛, U+202E as \\u202e. Line breaks stay."""
+    return "".join(_seen(character) for character in text)
+
+
+def _seen(character: str) -> str:
+    code = ord(character)
+    if character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def show(rows: Rows, tokenizer: Any, encoded: Encoded | None, count: int) -> RenderableType:
+    """The first `count` examples with their loss mask, a legend and the counts, for a rich console.
+
+    `encoded` None (rows that are not trained on, as choices): the rows themselves.
+    """
+    parts: list[RenderableType] = []
+    if encoded is None:
+        for index, row in enumerate(rows.rows[:count]):
+            body = Text("\n").join(Text.assemble((f"{visible(str(key))}: ", "bold"), visible(str(value)))
+                                   for key, value in row.items())
+            parts.append(_panel(body, rows.place(index)))
+    else:
+        for example, origin in list(zip(encoded.examples, encoded.origin, strict=True))[:count]:
+            parts.append(_panel(_painted(example, tokenizer), rows.place(origin)))
+        parts.append(Text.assemble("trained: ", ("like this", _STYLES[True, False]), "   special tokens: ",
+                                   ("<trained>", _STYLES[True, True]), " ", ("<not trained>", _STYLES[False, True]),
+                                   "   not trained: ", ("like this", _STYLES[False, False])))
+    parts.append(Text(visible(f"{rows.name}: {rows.kind}; {_counts(rows.notes)}"
+                              + (f"; {_counts(encoded.report)}" if encoded is not None else ""))))
+    return Group(*parts)
+
+
+def show_json(rows: Rows, tokenizer: Any, encoded: Encoded | None, count: int) -> dict[str, Any]:
+    """The same as plain values: the samples' pieces {text, trained, special, tokens}, counts and special tokens."""
+    samples: list[dict[str, Any]] = []
+    if encoded is None:
+        samples = [{"row": index, "place": rows.place(index), "columns": row}
+                   for index, row in enumerate(rows.rows[:count])]
+    else:
+        for example, origin in list(zip(encoded.examples, encoded.origin, strict=True))[:count]:
+            pieces = [{"text": text, "trained": trained, "special": special, "tokens": len(ids)}
+                      for text, trained, special, ids in _pieces(example, tokenizer)]
+            samples.append({"row": origin, "place": rows.place(origin), **example, "pieces": pieces})
+    return {"name": rows.name, "kind": rows.kind, "sha256": rows.sha256, "notes": dict(rows.notes),
+            "report": dict(encoded.report) if encoded is not None else None, "samples": samples,
+            "special_tokens": dict(tokenizer.special_tokens_map)}
+
+
+def _panel(body: Text, place: str) -> Panel:
+    return Panel(body, title=Text(visible(place)), title_align="left")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in counts.items())
+
+
+def _painted(example: Mapping[str, Sequence[int]], tokenizer: Any) -> Text:
+    text = Text()
+    for piece, trained, special, _ in _pieces(example, tokenizer):
+        text.append(visible(piece), style=_STYLES[trained, special])
+    return text
+
+
+def _pieces(example: Mapping[str, Sequence[int]], tokenizer: Any) -> list[tuple[str, bool, bool, list[int]]]:
+    """Neighbouring tokens of one fate, decoded together: a character can be several tokens."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | set(tokenizer.all_special_ids)
+    marked = [(token, label != IGNORED, token in special)
+              for token, label in zip(example["input_ids"], example["labels"], strict=True)]
+    pieces: list[tuple[str, bool, bool, list[int]]] = []
+    for (trained, is_special), group in groupby(marked, key=lambda token: token[1:]):
+        ids = [token for token, _, _ in group]
+        pieces.append((tokenizer.decode(ids, skip_special_tokens=False), trained, is_special, ids))
+    return pieces

@@ -1,0 +1,240 @@
+"""Quantized models on disk and back: the compressed-tensors ``pack-quantized`` format.
+
+    save_quantized   model + {layer name: QuantizedWeight} -> a folder that transformers and vLLM load unchanged
+    load_quantized   such a folder -> the model with `PackedLinear` in place of the quantized layers
+    pack             the same replacement for a model in memory
+
+The dense weights are never materialised on the way in: the model is built with empty parameters, each quantized layer
+is replaced, and tensors are read one at a time. One format serves 2 to 8 bits. Left out: several schemes in one
+folder, quantized activations, and quantized embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmops.errors import LlmopsError, ModelError
+from llmops.methods.quantize import packing
+from llmops.methods.quantize.packing import PARTS
+from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.packed import PackedLinear
+from llmops.ops.bitstream import words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["PackedLinear", "kernels", "load_quantized", "pack", "quantization_config", "save_quantized", "scheme_of"]
+
+
+def quantization_config(*, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` block of config.json. ignore: full names of the linear layers left dense."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric,
+               "strategy": "channel" if group_size == -1 else "group",
+               "group_size": None if group_size == -1 else group_size, "dynamic": False, "actorder": None,
+               "block_structure": None, "observer": "minmax", "observer_kwargs": {}}
+    group = {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "ignore": list(ignore), "kv_cache_scheme": None, "global_compression_ratio": None,
+            "config_groups": {"group_0": group}}
+
+
+def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], folder: Path,
+                   tokenizer: Any = None) -> None:
+    """Write config.json, model.safetensors (sharded above 5 GB), generation config and, when given, the tokenizer.
+
+    weights: what replaces each linear layer, by its full name; every other tensor is stored as it is, a tied one once.
+    Raises LlmopsError when `weights` is empty, mixes schemes, or names something that is no linear layer of the model.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not weights or not set(weights) <= linears:
+        raise LlmopsError(f"weights name {sorted(set(weights) - linears)[:3] or 'nothing'}; expected linear layers of "
+                          f"the model, at least one")
+    schemes = {(w.bits, w.group_size, w.symmetric) for w in weights.values()}
+    if len(schemes) > 1:
+        raise LlmopsError(f"weights mix schemes {sorted(schemes)} (bits, group, symmetric); expected one")
+    bits, group_size, symmetric = schemes.pop()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.quantization_config = quantization_config(bits=bits, group_size=group_size, symmetric=symmetric,
+                                                     ignore=sorted(linears - set(weights)))
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    save_torch_state_dict(_stored_state(model, weights), folder, max_shard_size="5GB")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        layer, _, last = name.rpartition(".")
+        if last == "weight" and layer in weights:
+            state |= {f"{layer}.{part}": value.cpu() for part, value in packing.pack(weights[layer]).items()}
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue  # tied: the first name holds it, and the model ties it again after loading
+        seen.add(key)
+        state[name] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def pack(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], kernel: str = "auto") -> PreTrainedModel:
+    """Put a `PackedLinear` in the place of every layer that `weights` names, in place; the dense weights are let go.
+
+    Raises LlmopsError when a name is no linear layer of the model.
+    """
+    for name, weight in weights.items():
+        linear = _submodule(model, name)
+        if not isinstance(linear, nn.Linear):
+            raise LlmopsError(f"{name} is {type(linear).__name__}; expected the name of a linear layer")
+        bias = None if linear.bias is None else linear.bias.detach()
+        _put(model, name, PackedLinear(packing.pack(weight), bits=weight.bits, group_size=weight.group_size, bias=bias,
+                                       kernel=kernel))
+    return model
+
+
+def scheme_of(block: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """(bits, group_size, symmetric) of a `quantization_config` block. Raises ModelError unless it is one scheme."""
+    groups = list((block.get("config_groups") or {}).values())
+    if block.get("format") != "pack-quantized" or len(groups) != 1 or groups[0].get("input_activations"):
+        raise ModelError(f"quantization format {block.get('format')!r} with {len(groups)} schemes; expected "
+                         f"pack-quantized integer weights under one scheme, activations left in 16 bit")
+    weights = groups[0]["weights"]
+    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
+        raise ModelError(f"weights of type {weights.get('type')!r}, strategy {weights.get('strategy')!r}; expected "
+                         f"int in groups or channels")
+    return int(weights["num_bits"]), int(weights.get("group_size") or -1), bool(weights.get("symmetric", True))
+
+
+def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu",
+                   kernel: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder, ready to generate on its packed weights.
+
+    dtype: of scales and of all that is not packed; "auto" as stored. kernel: as `llmops.ops.int_matmul.choose`.
+    Raises ModelError when tensors are missing, left over, or do not fit the config.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    block = config.quantization_config
+    bits, group_size, _ = scheme_of(block if isinstance(block, dict) else block.to_dict())
+    wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if wanted is not None:
+        config.dtype = wanted
+    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, parameters are not
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    reader = _Reader(folder, wanted)
+    for name in reader.layers():
+        _replace_layer(model, name, reader.parts(name), bits, group_size, reader.take(f"{name}.bias"), device, kernel)
+    _fill(model, reader)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(device).eval()
+
+
+class _Reader:
+    """The tensors of a folder by name, each read from disk when it is taken, each taken once."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+        from safetensors import safe_open
+
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{folder} holds no .safetensors file; expected model.safetensors")
+        self.folder, self.dtype = folder, dtype
+        handles: list[Any] = [safe_open(str(file), framework="pt") for file in files]
+        self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
+
+    def layers(self) -> list[str]:
+        ends = ".weight_packed"
+        return [name.removesuffix(ends) for name in self.left if name.endswith(ends)]
+
+    def take(self, name: str) -> Tensor | None:
+        handle = self.left.pop(name, None)
+        if handle is None:
+            return None
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def parts(self, layer: str) -> dict[str, Tensor]:
+        if f"{layer}.weight_g_idx" in self.left:
+            raise ModelError(f"{layer} has a weight_g_idx (dynamic act-order); expected groups in column order")
+        read = {part: self.take(f"{layer}.{part}") for part in PARTS}
+        missing = [part for part in PARTS[:3] if read[part] is None]
+        if missing:
+            raise ModelError(f"{self.folder}: {layer} lacks {', '.join(missing)}; the folder is not whole")
+        return {part: tensor for part, tensor in read.items() if tensor is not None}
+
+
+def _replace_layer(model: nn.Module, name: str, parts: Mapping[str, Tensor], bits: int, group_size: int,
+                   bias: Tensor | None, device: str | torch.device,
+                   kernel: str) -> None:
+    linear = _submodule(model, name)
+    rows, columns = (int(n) for n in parts["weight_shape"].tolist())
+    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (rows, columns):
+        raise ModelError(f"{name} is stored as {rows} x {columns}; the config describes {linear}")
+    groups = 1 if group_size == -1 else columns // group_size
+    if parts["weight_packed"].shape != (rows, words(columns, bits)) or parts["weight_scale"].shape != (rows, groups):
+        raise ModelError(f"{name}: packed {tuple(parts['weight_packed'].shape)}, scale "
+                         f"{tuple(parts['weight_scale'].shape)}; expected {(rows, words(columns, bits))} and "
+                         f"{(rows, groups)} at {bits} bits in groups of {group_size}")
+    moved = {part: tensor if part == "weight_shape" else tensor.to(device) for part, tensor in parts.items()}
+    _put(model, name, PackedLinear(moved, bits=bits, group_size=group_size, kernel=kernel,
+                                   bias=None if bias is None else bias.to(device)))
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def _fill(model: PreTrainedModel, reader: _Reader) -> None:
+    """Every tensor that is not packed, into the parameter or buffer of its name; then ties; then a check for gaps."""
+    for name in list(reader.left):
+        parent, _, last = name.rpartition(".")
+        module = _submodule(model, parent)
+        if module is None:
+            continue
+        if last in module._parameters:
+            tensor = reader.take(name)
+            assert tensor is not None
+            if tensor.shape != module._parameters[last].shape:
+                raise ModelError(f"{name} is {tuple(tensor.shape)}; the config describes "
+                                 f"{tuple(module._parameters[last].shape)}")
+            module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        elif last in module._buffers and not isinstance(module, PackedLinear):
+            module._buffers[last] = reader.take(name)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if empty or reader.left:
+        raise ModelError(f"{reader.folder}: missing {empty[:5]}, left over {list(reader.left)[:5]}; expected the "
+                         f"tensors that {type(model).__name__} and its config describe")
+
+
+def kernels(model: nn.Module) -> dict[str, int]:
+    """How many layers run on which kernel: {"torch:int4pack": 56}. Empty for a model that is not quantized."""
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            counts[module.kernel] = counts.get(module.kernel, 0) + 1
+    return counts

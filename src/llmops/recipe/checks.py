@@ -1,0 +1,206 @@
+"""What can be wrong with the tree of variants although every field has the right type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmops.data.options import DataSource
+from llmops.errors import nearest
+from llmops.methods.distill.options import Logits
+from llmops.methods.finetune.options import Lora
+from llmops.methods.prune.options import Depth
+from llmops.methods.quantize.options import Rtn
+from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
+from llmops.recipe.names import refer
+from llmops.recipe.schema import BASE, Variant
+from llmops.recipe.source import Problems, Trail, shown
+from llmops.recipe.tree import cycle
+
+__all__ = ["check_links", "check_steps", "layers_after"]
+
+_LAST_NAMES = tuple(name.rsplit(".", 1)[-1] for name in LINEARS)
+
+
+def check_links(problems: Problems, variants: Mapping[str, Variant], names: Sequence[str],
+                matrices: dict[str, list[str]]) -> bool:
+    """Whether every `from` and every teacher leads somewhere and nothing goes in a circle."""
+    known = [BASE, *names]
+    sound = True
+    graph: dict[str, list[str]] = {}
+    for name, variant in variants.items():
+        if not refer(problems, ("variants", name, "from"), variant.parent, known, "a variant", matrices):
+            sound = False
+        teacher = variant.teacher
+        if teacher == name:
+            problems.add(("variants", name, variant.kind, "teacher"), f"given {shown(name)}, the student itself; "
+                         "expected another variant, as the one it was cut from")
+            sound = False
+        elif teacher is not None and not refer(problems, ("variants", name, variant.kind, "teacher"), teacher, known,
+                                               "a variant", matrices):
+            sound = False
+        graph[name] = [parent for parent in variant.parents() if parent != name or parent == variant.parent]
+    while found := cycle(graph):
+        first, second = found[0], found[1]
+        key: Trail = ("from",) if variants[first].parent == second else (variants[first].kind, "teacher")
+        problems.add(("variants", first, *key), f"given a circle: {' -> '.join(found)}; expected every line to end at "
+                                                "base: let one of them start from base")
+        graph[first] = [parent for parent in graph[first] if parent != second]
+        sound = False
+    return sound
+
+
+def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mapping[str, DataSource],
+                data_names: Sequence[str], dims: Dims | None) -> None:
+    """Steps that their parent, their data and the model's dimensions allow."""
+    for name, variant in variants.items():
+        trail: Trail = ("variants", name, variant.kind)
+        for used in variant.data_names():
+            refer(problems, (*trail, "data"), used, data_names, "data")
+        _check_parent(problems, variants, variant, dims)
+        options = variant.options
+        pattern = getattr(options, "pattern", "unstructured")
+        if pattern != "unstructured":
+            _check_pattern(problems, trail, pattern, options.sparsity, options.ignore, dims)
+        if isinstance(options, Depth):
+            _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
+        if isinstance(options, Rtn):
+            _check_groups(problems, trail, options, dims)
+        if isinstance(options, Logits):
+            _check_teacher(problems, trail, variant)
+        if isinstance(options, Lora) and not isinstance(options.targets, str):
+            _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
+        if hasattr(options, "ignore"):
+            _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
+
+
+def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) -> int | None:
+    """How many decoder layers the variant `name` has, or None when the model's are not known."""
+    count = dims.layers if dims is not None else None
+    seen: set[str] = set()
+    while name != BASE and name in variants and name not in seen:
+        seen.add(name)
+        options = variants[name].options
+        if isinstance(options, Depth):
+            return options.layers if isinstance(options.layers, int) else len(options.layers)
+        name = variants[name].parent
+    return count
+
+
+def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: Variant, dims: Dims | None) -> None:
+    """Packed integers can be served and scored, not changed: a quantized variant has no children."""
+    trail: Trail = ("variants", variant.name, "from")
+    parent = variants.get(variant.parent)
+    if variant.parent == BASE and dims is not None and dims.quantized:
+        problems.add(trail, "given a base model that is quantized already (quantization_config in its config.json); "
+                            "expected 16- or 32-bit weights: start from the model it was made of")
+    if parent is None or parent.kind != "quantize":
+        return
+    if variant.kind == "quantize":
+        problems.add(trail, f"given {shown(parent.name)}, which is quantized already; expected a variant in 16 bit: "
+                            f"start from {shown(parent.parent)}, as it does")
+    else:
+        verb = {"finetune": "fine-tune", "prune": "prune", "distill": "distill"}[variant.kind]
+        problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
+                            f"change; expected a variant in 16 bit: {verb} from {shown(parent.parent)} and quantize the result")
+
+
+def _check_pattern(problems: Problems, trail: Trail, pattern: str, sparsity: float, ignore: Sequence[str],
+                   dims: Dims | None) -> None:
+    zeros, group = (int(part) for part in pattern.split(":"))
+    if abs(sparsity - zeros / group) > 1e-9:
+        problems.add((*trail, "sparsity"), f"given sparsity {sparsity:g} with pattern {pattern}; expected "
+                                           f"{zeros / group:g}, which is what {pattern} leaves: change one of the two")
+    for name, width in _widths(dims, ignore).items():
+        if width % group:
+            problems.add((*trail, "pattern"), f"given {pattern}, but {name} takes {width} inputs, no multiple of "
+                                              f"{group}; expected unstructured, or {name} in `ignore`")
+            return
+
+
+def _check_depth(problems: Problems, trail: Trail, options: Depth, available: int | None) -> None:
+    place: Trail = (*trail, "layers")
+    if options.choose == "block_influence" and options.data is None:
+        problems.add(trail, "given choose: block_influence without data; expected the calibration data beside it, as "
+                            "data: calib", key=True)
+    if options.choose != "block_influence" and options.data is not None:
+        problems.add((*trail, "data"), f"given data with choose: {options.choose}, which reads none; expected choose: "
+                                       "block_influence, or no data", key=True)
+    has = f"the {available} layers there are" if available is not None else "the layers there are"
+    if isinstance(options.layers, int):
+        if options.layers < 1 or (available is not None and options.layers > available):
+            problems.add(place, f"given {options.layers}; expected how many layers to keep, from 1 to "
+                                f"{available if available is not None else 'all of them'}")
+        return
+    kept = options.layers
+    if options.choose == "block_influence":
+        problems.add((*trail, "choose"), "given block_influence with a list of layers, which leaves nothing to choose; "
+                                         "expected layers as a number, or no choose")
+    if not kept:
+        problems.add(place, f"given an empty list; expected at least one of {has}")
+    for index, layer in enumerate(kept):
+        if layer < 0 or (available is not None and layer >= available):
+            top = f"to {available - 1}" if available is not None else "up"
+            problems.add((*place, index), f"given {layer}; expected a layer from 0 {top}, the first being 0")
+        elif layer in kept[:index]:
+            problems.add((*place, index), f"given {layer} twice; expected each layer once: remove one")
+        elif index and layer < kept[index - 1]:
+            problems.add((*place, index), f"given {layer} after {kept[index - 1]}; expected the order they have in the "
+                                          f"model: {sorted(set(kept))}")
+
+
+def _check_groups(problems: Problems, trail: Trail, options: Rtn, dims: Dims | None) -> None:
+    group = options.group
+    place: Trail = (*trail, "group_size")
+    if group == -1:
+        return
+    if group < 1:
+        problems.add(place, f"given {group}; expected a whole number from 1, or -1 for one scale a row")
+        return
+    bad = {name: width for name, width in _widths(dims, options.ignore).items() if width % group}
+    if bad:
+        fits = [size for size in (256, 128, 96, 64, 48, 32, 16, 8)
+                if not any(width % size for width in _widths(dims, options.ignore).values())]
+        listed = ", ".join(f"{name} takes {width} inputs" for name, width in bad.items())
+        said = "given" if options.group_size is not None else "given no group_size, so"
+        problems.add(place, f"{said} {group}, but {listed}; expected a divisor of every layer's inputs: "
+                            f"{f'{fits[0]}, ' if fits else ''}or -1 for one scale a row, or the layer in `ignore`",
+                     key=options.group_size is None)
+
+
+def _widths(dims: Dims | None, ignore: Sequence[str]) -> dict[str, int]:
+    """Inputs of each linear layer that is not ignored; empty when the layers are not known."""
+    if dims is None or dims.family not in LLAMA_LIKE:
+        return {}
+    widths = {name.rsplit(".", 1)[-1]: shape[1] for name, shape in dims.linear_shapes().items()
+              if not all(_ignored(f"model.layers.{layer}.{name}", ignore) for layer in range(dims.layers))}
+    if not dims.tied and not _ignored("lm_head", ignore):
+        widths["lm_head"] = dims.hidden
+    return widths
+
+
+def _ignored(full: str, ignore: Sequence[str]) -> bool:
+    return any(full == ending or full.endswith("." + ending) for ending in ignore)
+
+
+def _check_teacher(problems: Problems, trail: Trail, variant: Variant) -> None:
+    options = variant.options
+    if options.teacher == variant.parent and options.hard_weight == 0:
+        problems.add((*trail, "teacher"), f"given {shown(options.teacher)}, the very weights that the student starts "
+                                          "with: the loss is 0 from the first step; expected another variant, or a "
+                                          "hard_weight above 0")
+
+
+def _check_layer_names(problems: Problems, trail: Trail, names: Any, dims: Dims | None, instead: str | None) -> None:
+    """Typing errors in the names of layers, for the families whose layers are known."""
+    if instead is not None and not names:
+        problems.add(trail, f"given an empty list; expected names of linear layers, or {instead}")
+        return
+    if dims is None or dims.family not in LLAMA_LIKE:
+        return
+    known = (*_LAST_NAMES, "lm_head")
+    for index, name in enumerate(names):
+        if name.rsplit(".", 1)[-1] not in known:
+            last = name.rsplit(".", 1)[-1]
+            problems.add((*trail, index), f"given {shown(name)}, the end of no layer's name; expected one of "
+                                          f"{', '.join(known)}{nearest(last, known)}")

@@ -1,0 +1,199 @@
+"""What a stage will take, from arithmetic alone: parameters, bytes on disk, peak memory, tokens.
+
+Estimates are for choosing a machine, not for reporting: every figure says its formula, and what cannot be known without
+the network or the data is null with the reason. In the formulas below b is a batch, s a length, h the hidden size, V the
+vocabulary, L the layers kept.
+
+    parameters      embeddings + L x (linear + norms) + final norm        (model.py)
+    disk            parameters x bytes of the dtype; quantized: linear weights x bits / 8 + 2 bytes a scale
+                    (+ a zero point of `bits` bits where asymmetric); an unmerged adapter: r x (in + out) x 4 bytes
+    memory          weights in fp32 for everything that trains on the CPU's terms (the worst case)
+      full, logits  16 bytes a parameter (weight, gradient, two Adam moments, fp32) + activations (+ the teacher)
+      lora          4 bytes a parameter + 16 bytes an adapter parameter + activations
+      prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
+    activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
+                    attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient
+    tokens          rows x epochs x max_length (an upper bound: rows are padded to their batch's longest, or cut)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmops.data.locate import locate, named
+from llmops.data.options import DataSource
+from llmops.data.splits import parse_split
+from llmops.errors import DataError
+from llmops.methods.distill.options import Logits
+from llmops.methods.finetune.options import Lora, Training
+from llmops.methods.prune.options import Depth
+from llmops.methods.quantize.options import Rtn
+from llmops.quantity import Quantity
+from llmops.recipe.model import Dims, bytes_per_weight
+from llmops.recipe.schema import Recipe, Variant
+
+__all__ = ["Estimate", "estimate", "row_count"]
+
+_MOST_COUNTED = 256_000_000  # bytes of a text file whose lines are counted
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Four figures with unit "1", "B", "B" and "tokens"; each may be null with a reason."""
+
+    parameters: Quantity
+    disk_bytes: Quantity
+    peak_memory_bytes: Quantity
+    tokens: Quantity
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).as_dict() for name in
+                ("parameters", "disk_bytes", "peak_memory_bytes", "tokens")}
+
+
+def estimate(recipe: Recipe, name: str, dims: Dims | None, reason: str) -> Estimate:
+    """The figures of the variant `name` (or "base"). reason: why `dims` is None."""
+    variant = recipe.variants.get(name)
+    tokens = _tokens(recipe, variant, dims)
+    if dims is None:
+        return Estimate(Quantity.null("1", reason), Quantity.null("B", reason), Quantity.null("B", reason), tokens)
+    layers = _layers(recipe, name, dims)
+    before = _layers(recipe, variant.parent, dims) if variant is not None else layers
+    count = dims.parameters(layers)
+    how = f"config.json: {layers} layers of {dims.linear_parameters + dims.other_parameters:,}"
+    return Estimate(Quantity(float(count), "1", "estimated", how),
+                    _estimated(_disk(recipe, variant, dims, layers), "parameters x bytes of their storage"),
+                    _estimated(_memory(recipe, variant, dims, before), "weights, gradients, optimizer, activations"),
+                    tokens)
+
+
+def _estimated(value: float, how: str) -> Quantity:
+    return Quantity(float(round(value)), "B", "estimated", how)
+
+
+def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
+    for variant in reversed(recipe.chain(name)):
+        if isinstance(variant.options, Depth):
+            kept = variant.options.layers
+            return kept if isinstance(kept, int) else len(kept)
+    return dims.layers
+
+
+def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
+    width = bytes_per_weight(recipe.runtime.dtype, dims)
+    options = variant.options if variant is not None else None
+    if isinstance(options, Lora) and not options.merge:
+        return 4.0 * _adapter(options, dims, layers)
+    dense = float(width * dims.parameters(layers))
+    if not isinstance(options, Rtn):
+        return dense
+    for name, (out, into) in dims.linear_shapes().items():
+        if any(name.endswith(ending) for ending in options.ignore):
+            continue
+        groups = out * (1 if options.group == -1 else -(-into // options.group))
+        packed = out * into * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
+        dense += layers * (packed - width * out * into)
+    return dense
+
+
+def _adapter(options: Lora, dims: Dims, layers: int) -> int:
+    """Parameters of the adapters: r x (in + out) for every target, in every layer."""
+    shapes = {name.rsplit(".", 1)[-1]: shape for name, shape in dims.linear_shapes().items()}
+    chosen = list(shapes) if options.targets == "all-linear" else [name.rsplit(".", 1)[-1] for name in options.targets]
+    return layers * options.rank * sum(sum(shapes[name]) for name in chosen if name in shapes)
+
+
+def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
+    """Peak bytes while the step runs; `layers`: of its parent, which is what is in memory."""
+    width = bytes_per_weight(recipe.runtime.dtype, dims)
+    count = dims.parameters(layers)
+    if variant is None:
+        return float(width * count)
+    options = variant.options
+    if isinstance(options, Training):
+        length = min(options.max_length, dims.context or options.max_length)
+        tokens = options.batch_size * length
+        activations = tokens * (2 * 34 * dims.hidden * layers + 12 * dims.vocab)
+        if isinstance(options, Lora):
+            return float(4 * count + 16 * _adapter(options, dims, layers) + activations)
+        teacher = 0.0
+        if isinstance(options, Logits):
+            teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
+        return 16.0 * count + activations + teacher
+    layer = 8.0 * dims.linear_parameters
+    return width * count + layer + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0)
+
+
+def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
+    """Tokens of calibration: samples x length; None when the step reads no data or the rows are not known."""
+    name = getattr(options, "data", None)
+    if name is None or not hasattr(options, "length"):
+        return None
+    rows = row_count(name, recipe.data, recipe.base_dir)[0]
+    context = dims.context if dims is not None and dims.context else options.length
+    return None if rows is None else rows * min(options.length, context)
+
+
+def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quantity:
+    options = variant.options if variant is not None else None
+    if not isinstance(options, Training):
+        count = _calibration(recipe, options, dims)
+        if count is not None:
+            return Quantity(float(count), "tokens", "estimated", "calibration rows x length, at most")
+        return Quantity.null("tokens", "the step reads no tokens" if getattr(options, "data", None) is None
+                             else "the rows of its data are not known before they are read")
+    length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
+    rows, why = row_count(options.data, recipe.data, recipe.base_dir)
+    bounds = []
+    if rows is not None:
+        bounds.append(rows * options.epochs * length)
+    if options.max_steps is not None:
+        bounds.append(options.max_steps * options.batch_size * options.accumulate * length)
+    if not bounds:
+        return Quantity.null("tokens", why)
+    return Quantity(float(round(min(bounds))), "tokens", "estimated", "rows x epochs x max_length, at most")
+
+
+def row_count(name: str, sources: Mapping[str, DataSource], base_dir: Path) -> tuple[int | None, str]:
+    """(rows of a data source at most, "") or (None, why they are not known). Reads no row, only counts lines."""
+    try:
+        *derived, root = named(name, sources)
+        rows, reason = _rows_of(root, base_dir)
+    except (DataError, OSError) as error:
+        return None, str(error)
+    if rows is None:
+        known = [source.samples for source in (root, *derived) if source.samples is not None]
+        return (min(known), "") if known else (None, reason)
+    for source in (root, *reversed(derived)):
+        split = parse_split(source.split)
+        if split.sliced:
+            try:
+                first, last = split.range(rows)
+            except ValueError as error:
+                return None, str(error)
+            rows = last - first
+        rows = rows if source.samples is None else min(rows, source.samples)
+    return rows, ""
+
+
+def _rows_of(source: DataSource, base_dir: Path) -> tuple[int | None, str]:
+    where, split = locate(source, base_dir), parse_split(source.split)
+    if where.what == "builtin":
+        from llmops.data.world import SIZES
+
+        if where.label == "builtin:world":
+            return None, "builtin:world is as long as `samples` says"
+        return SIZES.get(split.name or "train"), ""
+    path = where.path if where.what == "file" else where.files.get(split.name or "train")
+    if path is None or path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
+        return None, f"rows of {where.label} are not counted before they are read"
+    if path.stat().st_size > _MOST_COUNTED:
+        return None, f"{where.label} is too large to count its rows"
+    lines = 0
+    with open(path, "rb") as file:
+        for line in file:
+            lines += bool(line.strip())
+    return max(lines - (path.suffix.lower() != ".jsonl"), 0), ""

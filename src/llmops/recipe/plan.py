@@ -1,0 +1,155 @@
+"""What a run would do: every variant as a stage, parents first, with its key, what is done, and what it will take.
+
+A stage is built when its folder is in the store, and scored when a row of the ledger holds its scores. Reads small
+files (manifests, config.json) and hashes; loads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmops.recipe import keys as k
+from llmops.recipe.estimate import Estimate, estimate
+from llmops.recipe.hashing import FileHashes
+from llmops.recipe.model import read_dims
+from llmops.recipe.schema import BASE, Recipe
+
+__all__ = ["Plan", "Stage", "make_plan"]
+
+_SCORED = ("ok", "broken")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One variant to build and score. `kind` and `method` are None for base, which is never built.
+
+    parents: names, the parent first, then a teacher; parent_keys in the same order. scored_here: whether the recipe
+    wants it scored. built, scored: whether that is done already.
+    """
+
+    variant: str
+    kind: str | None
+    method: str | None
+    parents: tuple[str, ...]
+    parent_keys: tuple[str, ...]
+    key: str
+    key_parts: dict[str, str]
+    score_key: str
+    scored_here: bool
+    built: bool
+    scored: bool
+    estimate: Estimate
+    summary: str = ""
+
+    def describe(self) -> str:
+        """One line: "quantize rtn w4a16 from tuned"."""
+        if self.kind is None:
+            return self.summary
+        teacher = f", taught by {self.parents[1]}" if len(self.parents) > 1 else ""
+        return f"{self.kind} {self.method}{' ' if self.summary else ''}{self.summary} from {self.parents[0]}{teacher}"
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        return self.built and (self.scored or not self.scored_here)
+
+    @property
+    def state(self) -> str:
+        """"done", "to score" or "to build"."""
+        return "done" if self.done else "to score" if self.built else "to build"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"variant": self.variant, "kind": self.kind, "method": self.method, "parents": list(self.parents),
+                "key": self.key, "score_key": self.score_key, "score": self.scored_here, "built": self.built,
+                "scored": self.scored, "state": self.state, "what": self.describe(),
+                "estimate": self.estimate.as_dict()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in the order of building; the first is base."""
+
+    stages: list[Stage]
+    recipe: Recipe
+    store: Path
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Variant -> key."""
+        return {stage.variant: stage.key for stage in self.stages}
+
+    def stage(self, variant: str) -> Stage:
+        """The stage of that name. KeyError when there is none."""
+        found = next((stage for stage in self.stages if stage.variant == variant), None)
+        if found is None:
+            raise KeyError(variant)
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for `llmops plan --json`."""
+        return {"name": self.recipe.name, "model": self.recipe.model.id, "revision": self.recipe.model.revision,
+                "seed": self.recipe.seed, "recipe_sha256": self.recipe.sha256, "store": str(self.store),
+                "to_build": sum(not stage.built for stage in self.stages),
+                "to_score": sum(stage.scored_here and not stage.scored for stage in self.stages),
+                "stages": [stage.as_json() for stage in self.stages]}
+
+
+def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[str, Any]] = ()) -> Plan:
+    """The plan of `recipe` over the builds under `store` and the rows of a ledger (newest or all).
+
+    Raises DataError when data cannot be read for its fingerprint.
+    """
+    store = Path(store)
+    scored = {(row["identity"].get("key"), row["identity"].get("score_key")) for row in ledger_rows
+              if row.get("status", {}).get("state") in _SCORED}
+    prints = k.fingerprints(recipe, k.names_of_data(recipe))
+    dims, reason = read_dims(recipe.model, recipe.base_dir)
+    with FileHashes(k.hash_memory(store)) as hashes:
+        parts = k.model_parts(recipe, hashes)
+    keys = {BASE: k.key_of(parts)}
+    stages = [_stage(recipe, BASE, keys, parts, prints, store, scored, estimate(recipe, BASE, dims, reason))]
+    for name, variant in recipe.variants.items():
+        parts = k.build_parts(recipe, variant, keys, prints)
+        keys[name] = k.key_of(parts)
+        stages.append(_stage(recipe, name, keys, parts, prints, store, scored, estimate(recipe, name, dims, reason)))
+    return Plan(stages, recipe, store)
+
+
+def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, str], prints: Mapping[str, str],
+           store: Path, scored: set[tuple[Any, Any]], figures: Estimate) -> Stage:
+    variant = recipe.variants.get(name)
+    parents = tuple(variant.parents()) if variant is not None else ()
+    key = keys[name]
+    score = k.score_key(recipe, key, prints)
+    return Stage(
+        variant=name, kind=variant.kind if variant is not None else None,
+        method=variant.method if variant is not None else None, parents=parents,
+        parent_keys=tuple(keys[parent] for parent in parents), key=key, key_parts=parts, score_key=score,
+        scored_here=variant.score if variant is not None else True,
+        built=variant is None or (store / key / "llmops.json").is_file(), scored=(key, score) in scored,
+        estimate=figures, summary=_summary(recipe, name))
+
+
+def _summary(recipe: Recipe, name: str) -> str:
+    """The options that tell a variant from its like."""
+    variant = recipe.variants.get(name)
+    if variant is None:
+        revision = f"@{recipe.model.revision}" if recipe.model.revision else ""
+        return f"the model itself ({recipe.model.id}{revision})"
+    options = variant.options
+    words = []
+    if hasattr(options, "scheme"):
+        words += [options.scheme, *([f"g{options.group}"] if options.group != -1 else [])]
+    if hasattr(options, "sparsity"):
+        words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
+    if hasattr(options, "layers"):
+        words.append(f"{options.layers if isinstance(options.layers, int) else len(options.layers)} layers")
+    if hasattr(options, "rank"):
+        words.append(f"r{options.rank}")
+    if hasattr(options, "epochs"):
+        epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
+        words.append(f"{options.max_steps} steps" if options.max_steps else epochs)
+    return " ".join(words)

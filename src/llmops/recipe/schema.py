@@ -1,0 +1,160 @@
+"""What a recipe is made of, once it has been read.
+
+The leaves (a method's options, a data source, a score, the workload) are the pydantic models that the rooms keep beside
+their code. This file adds the few that belong to no room (`ModelSource`, `Runtime`, `Goal`) and the frozen objects that
+hold them together. `STEPS` is the one place that says which methods a recipe can name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from llmops.data.options import DataSource
+from llmops.evaluate.options import Evaluation, Harness
+from llmops.measure.options import MeasureOptions
+from llmops.methods.distill.options import Logits
+from llmops.methods.finetune.options import Full, Lora
+from llmops.methods.prune.options import Depth, Magnitude, Wanda
+from llmops.methods.quantize.options import Rtn
+from llmops.options import Options
+
+__all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
+           "Variant", "score_ids"]
+
+Kind = Literal["finetune", "prune", "quantize", "distill"]
+STEPS: dict[str, dict[str, type[Options]]] = {
+    "finetune": {"lora": Lora, "full": Full},
+    "prune": {"magnitude": Magnitude, "wanda": Wanda, "depth": Depth},
+    "quantize": {"rtn": Rtn},
+    "distill": {"logits": Logits},
+}
+BASE = "base"  # the name of the model itself
+#: Costs that a goal can bound and `prefer` can name.
+COSTS = ("joules_per_token", "decode_tokens_per_s", "first_token_ms", "disk_bytes", "weights_bytes",
+         "peak_memory_bytes")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"  # a folder on every system, and one word on a command line
+#: YAML 1.1 readers take the first of these for truth values; Windows keeps the others for devices.
+RESERVED = frozenset(("yes", "no", "on", "off", "true", "false", "null", "con", "prn", "aux", "nul"))
+
+
+class ModelSource(Options):
+    """The model that everything starts from: a hub id, a folder, or builtin:tiny."""
+
+    id: str = Field(min_length=1, description="hub id, folder (beside the recipe, or absolute), or builtin:tiny")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; true only for code "
+                                                       "you have read")
+
+
+class Runtime(Options):
+    """The machine and the precision that every variant is built and scored with."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: that of the model")
+    device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto: the first GPU, else the CPU")
+    kernel: Literal["auto", "torch", "reference", "triton"] = Field("auto", description="which kernels compressed "
+                                                                                        "weights run on")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: those of torch")
+
+
+class Goal(Options):
+    """Bounds on one score or one cost. `max_drop` and `max_ratio` compare with the variant named in `against`."""
+
+    max_drop: float | None = Field(None, ge=0, description="how much worse than the other variant, at most, in the "
+                                                           "unit of the score or cost")
+    max_ratio: float | None = Field(None, gt=0, description="largest value divided by that of the other variant")
+    min: float | None = Field(None, description="smallest value")
+    max: float | None = Field(None, description="largest value")
+    against: str | None = Field(None, description="the variant compared with; default: base")
+
+    @property
+    def reference(self) -> str | None:
+        """The variant compared with, or None for a goal that compares with none."""
+        return (self.against or BASE) if self.max_drop is not None or self.max_ratio is not None else None
+
+
+@dataclass(frozen=True)
+class Goals:
+    """`quality` by score id (`exact_match:test`), `costs` by the names of COSTS; `prefer` is one of either."""
+
+    quality: dict[str, Goal]
+    costs: dict[str, Goal]
+    prefer: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As rows keep them: `{"quality": {id: bounds}, "costs": {name: bounds}, "prefer": ...}`; {} without goals."""
+        if not (self.quality or self.costs or self.prefer):
+            return {}
+        return {"quality": {key: goal.model_dump(exclude_none=True) for key, goal in self.quality.items()},
+                "costs": {key: goal.model_dump(exclude_none=True) for key, goal in self.costs.items()},
+                "prefer": self.prefer}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One step from a parent. `options` is the method's own options object."""
+
+    name: str
+    parent: str
+    kind: Kind
+    options: Any
+    score: bool = True
+
+    @property
+    def method(self) -> str:
+        return str(self.options.method)
+
+    @property
+    def teacher(self) -> str | None:
+        return getattr(self.options, "teacher", None)
+
+    def parents(self) -> list[str]:
+        """The variants that must be built first: the parent, then a teacher if there is one."""
+        return [self.parent, *([self.teacher] if self.teacher else [])]
+
+    def data_names(self) -> list[str]:
+        """The data that the step reads."""
+        name = getattr(self.options, "data", None)
+        return [name] if name else []
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was found right. `variants` are in the order of building and leave out "base"."""
+
+    version: int
+    name: str
+    seed: int
+    model: ModelSource
+    runtime: Runtime
+    data: dict[str, DataSource]
+    evaluate: list[Evaluation]
+    measure: MeasureOptions | None
+    variants: dict[str, Variant]
+    goals: Goals
+    base_dir: Path
+    sha256: str  # of the content, whatever its layout and comments
+    text: str  # as it was written; empty when it came from Python values
+    file: str = "<recipe>"
+
+    def chain(self, name: str) -> list[Variant]:
+        """The steps from base to `name`, first to last; empty for base."""
+        steps: list[Variant] = []
+        while name != BASE:
+            steps.append(self.variants[name])
+            name = steps[-1].parent
+        return steps[::-1]
+
+    def score_ids(self) -> list[str]:
+        """The ids of all scores that a variant gets."""
+        return [score for entry in self.evaluate for score in score_ids(entry)]
+
+
+def score_ids(entry: Evaluation) -> list[str]:
+    """The scores of one entry of `evaluate`: one, or for the harness one a task."""
+    options = entry.options
+    return [f"harness:{task}" for task in options.tasks] if isinstance(options, Harness) else [entry.id]
+

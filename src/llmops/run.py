@@ -1,0 +1,322 @@
+"""Walk the plan: build what is missing, score what is not scored, write a row for each variant, show the result.
+
+Everything found done is left alone: a row with the same score key is kept (or copied from the run that made it), a
+build with the same key is used. torch is imported when there is work for it, so a run that finds all done is over in a
+second. A step that fails writes why into its row; its children are skipped, its siblings go on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmops import __version__
+from llmops.errors import LlmopsError
+from llmops.ledger import SCHEMA, Ledger
+from llmops.progress import Watcher, log
+from llmops.quantity import Quantity, weakest
+from llmops.recipe import Recipe, load_recipe, parse_recipe
+from llmops.recipe.plan import Plan, Stage, make_plan
+from llmops.report.verdict import judge
+from llmops.store import Store
+
+if TYPE_CHECKING:
+    from llmops.score import Scorer
+
+__all__ = ["Result", "plan", "publish", "run"]
+
+
+@dataclass
+class Result:
+    """What a run came to. `rows`: one a variant, in the order of the plan, verdicts included."""
+
+    name: str
+    folder: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[str]:
+        """Variants that failed, were skipped, or are broken."""
+        return [row["identity"]["variant"] for row in self.rows if row["status"]["state"] != "ok"]
+
+    @property
+    def winner(self) -> str | None:
+        return next((row["identity"]["variant"] for row in self.rows if row["verdict"].get("winner")), None)
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 no variant meets the goals, 3 a step failed."""
+        if self.failed:
+            return 3
+        return 1 if any(row["goals"] for row in self.rows) and self.winner is None else 0
+
+
+def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (),
+         runs: str | Path | None = None) -> Plan:
+    """What `run` would do: the stages in order, which of them are done, and what the rest needs. Loads no model."""
+    parsed, store = _parsed(recipe, sets), Store(runs)
+    rows = store.ledger().rows() if (store.runs / "ledger.db").exists() else []
+    return make_plan(parsed, store.builds, rows)
+
+
+def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (), runs: str | Path | None = None,
+        watcher: Watcher | None = None) -> Result:
+    """Do everything the recipe asks for that is not done yet, and return the rows.
+
+    recipe: a path, a mapping as the file would hold it, or a Recipe. runs: where runs lie (default `$LLMOPS_RUNS`, or
+    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why.
+    """
+    parsed, store = _parsed(recipe, sets), Store(runs)
+    watcher = watcher or Watcher(quiet=True)
+    ledger = store.ledger()
+    walk = _Walk(make_plan(parsed, store.builds, ledger.rows()), store, ledger, watcher)
+    folder = store.folder(parsed.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(parsed.text, encoding="utf-8")
+    with _log_file(folder / "log.txt"):
+        for number, stage in enumerate(walk.plan.stages, 1):
+            walk.visit(stage, number)
+    return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
+
+
+def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | None = None) -> Result:
+    """Judge a run's rows and write its page, its `result.json`, and a card into every variant's folder."""
+    from llmops.report import card, html
+
+    rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
+    ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
+    folder = store.folder(name)
+    html.write_html(ordered, folder / "report.html", title=name)
+    _replace(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
+    for row in ordered:
+        build = store.build(row["identity"]["key"])
+        if build.is_dir():
+            store.link(name, row["identity"]["variant"], row["identity"]["key"])
+            _replace(build / "README.md", card.card(row, ordered))
+    return Result(name, folder, ordered)
+
+
+# --------------------------------------------------------------------------------------------------------- the walk
+
+
+@dataclass
+class _Walk:
+    """One walk over one plan. `rows` holds what is finished, by variant."""
+
+    plan: Plan
+    store: Store
+    ledger: Ledger
+    watcher: Watcher
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
+    _tools: tuple[Any, Scorer] | None = None
+
+    def visit(self, stage: Stage, number: int) -> None:
+        """Leave one row for the stage: kept, copied, new, failed or skipped."""
+        known = {row["identity"]["variant"]: row for row in self.ledger.rows(self.plan.recipe.name)}
+        kept = known.get(stage.variant)
+        if kept is not None and _done(kept, stage, self.plan.recipe) and self._present(stage):
+            self.rows[stage.variant] = kept
+            return
+        found = self.ledger.find(stage.score_key)
+        if found is not None and found["status"]["state"] == "ok" and self._present(stage):
+            self._append(stage, {**found, "verdict": {"warnings": found["verdict"].get("warnings", [])}},
+                         {score: self.ledger.items(found["row_id"], score) for score in found.get("quality") or {}})
+            return
+        lost = [name for name in stage.parents if self.rows[name]["status"]["state"] != "ok"]
+        if lost:
+            self._fail(stage, "skipped", f'"{lost[0]}" is {self.rows[lost[0]]["status"]["state"]}')
+            return
+        try:
+            self._work(stage, number)
+        except Exception as error:  # a step may raise anything; the row says what, and the siblings go on
+            log.error("%s", traceback.format_exc())
+            self._fail(stage, "failed", str(error) if isinstance(error, LlmopsError) else _named(error))
+
+    def _present(self, stage: Stage) -> bool:
+        return stage.variant == "base" or (self.store.build(stage.key) / "llmops.json").exists()
+
+    def _work(self, stage: Stage, number: int) -> None:
+        from llmops.build import build
+
+        total, title = len(self.plan.stages), stage.describe()
+        meter, scorer = self._workbench()
+        if not self._present(stage):
+            with self.watcher.stage(f"[{number}/{total}] build {stage.variant}: {title}"):
+                manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress)
+            for event in manifest["events"]:
+                log.info("%s: %s", stage.variant, event)
+        row = self._row(stage)
+        items: dict[str, list[Any]] = {}
+        if stage.scored_here:
+            with self.watcher.stage(f"[{number}/{total}] score {stage.variant}"):
+                items = scorer.score(stage, row, self.rows)
+        self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
+
+    def _workbench(self) -> tuple[Any, Scorer]:
+        """Meter and scorer, made when the first stage needs them."""
+        if self._tools is None:
+            import torch
+
+            from llmops.measure.meter import Meter
+            from llmops.measure.options import MeasureOptions
+            from llmops.measure.sensors import probe
+            from llmops.models.load import hush, pick_device
+            from llmops.score import Scorer
+
+            hush()
+            recipe = self.plan.recipe
+            if recipe.runtime.threads:
+                torch.set_num_threads(recipe.runtime.threads)
+            device = pick_device(recipe.runtime.device)
+            meter = Meter(probe(recipe.measure or MeasureOptions(), device), device)
+            self._tools = meter, Scorer(self.plan, self.store, self.ledger, meter, self.watcher.progress)
+        return self._tools
+
+    def _row(self, stage: Stage) -> dict[str, Any]:
+        from llmops.measure.environment import environment
+
+        meter, _ = self._workbench()
+        row = self._skeleton(stage)
+        manifest = self.store.manifest(stage.key) if stage.variant != "base" else {}
+        row["environment"] = environment(meter.device, meter.sensor)
+        row["transform"] |= _storage(manifest, self.store.build(stage.key))
+        row["parity"] = manifest.get("parity")
+        if manifest and not manifest["parity"]["ok"]:
+            wrong = [f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"] if not check["ok"]]
+            row["status"] = {"state": "broken", "reason": "not what was built, read back from disk: " + "; ".join(wrong)}
+        row["building"] = {**manifest.get("cost", {}), "data": manifest.get("data_report") or {},
+                           "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
+                           "chain_energy_j": self._chain_energy(stage).as_dict()}
+        row["log"] = {"events": manifest.get("events", [])}
+        return row
+
+    def _chain_energy(self, stage: Stage) -> Quantity:
+        """Energy of building this variant and everything it stands on, each build once, the teacher's included."""
+        parts, seen, open_keys = [], set(), [stage.key] if stage.variant != "base" else []
+        while open_keys:
+            key = open_keys.pop()
+            if key in seen or not (self.store.build(key) / "llmops.json").exists():
+                continue
+            seen.add(key)
+            manifest = self.store.manifest(key)
+            parts.append(Quantity.from_dict(manifest["cost"]["energy_j"]))
+            open_keys += manifest["parent_keys"]
+        if not parts:
+            return Quantity(0.0, "J", "constant", "nothing is built: this is the model as it came")
+        missing = next((part for part in parts if part.value is None), None)
+        if missing is not None:
+            return Quantity.null("J", missing.method)
+        return Quantity(sum(part.value or 0.0 for part in parts), "J", weakest(part.provenance for part in parts),
+                        f"sum over {len(parts)} builds; {parts[0].method}", n=len(parts))
+
+    def _skeleton(self, stage: Stage) -> dict[str, Any]:
+        recipe = self.plan.recipe
+        variant = recipe.variants.get(stage.variant)
+        options = variant.options.model_dump(mode="json") if variant is not None else {}
+        return {
+            "schema": SCHEMA, "goals": goals_body(recipe),
+            "identity": {"base_model": recipe.model.id, "revision": recipe.model.revision, "seed": recipe.seed,
+                         "llmops": __version__},
+            "status": {"state": "ok", "reason": None},
+            "transform": {"kind": stage.kind, "method": stage.method, "options": options,
+                          "chain": [*self._chain(stage), *([f"{stage.kind}:{stage.method}"] if stage.kind else [])],
+                          "simulated": False},
+            "size": {}, "building": {}, "quality": {}, "latency": {}, "energy": {}, "workload": {}, "carbon": {},
+            "tokens": {}, "verdict": {"warnings": []}}
+
+    def _chain(self, stage: Stage) -> list[str]:
+        return list(self.rows[stage.parents[0]]["transform"]["chain"]) if stage.parents else []
+
+    def _fail(self, stage: Stage, state: str, reason: str) -> None:
+        row = self._skeleton(stage)
+        row["status"] = {"state": state, "reason": reason}
+        self.watcher.note(f"  {stage.variant}: {state}: {reason}")
+        self._append(stage, row, {})
+
+    def _append(self, stage: Stage, row: dict[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        recipe = self.plan.recipe
+        teacher = stage.parents[1] if len(stage.parents) > 1 else None
+        row = {**row, "goals": goals_body(recipe), "identity": {
+            **row["identity"], "run": recipe.name, "run_id": self.run_id, "variant": stage.variant,
+            "parent": stage.parents[0] if stage.parents else None, "teacher": teacher, "key": stage.key,
+            "parent_key": stage.parent_keys[0] if stage.parent_keys else None, "score_key": stage.score_key,
+            "recipe_sha256": recipe.sha256, "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "folder": None if stage.variant == "base" else str(Path("store") / stage.key)}}
+        row.pop("row_id", None)
+        self.rows[stage.variant] = {**row, "row_id": self.ledger.append(row, items)}
+
+
+def goals_body(recipe: Recipe) -> dict[str, Any]:
+    """The goals as a row holds them, so that a verdict needs nothing but rows."""
+    def bodies(goals: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: goal.model_dump(mode="json", exclude_none=True) for name, goal in goals.items()}
+
+    goals = recipe.goals
+    if not (goals.quality or goals.costs or goals.prefer):
+        return {}
+    return {"quality": bodies(goals.quality), "costs": bodies(goals.costs), "prefer": goals.prefer}
+
+
+def _done(row: Mapping[str, Any], stage: Stage, recipe: Recipe) -> bool:
+    same = row["identity"].get("score_key") == stage.score_key and row["goals"] == goals_body(recipe)
+    return same and row["status"]["state"] in ("ok", "broken")
+
+
+def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """How the weights lie on disk, and what their zeros are worth."""
+    chain = manifest.get("chain", [])
+    sparse = any(step in ("prune:magnitude", "prune:wanda") for step in chain)
+    found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
+    config = folder / "config.json"
+    if config.exists():
+        body = json.loads(config.read_text(encoding="utf-8"))
+        groups = (body.get("quantization_config") or {}).get("config_groups", {})
+        found["storage_dtype"] = body.get("dtype")
+        for group in groups.values():
+            weights = group["weights"]
+            size = weights["group_size"] if weights["strategy"] == "group" else "row"
+            found["storage_dtype"] = (f"int{weights['num_bits']} g{size} "
+                                      f"{'symmetric' if weights['symmetric'] else 'asymmetric'}")
+    return found
+
+
+def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path, sets: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(recipe, sets=sets) if isinstance(recipe, Mapping) else load_recipe(recipe, sets)
+
+
+def _named(error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return f"{type(error).__name__}: {first} (the log has the whole story)"
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    scratch.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
+    scratch.replace(path)
+
+
+class _log_file:  # noqa: N801 - reads as what it is: `with _log_file(path):`
+    """Everything llmops logs, and every Python warning, goes to a file while the block lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self.handler = logging.FileHandler(path, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def __enter__(self) -> None:
+        log.addHandler(self.handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self.handler)
+        self.handler.close()

@@ -1,0 +1,238 @@
+"""Score one variant: load it from disk, evaluate it, hold it against parent and base, measure it, fill its row.
+
+What is scored is the folder, never the model that was trained. The base stays in memory for the whole run, because
+every measurement is interleaved with it; a parent is loaded for its comparison and let go.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops.build import source_of
+from llmops.data.render import text_stream
+from llmops.data.sources import Rows, load_rows
+from llmops.errors import LlmopsError
+from llmops.evaluate import EVALUATORS
+from llmops.evaluate.options import Evaluation
+from llmops.evaluate.score import Item, Score
+from llmops.evaluate.statistics import paired
+from llmops.evaluate.tokens import compare_tokens
+from llmops.ledger import Ledger
+from llmops.measure import memory
+from llmops.measure.carbon import carbon
+from llmops.measure.cost import break_even
+from llmops.measure.decode import measure, peak_memory
+from llmops.measure.meter import Meter
+from llmops.models.load import load
+from llmops.models.parity import sparsity
+from llmops.quantity import Quantity
+from llmops.recipe.plan import Plan, Stage
+from llmops.recipe.schema import Recipe
+from llmops.store import Store
+from llmops.train import Progress
+
+__all__ = ["Scorer"]
+
+COMPARED_ROWS, COMPARED_LENGTH = 32, 256  # tokens on which two variants' distributions are compared
+
+
+@dataclass
+class Scorer:
+    """Scores the variants of one run; keeps the base, and the rows of data, between them."""
+
+    plan: Plan
+    store: Store
+    ledger: Ledger
+    meter: Meter
+    progress: Progress | None = None
+    _base: tuple[Any, Any] | None = None
+    _rows: dict[str, Rows] = field(default_factory=dict)
+    _compared: list[Tensor] | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    def score(self, stage: Stage, row: dict[str, Any], rows: Mapping[str, dict[str, Any]]) -> dict[str, list[Item]]:
+        """Fill the groups of `row` that come from running the variant. `rows`: finished rows of this run, by variant.
+
+        Returns the items of every score, for the ledger.
+        """
+        model, tokenizer = self._load(stage.variant)
+        _sizes(row, model, self._folder(stage.variant))
+        scores: list[Score] = []
+        with self.meter.window(f"evaluate {stage.variant}") as window:
+            for evaluation in self.recipe.evaluate:
+                scores += self._evaluate(evaluation, model, tokenizer)
+        row["quality"] = {score.id: self._quality(score, stage, rows) for score in scores}
+        row["tokens"] = self._token_statistics(stage, model)
+        self._measure(stage, row, model, tokenizer)
+        row["building"]["evaluate_energy_j"] = window.energy.as_dict()
+        row["building"]["evaluate_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()
+        return {score.id: score.items for score in scores}
+
+    # ---------------------------------------------------------------------------------------------------- quality
+
+    def _evaluate(self, evaluation: Evaluation, model: Any, tokenizer: Any) -> list[Score]:
+        options = evaluation.options
+        rows = self.rows(options.data) if hasattr(options, "data") else None
+        progress = self.progress
+        report = (lambda done, total: progress(done, total, evaluation.id)) if progress is not None else None
+        return EVALUATORS[evaluation.metric](model, tokenizer, rows, options, id=evaluation.id,
+                                             seed=self.recipe.seed, progress=report)
+
+    def _quality(self, score: Score, stage: Stage, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        others = {"parent": stage.parents[0] if stage.parents else None, "base": "base"}
+        others |= {f"variant {goal.against}": goal.against for goal in self.recipe.goals.quality.values()
+                   if goal.against and goal.against != stage.variant}
+        versus = {}
+        for label, name in others.items():
+            other = self._stored(rows.get(name or ""), score)
+            if name is not None and name != stage.variant and other is not None:
+                versus[label] = {"variant": name, **_paired(score, other, self.recipe.seed)}
+        return {**score.as_dict(), "versus": versus}
+
+    def _stored(self, row: Mapping[str, Any] | None, score: Score) -> Score | None:
+        """The same score of another variant, with its items back from the ledger."""
+        if row is None or score.id not in (row.get("quality") or {}):
+            return None
+        items = self.ledger.items(row["row_id"], score.id)
+        return Score.from_dict(row["quality"][score.id], [Item(**item) for item in items])
+
+    def _token_statistics(self, stage: Stage, model: Any) -> dict[str, Any]:
+        if stage.variant == "base":
+            return {}
+        base, tokenizer = self.base()
+        found = {"base": self._compare(model, base, tokenizer)}
+        parent = stage.parents[0]
+        if parent == "base":
+            found["parent"] = found["base"]
+        else:
+            other, _ = self._load(parent)
+            found["parent"] = self._compare(model, other, tokenizer)
+            _free(other)
+        return found
+
+    def _compare(self, model: Any, reference: Any, tokenizer: Any) -> dict[str, Any]:
+        if self._compared is None:
+            self._compared = self._compared_tokens(tokenizer, model.config.max_position_embeddings)
+        if not self._compared:
+            return {}
+        figures = compare_tokens(model, reference, self._compared)
+        return {name: quantity.as_dict() for name, quantity in figures.items()}
+
+    def _compared_tokens(self, tokenizer: Any, context: int) -> list[Tensor]:
+        """Windows of the first evaluated data set that holds text or chats; empty when there is none."""
+        for evaluation in self.recipe.evaluate:
+            name = getattr(evaluation.options, "data", None)
+            if name is None or self.rows(name).kind == "choices":
+                continue
+            stream = torch.tensor(text_stream(self.rows(name), tokenizer))
+            length = min(COMPARED_LENGTH, context, len(stream))
+            windows = stream[: length * min(COMPARED_ROWS, len(stream) // length)].view(-1, length)
+            return list(windows.split(8))
+        return []
+
+    # ------------------------------------------------------------------------------------------------------- cost
+
+    def _measure(self, stage: Stage, row: dict[str, Any], model: Any, tokenizer: Any) -> None:
+        options = self.recipe.measure
+        if options is None:
+            return
+        base = None if stage.variant == "base" else self.base()[0]
+        progress = self.progress
+        report = (lambda done, total: progress(done, total, "measure")) if progress is not None else None
+        done = measure(model, base, tokenizer, options, self.meter, self.recipe.seed, report)
+        row["size"]["peak_memory_bytes"] = peak_memory(model, tokenizer, options, self.recipe.seed).as_dict()
+        row["latency"], row["energy"], row["workload"] = done.latency, done.energy, done.workload
+        row["verdict"]["warnings"] += done.warnings
+        figures = row["energy"][str(min(options.batch_sizes))]
+        per_token = Quantity.from_dict(figures["joules_per_token"])
+        built = Quantity.from_dict(row["building"]["chain_energy_j"])
+        row["carbon"] = carbon(built, per_token, options.zone)
+        if stage.variant != "base":
+            ratio = Quantity.from_dict(figures["ratio_to_base"])
+            row["building"]["break_even_tokens"] = break_even(built, _of_base(per_token, ratio), ratio).as_dict()
+
+    # ----------------------------------------------------------------------------------------------------- loading
+
+    def base(self) -> tuple[Any, Any]:
+        """The base model, loaded once a run."""
+        if self._base is None:
+            self._base = self._open("base")
+        return self._base
+
+    def rows(self, name: str) -> Rows:
+        """The rows of a named source, read once a run."""
+        if name not in self._rows:
+            self._rows[name] = load_rows(name, self.recipe.data, self.recipe.base_dir, self.recipe.seed)
+        return self._rows[name]
+
+    def _load(self, variant: str) -> tuple[Any, Any]:
+        return self.base() if variant == "base" else self._open(variant)
+
+    def _open(self, variant: str) -> tuple[Any, Any]:
+        runtime, source = self.recipe.runtime, self.recipe.model
+        return load(source_of(variant, self.recipe, self.store, self.plan.keys), base_dir=self.recipe.base_dir,
+                    revision=source.revision, dtype=runtime.dtype, device=runtime.device, kernel=runtime.kernel,
+                    trust_remote_code=source.trust_remote_code)
+
+    def _folder(self, variant: str) -> Path | None:
+        from llmops.models.builtin import local_folder
+
+        if variant != "base":
+            return self.store.build(self.plan.keys[variant])
+        return local_folder(self.recipe.model.id, self.recipe.base_dir)
+
+
+def _paired(score: Score, other: Score, seed: int) -> dict[str, Any]:
+    try:
+        found = paired(score, other, seed)
+        return {name: value.as_dict() if isinstance(value, Quantity) else value for name, value in found.items()}
+    except LlmopsError as reason:  # other items, another protocol: no comparison, and the row says why
+        return {"not_comparable": str(reason)}
+
+
+def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
+    from llmops.models.quantized import PackedLinear
+
+    size = row["size"]
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    parameters = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+    zeros, linear = sparsity(model)
+    resident = memory.weights_bytes(model)
+    size["parameters"] = Quantity.measured(parameters, "parameters", "counted in the loaded model").as_dict()
+    size["nonzero_parameters"] = Quantity.measured(parameters - zeros, "parameters", "counted in the dense linear "
+                                                   "layers of the loaded model").as_dict()
+    size["sparsity"] = (Quantity.measured(zeros / linear, "fraction", "zeros among the linear weights") if linear else
+                        Quantity.null("fraction", "every linear layer is packed")).as_dict()
+    size["weights_bytes"] = resident.as_dict()
+    if resident.value is not None:
+        size["bits_per_weight"] = Quantity.measured(8 * resident.value / parameters, "bits", "resident bytes x 8 / "
+                                                    "parameters, scales and embeddings included").as_dict()
+    size["disk_bytes"] = (memory.disk_bytes(folder) if folder is not None else
+                          Quantity.null("B", "the base lies in the hub's cache")).as_dict()
+    row["transform"]["compute_dtype"] = str(model.dtype).removeprefix("torch.")
+    kernels = sorted({module.kernel for module in packed})
+    row["transform"]["kernel"] = ", ".join(kernels) if kernels else "torch"
+
+
+def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:
+    """Joules per token of the base in the same blocks."""
+    if per_token.value is None or not ratio.value:
+        return Quantity.null("J/token", per_token.method if per_token.value is None else ratio.method)
+    return Quantity(per_token.value / ratio.value, "J/token", per_token.provenance, "variant / ratio to base")
+
+
+def _free(model: Any) -> None:
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

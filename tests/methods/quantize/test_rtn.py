@@ -1,0 +1,129 @@
+"""Round to nearest: against an exhaustive search of the grid and against compressed-tensors, invariants, packing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from llmops.errors import LlmopsError, ModelError
+from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, packing, rtn
+
+SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, False), (3, 64, True), (2, 32, False), (2, -1, True), (6, 32, True)]
+
+
+def weight_of(rows: int = 16, columns: int = 128, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    made = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, columns, generator=made) * torch.logspace(-3, 1, rows).unsqueeze(1)
+    W[1] = W[1].abs() + 0.5  # zero is outside the range of the row
+    W[2] = -W[2].abs()
+    W[3] = 0
+    W[4, :32] = 0
+    return W.to(dtype)
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_code_is_the_nearest_on_the_stored_grid(bits: int, group: int, symmetric: bool,
+                                                     dtype: torch.dtype) -> None:
+    W = weight_of(dtype=dtype)
+    made = rtn(W, bits=bits, group_size=group, symmetric=symmetric)
+    assert made.scale.dtype == dtype
+    half = 1 << (bits - 1)
+    size = W.shape[1] if group == -1 else group
+    scale = made.scale.double().repeat_interleave(size, 1).unsqueeze(-1)
+    zero = 0 if made.zero_point is None else made.zero_point.double().repeat_interleave(size, 1).unsqueeze(-1)
+    grid = (torch.arange(-half, half).double() - zero) * scale  # (out, in, codes)
+    error = (W.double().unsqueeze(-1) - grid).abs()
+    chosen = error.gather(-1, (made.codes.long() + half).unsqueeze(-1)).squeeze(-1)
+    assert torch.all(chosen <= error.min(-1).values + 2e-5 * scale.squeeze(-1))  # a tie, divided in float32
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
+def test_matches_compressed_tensors(bits: int, group: int, symmetric: bool) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    W = weight_of()
+    W[3] = 1e-3  # an all-zero group has no zero point there: 0 / 0
+    W[4] = 0.5
+    size = W.shape[1] if group == -1 else group
+    grouped = W.view(W.shape[0], -1, size)
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="channel" if group == -1 else "group",
+                            group_size=None if group == -1 else group)
+    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    codes = quantize(W, scale, None if symmetric else zero, args, dtype=torch.int8)
+    made = rtn(W, bits=bits, group_size=group, symmetric=symmetric)
+    torch.testing.assert_close(made.scale, scale, rtol=1e-6, atol=0)
+    differing = made.codes != codes  # a last-bit difference of the scale may turn a tie
+    assert differing.float().mean() < 1e-3
+    if not symmetric:
+        assert made.zero_point is not None and torch.equal(made.zero_point, zero.to(torch.int8))
+    theirs = dequantize(codes, scale, None if symmetric else zero, args=args)
+    assert torch.allclose(made.dequantize()[~differing], theirs[~differing], rtol=1e-5, atol=1e-7)
+
+
+def test_error_falls_with_bits_and_with_smaller_groups() -> None:
+    W = weight_of(dtype=torch.bfloat16)
+
+    def error(bits: int, group: int, symmetric: bool = True) -> float:
+        made = rtn(W, bits=bits, group_size=group, symmetric=symmetric)
+        return float((made.dequantize().double() - W.double()).norm())
+
+    assert error(8, -1) < error(4, -1) < error(3, -1) < error(2, -1)
+    assert error(4, 32) < error(4, 64) < error(4, -1)
+    one_sided = W[1:2]
+    lopsided = [rtn(one_sided, bits=4, group_size=-1, symmetric=s).dequantize() - one_sided for s in (True, False)]
+    assert lopsided[1].norm() < 0.7 * lopsided[0].norm()  # half the symmetric grid lies where there are no weights
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_on_the_grid_come_back_exactly_and_zero_stays_zero(symmetric: bool) -> None:
+    made = torch.Generator().manual_seed(3)
+    codes = torch.randint(-8, 8, (4, 64), generator=made, dtype=torch.int8)
+    codes[:, 0], codes[:, 1] = -8, 7  # the range is used in full
+    W = codes.float() * 0.25
+    again = rtn(W, bits=4, group_size=-1, symmetric=symmetric).dequantize()
+    if symmetric:  # absmax / 7.5, not / 8: the grid is a little wider than the weights'
+        assert (again - W).abs().max() <= 0.5 * 2.0 / 7.5
+    else:
+        assert torch.equal(again, W)
+    sparse = weight_of() * (torch.rand(16, 128, generator=made) > 0.5)
+    assert torch.all(rtn(sparse, bits=3, group_size=32, symmetric=symmetric).dequantize()[sparse == 0] == 0)
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
+def test_deterministic_and_back_from_the_stored_form(bits: int, group: int, symmetric: bool) -> None:
+    W = weight_of(dtype=torch.bfloat16)
+    first, second = (rtn(W.clone(), bits=bits, group_size=group, symmetric=symmetric) for _ in range(2))
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
+    back = packing.unpack(packing.pack(first), bits=bits, group_size=group)
+    assert torch.equal(back.codes, first.codes) and torch.equal(back.scale, first.scale)
+    assert back.symmetric == symmetric
+    assert torch.equal(back.dequantize(), first.dequantize())
+    stored = packing.pack(first)
+    bytes_stored = sum(t.numel() * t.element_size() for name, t in stored.items() if name != "weight_shape")
+    assert bytes_stored == pytest.approx(first.bits_per_weight * W.numel() / 8)
+
+
+def test_refuses_with_what_was_given_and_expected() -> None:
+    with pytest.raises(LlmopsError, match="group_size 48 does not divide the 128 input features.*such as 128"):
+        rtn(weight_of(), bits=4, group_size=48)
+    with pytest.raises(LlmopsError, match="bits is 1; expected 2 to 8"):
+        rtn(weight_of(), bits=1)
+    with pytest.raises(LlmopsError, match="NaN or infinity"):
+        rtn(torch.full((2, 32), float("nan")), bits=4)
+    made = rtn(weight_of(), bits=4, group_size=32)
+    with pytest.raises(ModelError, match=r"layers\.0: packed .* expected"):
+        packing.unpack(packing.pack(made), bits=3, group_size=32, name="layers.0")
+    with pytest.raises(ValueError, match=r"scale is \(16, 4\); expected \(16, 1\)"):
+        QuantizedWeight(made.codes, made.scale, None, 4, -1)
+
+
+def test_the_name_stays_the_function_whoever_imports_the_file_first() -> None:
+    package = sys.modules["llmops.methods.quantize"]
+    module = sys.modules["llmops.methods.quantize.rtn"]
+    package.rtn = module  # type: ignore[attr-defined]  # what the import system does
+    assert package.rtn is module.rtn is QUANTIZERS["rtn"]  # type: ignore[attr-defined]

@@ -1,0 +1,185 @@
+"""The walk: its statistics against hooks on the dense model, its propagation against brute force, every architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llmops.calibrate import block_influence, block_scores, walk
+from llmops.errors import LlmopsError, StepError
+from llmops.methods.prune import block_influence as influence
+from llmops.methods.prune import magnitude_mask, wanda_mask
+from llmops.models.arch import decoder_layers
+from tests.twins import NAMES, tokens, twin
+
+
+@torch.no_grad()
+def inputs_of(model: Any, ids: torch.Tensor, upto: int | None = None) -> dict[str, torch.Tensor]:
+    """Every linear layer's input over one plain forward pass, (tokens, in)."""
+    seen: dict[str, torch.Tensor] = {}
+    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
+               for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def gather(model: Any, ids: torch.Tensor | None, statistic: str, **options: Any) -> dict[str, torch.Tensor | None]:
+    got: dict[str, torch.Tensor | None] = {}
+    walk(model, ids, statistic, lambda name, layer, value: got.update({name: value}), **{"ignore": ["lm_head"], **options})
+    return got
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_match_hooks_on_the_plain_forward(name: str) -> None:
+    model, _ = twin(name, torch.float32)
+    ids = tokens(6, 48)  # longer than the sliding windows, so their masks matter
+    x = {key: value.double() for key, value in inputs_of(model, ids).items()}
+    for statistic, exact in (("x_norm", lambda v: v.norm(dim=0)), ("x_absmax", lambda v: v.abs().amax(0)),
+                             ("hessian", lambda v: 2 * v.T @ v / v.shape[0])):
+        got = gather(model, ids, statistic, batch_size=4)  # 6 rows: the last batch is smaller
+        assert got.keys() == x.keys() - {"lm_head"} and len(got) == 28
+        for key, value in got.items():
+            assert value is not None
+            torch.testing.assert_close(value.double(), exact(x[key]), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_later_blocks_see_the_compressed_activations(name: str) -> None:
+    ids = tokens()
+    model, _ = twin(name, torch.float32)
+    walk(model, ids, "x_norm", lambda _, layer, x: layer.weight * wanda_mask(layer.weight, x, 0.5), ignore=["lm_head"])
+    brute, _ = twin(name, torch.float32)
+    path, blocks = decoder_layers(brute)
+    for index in range(len(blocks)):  # the plain way: a whole forward pass for every block
+        seen = inputs_of(brute, ids)
+        for key, layer in brute.named_modules():
+            if isinstance(layer, nn.Linear) and key.startswith(f"{path}.{index}."):
+                layer.weight.data *= wanda_mask(layer.weight.data, seen[key].norm(dim=0), 0.5)
+    for key, value in brute.state_dict().items():
+        differing = (model.state_dict()[key] != value).float().mean()
+        assert differing < 1e-3, key  # sums in another order may swap two near-equal scores
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wanda_and_magnitude_reach_exactly_half_in_every_row_and_layer(name: str) -> None:
+    for statistic in ("x_norm", "none"):
+        model, _ = twin(name)
+
+        def update(_: str, layer: nn.Linear, x: torch.Tensor | None) -> torch.Tensor:
+            mask = magnitude_mask(layer.weight, 0.5) if x is None else wanda_mask(layer.weight, x, 0.5)
+            return layer.weight * mask
+
+        walk(model, tokens() if statistic != "none" else None, statistic, update, ignore=["lm_head"])
+        _, blocks = decoder_layers(model)
+        for layer in blocks.modules():
+            if isinstance(layer, nn.Linear):
+                zeros = layer.weight == 0
+                assert int(zeros.sum()) == layer.weight.numel() // 2
+                if statistic == "x_norm":
+                    assert zeros.sum(1).eq(layer.in_features // 2).all()
+        with torch.no_grad():
+            assert torch.isfinite(model(tokens()).logits).all()
+
+
+def test_walking_twice_gives_the_same_model_whatever_the_batches() -> None:
+    def pruned(batch_size: int) -> dict[str, torch.Tensor]:
+        model, _ = twin("qwen3")
+        walk(model, tokens(), "x_norm", lambda _, layer, x: layer.weight * wanda_mask(layer.weight, x, 0.5),
+             ignore=["lm_head"], batch_size=batch_size)
+        return model.state_dict()
+
+    first, again, other = pruned(4), pruned(4), pruned(6)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert all((first[key] == other[key]).float().mean() > 0.98 for key in first)
+
+
+def test_without_a_statistic_nothing_is_run_and_progress_is_told() -> None:
+    model, _ = twin("llama")
+    model.forward = model.model.forward = lambda *args, **kwargs: pytest.fail("a forward pass was made")
+    told: list[tuple[int, int]] = []
+    got = gather(model, None, "none", progress=lambda done, total: told.append((done, total)))
+    assert set(got.values()) == {None} and told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_the_model_is_left_as_it_was_when_nothing_is_updated() -> None:
+    model, _ = twin("gemma3")
+    with torch.no_grad():
+        before = model(tokens()).logits
+        gather(model, tokens(), "hessian")
+        block_influence(model, tokens())
+        assert torch.equal(model(tokens()).logits, before)
+    _, blocks = decoder_layers(model)
+    assert all("forward" not in block.__dict__ for block in blocks)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_an_untied_head_is_walked_when_it_is_not_ignored_and_a_tied_one_is_refused() -> None:
+    model, _ = twin("mistral", torch.float32)
+    got = gather(model, tokens(), "x_norm", ignore=[], batch_size=4)
+    assert list(got)[-1] == "lm_head"
+    exact = inputs_of(model, tokens())["lm_head"].norm(dim=0)
+    torch.testing.assert_close(got["lm_head"], exact, rtol=1e-4, atol=1e-4)
+    tied, _ = twin("llama")
+    with pytest.raises(LlmopsError, match="lm_head shares its weight.*ignore"):
+        gather(tied, None, "none", ignore=[])
+
+
+def test_ignore_takes_ends_of_names_and_refuses_what_is_not_there() -> None:
+    model, _ = twin("llama")
+    got = gather(model, None, "none", ignore=["lm_head", "down_proj", "layers.0.self_attn.q_proj"])
+    assert len(got) == 28 - 4 - 1
+    with pytest.raises(LlmopsError, match='unknown layer to ignore "down_prj".*did you mean "down_proj"'):
+        gather(model, None, "none", ignore=["down_prj"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_influence_matches_hidden_states_of_the_plain_forward(name: str) -> None:
+    model, _ = twin(name, torch.float32)
+    scores = block_influence(model, tokens(), batch_size=4)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    _, blocks = decoder_layers(model)
+    handles = [block.register_forward_hook(lambda _, args, out: pairs.append((args[0], out))) for block in blocks]
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert scores == pytest.approx([influence(x, y) for x, y in pairs], abs=1e-5)
+    assert block_scores(model, tokens(), lambda x, y: 1.0) == [1.0] * 4
+
+
+def test_nan_is_named_by_layer() -> None:
+    model, _ = twin("llama")
+    _, blocks = decoder_layers(model)
+    blocks[2].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(StepError, match=r"model\.layers\.2\.mlp\.up_proj: the weight holds NaN"):
+        gather(model, None, "none")
+    with pytest.raises(StepError, match=r"model\.layers\.2\.mlp\.down_proj: the input activations hold"):
+        gather(model, tokens(), "x_norm")
+    healthy, _ = twin("llama")
+    with pytest.raises(StepError, match=r"model\.layers\.0\.self_attn\.q_proj: the new weight holds NaN"):
+        walk(healthy, None, "none", lambda _, layer, x: layer.weight * float("inf"), ignore=["lm_head"])
+    with pytest.raises(StepError, match=r"model\.layers\.2: the output activations hold"):
+        block_influence(model, tokens())
+
+
+def test_wrong_calls_are_refused() -> None:
+    model, _ = twin("llama")
+    with pytest.raises(LlmopsError, match='unknown statistic "x_nrm".*did you mean "x_norm"'):
+        gather(model, tokens(), "x_nrm")
+    with pytest.raises(LlmopsError, match="needs calibration tokens"):
+        gather(model, None, "hessian")
+
+    def failing(name: str, layer: nn.Linear, x: torch.Tensor | None) -> torch.Tensor:
+        raise LlmopsError("group_size 48 does not divide")
+
+    with pytest.raises(LlmopsError, match=r"^model\.layers\.0\.self_attn\.q_proj: group_size 48"):
+        walk(model, None, "none", failing, ignore=["lm_head"])
+    _, blocks = decoder_layers(model)
+    blocks[1].mlp.experts = nn.ParameterList([nn.Parameter(torch.zeros(2, 3, 4))])
+    with pytest.raises(LlmopsError, match="3-D weights .fused experts"):
+        gather(model, None, "none")
