@@ -1,4 +1,4 @@
-"""The walk: its statistics against hooks on the dense model, its propagation against brute force, every architecture."""
+"""The walk: statistics against hooks on the plain model, propagation against brute force, every architecture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.twins import NAMES, tokens, twin
 from torch import nn
 
 from llmops.calibrate import block_influence, block_scores, walk
@@ -13,7 +14,6 @@ from llmops.errors import LlmopsError, StepError
 from llmops.methods.prune import block_influence as influence
 from llmops.methods.prune import magnitude_mask, wanda_mask
 from llmops.models.arch import decoder_layers
-from tests.twins import NAMES, tokens, twin
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def inputs_of(model: Any, ids: torch.Tensor, upto: int | None = None) -> dict[st
 
 def gather(model: Any, ids: torch.Tensor | None, statistic: str, **options: Any) -> dict[str, torch.Tensor | None]:
     got: dict[str, torch.Tensor | None] = {}
-    walk(model, ids, statistic, lambda name, layer, value: got.update({name: value}), **{"ignore": ["lm_head"], **options})
+    options = {"ignore": ["lm_head"], **options}
+    walk(model, ids, statistic, lambda name, layer, value: got.update({name: value}), **options)
     return got
 
 

@@ -11,9 +11,9 @@ SRC = Path(__file__).parent.parent / "src" / "llmops"
 KERNELS = Path(__file__).parent.parent / "kernels" / "llmops_kernels"
 FLOORS = {"errors": 0, "options": 0, "quantity": 0, "ops": 1, "methods": 2, "models": 3, "data": 3, "ledger": 4,
           "train": 4, "calibrate": 4, "evaluate": 4, "measure": 4, "recipe": 5, "report": 5, "store": 6, "progress": 6,
-          "recipes_folder": 6, "build": 6, "score": 6, "run": 6, "api": 6, "data_view": 6, "__init__": 6, "cli": 7,
-          "__main__": 7}
-HOMES = {"transformers": {"models", "train"}, "datasets": {"data"}}  # the loop is transformers' own
+          "recipes_folder": 6, "build": 6, "score": 6, "runner": 6, "api": 6, "data_view": 6, "preflight": 6,
+          "compare": 6, "__init__": 6, "cli": 7, "__main__": 7}
+HOMES = {"transformers": {"models", "data", "train"}, "datasets": {"data"}}  # the loop is transformers' own
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
@@ -62,7 +62,7 @@ def test_kernels_import_nothing_of_ours():
 
 
 @pytest.mark.parametrize("statement", [
-    "import llmops", "import llmops.cli", "from llmops.recipe import load_recipe", "from llmops.run import plan",
+    "import llmops", "import llmops.cli", "from llmops.recipe import load_recipe", "from llmops.runner import plan",
     "from llmops.report import html, card, table", "import llmops.methods.quantize, llmops.methods.prune"])
 def test_torch_is_not_imported_by(statement):
     script = f"import sys\n{statement}\nassert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"

@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
     for row in rows:
         row["input_ids"] = [token if token != 7 else 8 for token in row["input_ids"]]
     rows[4]["input_ids"][1] = 7
-    with pytest.raises(StepError, match=r"became nan at optimizer step \d+, on rows 5 of"):
+    with pytest.raises(StepError, match=r"became nan at optimizer step \d+, on the batch of row 5;"):
         fit(net, rows, Schedule(epochs=1, batch_size=1), pad_id=0, seed=0)
 
 

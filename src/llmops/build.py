@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from llmops import calibrate
-from llmops.data.leak import check_leak
 from llmops.data.options import DataSource
 from llmops.data.render import Encoded, calibration_tokens, encode
 from llmops.data.sources import Rows, load_rows
@@ -47,7 +46,7 @@ from llmops.quantity import Quantity
 from llmops.recipe.plan import Stage
 from llmops.recipe.schema import Recipe
 from llmops.store import Store
-from llmops.train import IGNORED, Fit, Progress, Schedule, fit, next_token_loss
+from llmops.train import IGNORED, Fit, Loss, Progress, Schedule, fit, next_token_loss
 
 __all__ = ["STEPS", "Job", "Work", "apply_step", "build"]
 
@@ -99,8 +98,7 @@ def _lora(job: Job, options: Lora) -> Work:
         parameter.requires_grad_(False)
     adapted = add_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout,
                        targets=options.targets, seed=job.seed, keep_zeros=job.keeps_zeros)
-    done = fit(adapted, encoded.examples, _schedule(options), pad_id=job.tokenizer.pad_token_id, seed=job.seed,
-               progress=job.progress)
+    done = _fit(job, options, adapted, encoded)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     events = [f"{trained:,} parameters trained (rank {options.rank})"]
     if options.merge:
@@ -138,7 +136,7 @@ def _logits(job: Job, options: Logits) -> Work:
     return work
 
 
-def _train_all(job: Job, options: Training, loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]) -> Work:
+def _train_all(job: Job, options: Training, loss: Loss) -> Work:
     encoded = _encoded(job, options)
     model = _trainable(job.model)
     masks = zero_masks(model) if job.keeps_zeros else {}
@@ -151,8 +149,7 @@ def _train_all(job: Job, options: Training, loss: Callable[[nn.Module, Mapping[s
         for name, mask in masks.items():
             modules[name].weight.mul_(mask)
 
-    done = fit(model, encoded.examples, _schedule(options), pad_id=job.tokenizer.pad_token_id, seed=job.seed,
-               loss=loss, after_step=keep_zeros if masks else None, progress=job.progress)
+    done = _fit(job, options, model, encoded, loss, keep_zeros if masks else None)
     return _trained(job, model, partial(save_dense, model, job.tokenizer, dtype=job.storage), done, encoded,
                     backward=2.0, events=[])
 
@@ -162,14 +159,19 @@ def _trainable(model: Any) -> Any:
     return model.float()
 
 
-def _schedule(options: Training) -> Schedule:
-    return Schedule(options.epochs, options.max_steps, options.learning_rate, options.schedule, options.warmup,
-                    options.batch_size, options.accumulate, options.weight_decay)
-
-
 def _encoded(job: Job, options: Training) -> Encoded:
     length = min(options.max_length, job.model.config.max_position_embeddings)
-    return encode(job.rows(options.data), job.tokenizer, max_length=length, limits=job.limits(options.data).limits)
+    return encode(job.rows(options.data), job.tokenizer, max_length=length, limits=job.limits(options.data).limits,
+                  progress=job.progress)
+
+
+def _fit(job: Job, options: Training, model: Any, encoded: Encoded, loss: Loss = next_token_loss,
+         after_step: Callable[[], None] | None = None) -> Fit:
+    schedule = Schedule(options.epochs, options.max_steps, options.learning_rate, options.schedule, options.warmup,
+                        options.batch_size, options.accumulate, options.weight_decay)
+    rows = job.rows(options.data)
+    return fit(model, encoded.examples, schedule, pad_id=job.tokenizer.pad_token_id, seed=job.seed, loss=loss,
+               after_step=after_step, progress=job.progress, place=lambda index: rows.place(encoded.origin[index]))
 
 
 def _trained(job: Job, model: Any, save: Callable[[Path], None], done: Fit, encoded: Encoded, *, backward: float,
@@ -290,8 +292,9 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
         work.save(folder)
         manifest = {
             "schema": 1, "variant": stage.variant, "kind": variant.kind, "method": variant.method,
-            "options": variant.options.model_dump(mode="json"), "chain": [*job.chain, f"{variant.kind}:{variant.method}"],
-            "key": stage.key, "key_parts": stage.key_parts, "parent_key": parent,
+            "options": variant.options.model_dump(mode="json"),
+            "chain": [*job.chain, f"{variant.kind}:{variant.method}"], "key": stage.key,
+            "key_parts": stage.key_parts, "parent_key": parent,
             "parent_keys": list(stage.parent_keys), "base_model": recipe.model.id, "revision": recipe.model.revision,
             "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
@@ -337,11 +340,6 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
         return load(source_of(name, recipe, store, keys), base_dir=recipe.base_dir, revision=recipe.model.revision,
                     device=runtime.device, trust_remote_code=recipe.model.trust_remote_code)
 
-    if isinstance(variant.options, Training):
-        for evaluation in recipe.evaluate:
-            tested = getattr(evaluation.options, "data", None)
-            if tested is not None:
-                check_leak(rows(variant.options.data), rows(tested))
     model, tokenizer = open_model(variant.parent)
     model = merged(model)
     chain = store.manifest(keys[variant.parent])["chain"] if variant.parent != "base" else []

@@ -52,6 +52,7 @@ RunsOption = Annotated[str | None, typer.Option("--runs", metavar="DIR", envvar=
                                                 help="Where runs lie (default: runs).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="Every column.")]
 RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Name of a run (default: the latest).")]
 
 
@@ -69,10 +70,10 @@ def _top(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command()
 def tune(recipe: RecipeArgument, sets: SetOption = None, runs: RunsOption = None, as_json: JsonOption = False,
-         quiet: QuietOption = False, wide: Annotated[bool, typer.Option("--wide", help="Every column.")] = False) -> None:
+         quiet: QuietOption = False, wide: WideOption = False) -> None:
     """Build, reload and score every variant of RECIPE, and print the table. A second run does no work."""
     from llmops.progress import Watcher
-    from llmops.run import run
+    from llmops.runner import run
 
     result = run(_recipe_path(recipe), sets=sets or (), runs=runs, watcher=Watcher(quiet))
     if as_json:
@@ -87,7 +88,7 @@ def tune(recipe: RecipeArgument, sets: SetOption = None, runs: RunsOption = None
 def plan(recipe: RecipeArgument, sets: SetOption = None, runs: RunsOption = None, as_json: JsonOption = False) -> None:
     """Print what `tune` would do: the tree, what is done already, and what the rest needs. Loads no model."""
     from llmops.recipe.show import render
-    from llmops.run import plan as make
+    from llmops.runner import plan as make
 
     planned = make(_recipe_path(recipe), sets=sets or (), runs=runs)
     if as_json:
@@ -109,11 +110,17 @@ def validate(recipe: RecipeArgument, sets: SetOption = None, as_json: JsonOption
 
 
 @app.command()
-def schema() -> None:
+def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The reference of all options instead.")] = False,
+           ) -> None:
     """Print the JSON Schema of recipes, for editors and other tools."""
-    from llmops.recipe import json_schema
+    if markdown:
+        from llmops.recipe.reference import markdown as reference
 
-    _print_json(json_schema())
+        print(reference(), end="")
+    else:
+        from llmops.recipe import json_schema
+
+        _print_json(json_schema())
 
 
 @app.command()
@@ -122,32 +129,25 @@ def compare(run: RunArgument = None, variants: Annotated[list[str] | None, typer
             against: Annotated[str | None, typer.Option("--against", help="The variant the others are held against "
                                                                           "(default: their parents)")] = None,
             runs: RunsOption = None, as_json: JsonOption = False,
-            wide: Annotated[bool, typer.Option("--wide", help="Every column.")] = False) -> None:
-    """Print the table of a finished RUN: deltas with intervals, Pareto marks, estimates marked as such."""
-    from llmops.report.table import compare as render
+            wide: WideOption = False) -> None:
+    """Print the table of a finished RUN, or chosen VARIANTs side by side with paired differences and intervals."""
+    from llmops.compare import compare_run
 
-    rows, everything = _rows(run, runs), bool(variants)
-    if not everything and against is None:
-        _print_json(rows) if as_json else _print_rows(rows, wide=wide)
-        return
-    known = [row["identity"]["variant"] for row in rows]
-    for name in [*(variants or []), *([against] if against else [])]:
-        if name not in known:
-            raise LlmopsError(unknown("variant", name, known))
-    if as_json:
-        _print_json([row for row in rows if not variants or row["identity"]["variant"] in [*variants, against]])
+    rows, shown = compare_run(runs, run, variants or (), against, as_json=as_json)
+    if shown is not None:
+        _print_json(shown) if as_json else _console().print(shown)
     else:
-        _console().print(render(rows, variants or known, against=against))
+        _print_json(rows) if as_json else _print_rows(rows, wide=wide)
 
 
 @app.command()
 def report(run: RunArgument = None, runs: RunsOption = None) -> None:
     """Write the page of a finished RUN again, and the cards of its variants, from the ledger alone."""
-    from llmops.run import publish
+    from llmops.compare import rows_of
+    from llmops.runner import publish
     from llmops.store import Store
 
-    store = Store(runs)
-    rows = _rows(run, runs)
+    store, rows = Store(runs), rows_of(runs, run)
     result = publish(rows[0]["identity"]["run"], store, store.ledger(), [row["identity"]["variant"] for row in rows])
     print(_short(result.folder / "report.html"))
 
@@ -157,7 +157,7 @@ def why(recipe: RecipeArgument, variant: Annotated[str, typer.Argument(help="A v
         sets: SetOption = None, runs: RunsOption = None, as_json: JsonOption = False) -> None:
     """Tell why VARIANT would be built again: which part of its key changed since the last build."""
     from llmops.recipe.keys import why as explain
-    from llmops.run import plan as make
+    from llmops.runner import plan as make
     from llmops.store import Store
 
     planned, store = make(_recipe_path(recipe), sets=sets or (), runs=runs), Store(runs)
@@ -185,7 +185,7 @@ def recipes_list(as_json: JsonOption = False) -> None:
 @recipes_app.command("copy")
 def recipes_copy(name: Annotated[str, typer.Argument(help="Name of a packaged recipe.")],
                  to: Annotated[str | None, typer.Argument(help="File to write (default: NAME.yaml here).")] = None,
-                 force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False) -> None:
+                 force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False) -> None:
     """Copy a packaged recipe, to change it."""
     from llmops.recipes_folder import copy
 
@@ -222,22 +222,6 @@ def _recipe_path(given: str) -> Path:
         return found[given][1]
     raise LlmopsError(f'no recipe file "{given}"; expected a YAML file, or a packaged recipe: '
                       + unknown("recipe", given, found).split("; ", 1)[1])
-
-
-def _rows(run: str | None, runs: str | None) -> list[dict[str, Any]]:
-    from llmops.report.verdict import judge
-    from llmops.store import Store
-
-    store = Store(runs)
-    if not (store.runs / "ledger.db").exists():
-        raise LlmopsError(f"no ledger in {store.runs}; expected one written by `llmops tune`; name the folder with --runs")
-    ledger = store.ledger()
-    names = ledger.runs()
-    if not names:
-        raise LlmopsError(f"the ledger in {store.runs} holds no run yet; run `llmops tune RECIPE` first")
-    if run is not None and run not in names:
-        raise LlmopsError(unknown("run", run, names))
-    return judge(ledger.rows(run or names[-1]))
 
 
 def _print_rows(rows: list[dict[str, Any]], *, wide: bool) -> None:

@@ -111,7 +111,8 @@ class Ledger:
     def runs(self) -> list[str]:
         """Names of the runs, most recently written last."""
         with self._connect() as db:
-            return [row["run"] for row in db.execute("SELECT run, MAX(id) AS last FROM rows GROUP BY run ORDER BY last")]
+            found = db.execute("SELECT run, MAX(id) AS last FROM rows GROUP BY run ORDER BY last")
+            return [row["run"] for row in found]
 
     def export(self, path: str | Path, run: str | None = None) -> int:
         """Write the newest rows as JSON lines; returns how many."""

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from llmops.errors import LlmopsError, unknown
 
-__all__ = ["copy", "packaged"]
+__all__ = ["SCHEMA", "copy", "packaged"]
+
+SCHEMA = "recipe.schema.json"
 
 
 def packaged() -> dict[str, tuple[str, Path]]:
@@ -27,9 +29,13 @@ def copy(name: str, to: Path | None = None, *, force: bool = False) -> Path:
     if place.exists() and not force:
         raise LlmopsError(f"{place}: is there already; name another file, or write over it with --force")
     place.write_text(found[name][1].read_text(encoding="utf-8"), encoding="utf-8")
+    schema = found[name][1].with_name(SCHEMA)
+    if not (place.parent / SCHEMA).exists():  # the editor line of the recipe looks for it here
+        (place.parent / SCHEMA).write_text(schema.read_text(encoding="utf-8"), encoding="utf-8")
     return place
 
 
 def _title(path: Path) -> str:
-    lines = (line.lstrip("# ").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    text = path.read_text(encoding="utf-8").splitlines()
+    lines = (line.lstrip("# ").strip() for line in text if line.startswith("#"))
     return next((line for line in lines if line and "yaml-language-server" not in line), "")

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from llmops.data.render import collate
 from llmops.errors import StepError
 
-__all__ = ["Fit", "Progress", "Schedule", "fit", "next_token_loss"]
+__all__ = ["IGNORED", "Fit", "Loss", "Progress", "Schedule", "fit", "next_token_loss"]
 
 IGNORED = -100
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # -> the SUM of the loss over the batch's trained tokens
@@ -61,7 +61,7 @@ class Fit:
 
 
 def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum over the trained tokens of -log p(token | the ones before). batch: input_ids, attention_mask, labels (B, T)."""
+    """Sum over the trained tokens of -log p(token | those before). batch: input_ids, attention_mask, labels (B, T)."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, T, V)
     targets = batch["labels"][:, 1:].reshape(-1)
     kept = targets != IGNORED  # rows without a loss are dropped before the softmax: it is the larger half of the memory
@@ -71,10 +71,10 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def fit(model: nn.Module, examples: Sequence[Mapping[str, list[int]]], schedule: Schedule, *, pad_id: int, seed: int,
         loss: Loss = next_token_loss, after_step: Callable[[], None] | None = None,
-        progress: Progress | None = None) -> Fit:
+        progress: Progress | None = None, place: Callable[[int], str] = lambda index: f"row {index + 1}") -> Fit:
     """Train the parameters that require a gradient, in place. `after_step` runs after every optimizer step.
 
-    Raises StepError when the loss is not finite, naming the rows.
+    place: names the example of an index, for people. Raises StepError when the loss is not finite, naming the rows.
     """
     rows = [{**example, "row": number} for number, example in enumerate(examples)]
     result = Fit()
@@ -85,7 +85,7 @@ def fit(model: nn.Module, examples: Sequence[Mapping[str, list[int]]], schedule:
                            callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.prepare(loss, watch)
+        trainer.prepare(loss, watch, place)
         was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
         model.config.use_cache = False
         started = time.perf_counter()
@@ -120,8 +120,8 @@ def _arguments(schedule: Schedule, scratch: str, seed: int, device: torch.device
 class _Trainer(Trainer):  # type: ignore[misc]
     """The stock loop with our loss in it."""
 
-    def prepare(self, loss: Loss, watch: _Watch) -> None:
-        self.loss, self.watch = loss, watch
+    def prepare(self, loss: Loss, watch: _Watch, place: Callable[[int], str]) -> None:
+        self.loss, self.watch, self.place = loss, watch, place
         self.model_accepts_loss_kwargs = True  # makes the loop count the trained tokens of a whole optimizer step
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
@@ -132,9 +132,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
         loss = self.loss(model, inputs) / items
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise StepError(f"the loss became {value} at optimizer step {self.state.global_step + 1}, on rows "
-                            f"{_few(rows)} of the training data; expected a finite number; lower the learning rate "
-                            "or look at these rows with `llmops data show`")
+            raise StepError(f"the loss became {value} at optimizer step {self.state.global_step + 1}, on the batch of "
+                            f"{_few([self.place(row) for row in rows])}; expected a finite number; lower the learning "
+                            "rate, or look at these rows with `llmops data show`")
         self.watch.pending += value
         self.watch.result.tokens += int(inputs["attention_mask"].sum())
         self.watch.result.trained_tokens += trained
@@ -142,9 +142,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss * self.accelerator.num_processes
 
 
-def _few(rows: list[int]) -> str:
-    named = ", ".join(str(row + 1) for row in rows[:8])
-    return f"{named} and {len(rows) - 8} more" if len(rows) > 8 else named
+def _few(rows: list[str]) -> str:
+    return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]

@@ -129,6 +129,17 @@ def test_choices_cannot_be_trained_on() -> None:
         encode(choice_rows(("Two?", ["2", "3"], 0)), make_tokenizer("chatml"), max_length=8, limits=LOOSE)
 
 
+def test_progress_counts_rows_and_changes_nothing() -> None:
+    tokenizer = make_tokenizer("thinking")
+    rows = message_rows(*[chat(f"{i}?", "Yes.", "Sure?", f"No, {i}.") for i in range(1100)])
+    seen: list[tuple[int, int, str]] = []
+    result = encode(rows, tokenizer, max_length=512, limits=STRICT, progress=lambda *step: seen.append(step))
+    assert seen == [(512, 1100, "tokenized"), (1024, 1100, "tokenized"), (1100, 1100, "tokenized")]
+    assert result.origin == [i // 2 for i in range(2200)] and result.report["turn_by_turn"] == 1100
+    for i in (0, 511, 512, 1099):
+        assert trained(result.examples[2 * i + 1], tokenizer) == [f"<think></think>No, {i}.<|im_end|>"]
+
+
 # prompts -------------------------------------------------------------------------------------------------------------
 
 

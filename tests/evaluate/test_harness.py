@@ -51,7 +51,7 @@ metadata: {version: 1.0}
 def folder(tmp_path):
     (tmp_path / "prose.yaml").write_text(ROLLING)
     (tmp_path / "written.yaml").write_text(WRITTEN)
-    lines = ["The old river runs north.", "A new bridge was built long ago, and it stands near the sea.", "Every clock."]
+    lines = ["The old river runs north.", "A new bridge was built long ago and stands near the sea.", "Every clock."]
     (tmp_path / "prose.jsonl").write_text("".join(json.dumps({"text": t, "last": t[-4:]}) + "\n" for t in lines))
     return tmp_path
 

@@ -21,10 +21,11 @@ HERE = Path(__file__).parent
 #                bits, group, M, N, K, dtype, zero point; N and K off the tile (64 and 128) in most
 RESULTS: list[list[Any]] = [
     [4, 128, 1, 64, 256, "bfloat16", False], [4, -1, 17, 72, 200, "float16", False],
-    [4, 32, 3, 64, 160, "bfloat16", True], [4, 64, 16, 100, 192, "float16", True], [4, 100, 3, 40, 200, "float16", False],
-    [3, 64, 3, 64, 192, "float16", False], [2, 32, 17, 50, 96, "float16", True], [8, -1, 16, 64, 256, "bfloat16", False],
-    [8, 128, 17, 72, 384, "float16", True], [8, 32, 1, 80, 160, "bfloat16", False], [6, -1, 3, 33, 100, "float16", False],
-    [4, 128, 70, 130, 256, "float16", False],
+    [4, 32, 3, 64, 160, "bfloat16", True], [4, 64, 16, 100, 192, "float16", True],
+    [4, 100, 3, 40, 200, "float16", False], [3, 64, 3, 64, 192, "float16", False],
+    [2, 32, 17, 50, 96, "float16", True], [8, -1, 16, 64, 256, "bfloat16", False],
+    [8, 128, 17, 72, 384, "float16", True], [8, 32, 1, 80, 160, "bfloat16", False],
+    [6, -1, 3, 33, 100, "float16", False], [4, 128, 70, 130, 256, "float16", False],
 ]
 #                dtype, bits, group (0: whole row), zero point, tile M, tile N, warps
 COMPILED: list[list[Any]] = [
@@ -83,12 +84,13 @@ def test_layout_and_checks_at_the_door() -> None:
 
 
 def test_the_op_is_known_to_torch_without_running() -> None:
-    import llmops_kernels.int_matmul  # noqa: F401 - registers the op
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    import llmops_kernels.int_matmul  # noqa: F401 - registers the op
+
     with FakeTensorMode():
-        y = torch.ops.llmops_kernels.int_matmul(torch.empty(3, 256, dtype=torch.bfloat16),
-                                                torch.empty(64, 128, dtype=torch.uint8), torch.empty(64, 2), None, 4, 128)
+        x, codes = torch.empty(3, 256, dtype=torch.bfloat16), torch.empty(64, 128, dtype=torch.uint8)
+        y = torch.ops.llmops_kernels.int_matmul(x, codes, torch.empty(64, 2), None, 4, 128)
     assert y.shape == (3, 64) and y.dtype == torch.bfloat16
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.twins import NAMES, tokens, twin
 from torch import nn
 
 from llmops.calibrate import walk
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import QuantizedWeight, rtn
 from llmops.models.quantized import PackedLinear, kernels, load_quantized, pack, save_quantized, scheme_of
-from tests.twins import NAMES, tokens, twin
 
 SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, True), (4, -1, True), (3, 128, True), (3, 32, True), (3, -1, True),
            (2, 32, True), (2, -1, True), (8, 32, True), (4, 128, False), (4, 32, False), (4, -1, False)]

@@ -47,11 +47,12 @@ def _quality(exact: float, perplexity: float, name: str, parent: str | None, sco
             "id": "exact_match:test", "metric": "exact_match", "higher_is_better": True, "stderr": half / 1.96, "n": n,
             "value": q(exact, "fraction", method="greedy answers equal to the reference; Wilson",
                        ci95=(max(0.0, exact - half), min(1.0, exact + half)), n=n),
-            "protocol": {"id": "exact_match/greedy", "aggregation": "mean", "max_new_tokens": 16, "normalize": True, **common},
+            "protocol": {"id": "exact_match/greedy", "aggregation": "mean", "max_new_tokens": 16,
+                         "normalize": True, **common},
             "versus": versus_exact},
         "perplexity:heldout": {
             "id": "perplexity:heldout", "metric": "perplexity", "higher_is_better": False, "stderr": 0.1, "n": 60,
-            "value": q(perplexity, "perplexity", method="perplexity/gptq, context 256, stride 256; exp of Student t over windows",
+            "value": q(perplexity, "perplexity", method="perplexity/gptq, context 256, stride 256",
                        ci95=(perplexity * 0.96, perplexity * 1.04), n=60),
             "protocol": {"id": "perplexity/gptq", "aggregation": "exp_mean", "context": 256, "stride": 256, **common},
             "versus": versus_ppl}}
@@ -94,7 +95,8 @@ def _costs(row: dict[str, Any], speed: float, joules: float, bits: float, is_bas
 
 
 def _loss(start: float, end: float, steps: int = 120) -> list[list[float]]:
-    return [[step, end + (start - end) * math.exp(-step / 25) + 0.05 * math.sin(step * 1.7)] for step in range(1, steps + 1)]
+    return [[step, end + (start - end) * math.exp(-step / 25) + 0.05 * math.sin(step * 1.7)]
+                          for step in range(1, steps + 1)]
 
 
 def _building(row: dict[str, Any], joules: float, chain: float, loss: list[list[float]]) -> None:
@@ -121,27 +123,30 @@ def _building(row: dict[str, Any], joules: float, chain: float, loss: list[list[
         "sci_g_per_1k_tokens": null("gCO2e", "no SCI: embodied carbon of the hardware is not known")}
 
 
+def _rtn(bits: int) -> dict[str, Any]:
+    return {"scheme": f"w{bits}a16", "group_size": None if bits == 8 else 128, "symmetric": True}
+
+
+def _lora(epochs: float) -> dict[str, Any]:
+    return {"data": "train", "rank": 16, "alpha": 32.0, "epochs": epochs}
+
+
+HALF = {"sparsity": 0.5, "pattern": "unstructured"}
 #: variant, parent, kind, method, options, exact match, perplexity, tokens/s, J/token, bits, J of building
 SPECS: list[tuple[Any, ...]] = [
     ("base", None, None, None, {}, 0.01, 9.4, 420, 0.061, 16.0, 0),
-    ("tuned", "base", "finetune", "lora", {"data": "train", "rank": 16, "alpha": 32.0, "epochs": 3.0}, 0.94, 6.1, 418, 0.0612,
-     16.0, 3900),
-    ("tuned-w8", "tuned", "quantize", "rtn", {"scheme": "w8a16", "group_size": None, "symmetric": True}, 0.94, 6.1, 520, 0.047,
-     8.6, 21),
-    ("tuned-w4", "tuned", "quantize", "rtn", {"scheme": "w4a16", "group_size": 128, "symmetric": True}, 0.913, 6.5, 610, 0.041,
-     5.1, 23),
-    ("tuned-w3", "tuned", "quantize", "rtn", {"scheme": "w3a16", "group_size": 128, "symmetric": True}, 0.61, 9.9, 350, 0.072,
-     4.2, 24),
-    ("tuned-w2", "tuned", "quantize", "rtn", {"scheme": "w2a16", "group_size": 128, "symmetric": True}, 0.0, 870.0, 360, 0.07,
-     3.3, 22),
-    ("magnitude", "tuned", "prune", "magnitude", {"sparsity": 0.5, "pattern": "unstructured"}, 0.28, 31.0, 421, 0.061, 16.0, 25),
-    ("wanda", "tuned", "prune", "wanda", {"data": "calib", "sparsity": 0.5, "pattern": "unstructured"}, 0.71, 10.2, 419, 0.0611,
-     16.0, 140),
-    ("healed", "wanda", "finetune", "lora", {"data": "train", "rank": 16, "epochs": 1.0}, 0.9, 6.6, 420, 0.061, 16.0, 1400),
+    ("tuned", "base", "finetune", "lora", _lora(3.0), 0.94, 6.1, 418, 0.0612, 16.0, 3900),
+    ("tuned-w8", "tuned", "quantize", "rtn", _rtn(8), 0.94, 6.1, 520, 0.047, 8.6, 21),
+    ("tuned-w4", "tuned", "quantize", "rtn", _rtn(4), 0.913, 6.5, 610, 0.041, 5.1, 23),
+    ("tuned-w3", "tuned", "quantize", "rtn", _rtn(3), 0.61, 9.9, 350, 0.072, 4.2, 24),
+    ("tuned-w2", "tuned", "quantize", "rtn", _rtn(2), 0.0, 870.0, 360, 0.07, 3.3, 22),
+    ("magnitude", "tuned", "prune", "magnitude", HALF, 0.28, 31.0, 421, 0.061, 16.0, 25),
+    ("wanda", "tuned", "prune", "wanda", {"data": "calib", **HALF}, 0.71, 10.2, 419, 0.0611, 16.0, 140),
+    ("healed", "wanda", "finetune", "lora", _lora(1.0), 0.9, 6.6, 420, 0.061, 16.0, 1400),
     ("half", "tuned", "prune", "depth", {"layers": 4, "choose": "even"}, 0.03, 55.0, 790, 0.033, 16.0, 12),
-    ("student", "half", "distill", "logits", {"teacher": "tuned", "data": "train", "loss": "forward_kl", "epochs": 2.0}, 0.86, 7.4,
-     785, 0.0331, 16.0, 2900),
-    ("healed-w4", "healed", "quantize", "rtn", {"scheme": "w4a16", "group_size": 128, "symmetric": True}, 0.0, 0.0, 0, 0.0, 5.1, 20),
+    ("student", "half", "distill", "logits", {"teacher": "tuned", "data": "train", "loss": "forward_kl", "epochs": 2.0},
+     0.86, 7.4, 785, 0.0331, 16.0, 2900),
+    ("healed-w4", "healed", "quantize", "rtn", _rtn(4), 0.0, 0.0, 0, 0.0, 5.1, 20),
 ]
 
 
@@ -165,7 +170,9 @@ def make_rows() -> list[dict[str, Any]]:
                 _costs(row, speed, joules, bits, name == "base")
         _judge(row, exact)
         rows.append(row)
-    rows[5]["status"] = {"state": "broken", "reason": "not what was built, read back from disk: logits: max KL 3.1 nats"}
+    rows[5]["status"] = {
+    "state": "broken",
+     "reason": "not what was built, read back from disk: logits: max KL 3.1 nats"}
     rows[5]["parity"] = {"ok": False, "kl_mean": q(0.8, "nats"), "kl_max": q(3.1, "nats"),
                          "checks": [{"name": "logits", "ok": False, "detail": "max KL 3.1 nats"}]}
     return rows
@@ -176,19 +183,23 @@ def _identity(name: str, parent: str | None, kind: str | None, method: str | Non
     zeros = any(step in ("prune:magnitude", "prune:wanda") for step in chain)
     return {
         "schema": 1, "row_id": len(name), "goals": {
-            "quality": {"exact_match:test": {"max_drop": 0.03, "against": "tuned"}}, "costs": {}, "prefer": "joules_per_token"},
+            "quality": {"exact_match:test": {"max_drop": 0.03, "against": "tuned"}}, "costs": {},
+            "prefer": "joules_per_token"},
         "identity": {"run": "demo", "run_id": "20260102-030405-ab12", "variant": name, "parent": parent,
-                     "teacher": options.get("teacher"), "key": hashlib.sha256(name.encode()).hexdigest(), "parent_key": None,
+                     "teacher": options.get("teacher"), "key": hashlib.sha256(name.encode()).hexdigest(),
+                     "parent_key": None,
                      "base_model": "builtin:tiny", "revision": None, "recipe_sha256": "12" * 32, "seed": 0,
                      "utc": "2026-01-02T03:04:05Z", "llmops": "0.1.0", "folder": "store/12ab"},
         "status": {"state": "ok", "reason": None},
-        "transform": {"kind": kind, "method": method, "options": {"method": method, **options} if method else {}, "chain": chain,
+        "transform": {"kind": kind, "method": method, "chain": chain,
+                      "options": {"method": method, **options} if method else {},
                       "simulated": False, "storage_dtype": "int4 g128 symmetric" if method == "rtn" else "bfloat16",
                       "compute_dtype": "bfloat16", "kernel": "torch:int4pack" if method == "rtn" else "torch",
                       "sparsity_saves": "bytes only when compressed, no time" if zeros else None},
         "parity": {"ok": True, "kl_mean": q(1e-6, "nats"), "kl_max": q(2e-5, "nats"), "checks": [
             {"name": "logits", "ok": True, "detail": "max KL 2e-5 nats"}]} if kind else None,
-        "environment": {"device": "cpu", "cpu": "Example CPU", "cores": 2, "ram_bytes": 8_000_000_000, "gpu": [], "driver": None,
+        "environment": {"device": "cpu", "cpu": "Example CPU", "cores": 2, "ram_bytes": 8_000_000_000, "gpu": [],
+                        "driver": None,
                         "threads": 2, "os": "Linux", "python": "3.12.1", "torch": "2.13.0", "sensor": "codecarbon",
                         "sensors_skipped": {"nvml": "no NVIDIA driver", "rapl": "not readable"},
                         "versions": {"torch": "2.13.0", "transformers": "5.17.0"}},

@@ -17,8 +17,9 @@ several rows into one example.
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,25 +72,26 @@ class _Draft:
     plain: bool
 
 
-def encode(rows: Rows, tokenizer: Any, *, max_length: int, limits: Limits) -> Encoded:
+def encode(rows: Rows, tokenizer: Any, *, max_length: int, limits: Limits,
+           progress: Callable[[int, int, str], None] | None = None) -> Encoded:
     """Tokenize rows for training, with labels on what is to be learned (see above).
 
-    max_length: tokens an example may have. Raises DataError when a template drops the terminator of a turn, when a
-    text begins with two BOS, when nothing at all is left to train on, and when more rows are dropped or cut than
-    `limits` allows.
+    max_length: tokens an example may have. progress: called with rows done, rows in all and a word. Raises DataError
+    when a template drops the terminator of a turn, when a text begins with two BOS, when nothing at all is left to
+    train on, and when more rows are dropped or cut than `limits` allows.
     """
     if rows.kind == "choices":
         raise DataError(f"{rows.name}: its rows have question, choices and answer, which can be scored but not "
                         f"trained on; "
                         "expected messages, prompt+completion or text; map them, as "
                         "`columns: {prompt: question, completion: answer}`")
-    drafts = [draft for index in range(len(rows.rows)) for draft in _drafts(rows, index, tokenizer)]
     stops, bos = terminators(tokenizer), _bos(tokenizer)
+    pieces: Counter[int] = Counter()
     examples: list[dict[str, list[int]]] = []
     origin: list[int] = []
     longer: dict[int, int] = {}  # row -> its tokens
-    tokenized = _tokenize([draft.rendered.text for draft in drafts], tokenizer)
-    for draft, (ids, offsets) in zip(drafts, tokenized, strict=True):
+    for draft, ids, offsets in _tokenized(rows, tokenizer, progress):
+        pieces[draft.row] += 1
         place = rows.place(draft.row)
         labels = _plain_labels(draft.rendered.spans, ids, offsets) if draft.plain else _chat_labels(
             draft.rendered, ids, offsets, stops, tokenizer, place)
@@ -101,13 +103,25 @@ def encode(rows: Rows, tokenizer: Any, *, max_length: int, limits: Limits) -> En
         for window in _windows(ids, labels, max_length, every=rows.kind == "text"):
             examples.append(window)
             origin.append(draft.row)
-    pieces = Counter(draft.row for draft in drafts)
     report = {"rows": len(rows.rows), "examples": len(examples), "dropped": len(rows.rows) - len(set(origin)),
               "truncated": len(longer), "tokens": sum(len(example["input_ids"]) for example in examples),
               "trainable_tokens": sum(label != IGNORED for example in examples for label in example["labels"]),
               "turn_by_turn": sum(count > 1 for count in pieces.values())}
     _enforce(rows, report, limits, max_length, origin, longer)
     return Encoded(examples, report, origin)
+
+
+def _tokenized(rows: Rows, tokenizer: Any, progress: Callable[[int, int, str], None] | None,
+               chunk: int = 512) -> Iterable[tuple[_Draft, list[int], Offsets]]:
+    """Rendered and tokenized row by row, in batches of `chunk` rows."""
+    for start in range(0, len(rows.rows), chunk):
+        stop = min(start + chunk, len(rows.rows))
+        drafts = [draft for index in range(start, stop) for draft in _drafts(rows, index, tokenizer)]
+        batch = _tokenize([draft.rendered.text for draft in drafts], tokenizer)
+        for draft, (ids, offsets) in zip(drafts, batch, strict=True):
+            yield draft, ids, offsets
+        if progress is not None:
+            progress(stop, len(rows.rows), "tokenized")
 
 
 def _drafts(rows: Rows, index: int, tokenizer: Any) -> list[_Draft]:
@@ -169,9 +183,11 @@ def _refuse_double_bos(ids: Sequence[int], tokenizer: Any, place: str) -> None:
 
 def _covered(offsets: Offsets, span: tuple[int, int]) -> tuple[int, int]:
     """(first, one past the last) token with a character in `span`; one of no width counts with what is before it."""
-    first, last = span
-    inside = [i for i, (a, b) in enumerate(offsets) if (a < last and b > first) or (a == b and first < a <= last)]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    first = bisect_right(offsets, span[0], key=lambda offset: offset[1])
+    last = bisect_left(offsets, span[1], lo=first, key=lambda offset: offset[0])
+    while last < len(offsets) and offsets[last] == (span[1], span[1]):
+        last += 1
+    return first, last
 
 
 def _plain_labels(spans: Iterable[tuple[int, int]], ids: list[int], offsets: Offsets) -> list[int]:
@@ -198,7 +214,10 @@ def _chat_labels(rendered: Rendered, ids: list[int], offsets: Offsets, stops: fr
                  place: str) -> list[int]:
     """Labels on each assistant turn up to its terminator, which must be there."""
     labels = [IGNORED] * len(ids)
-    blank = [not rendered.text[a:b].strip() for a, b in offsets]
+
+    def blank(token: int) -> bool:
+        return not rendered.text[slice(*offsets[token])].strip() and ids[token] not in stops
+
     for span in rendered.spans:
         first, last = _covered(offsets, span)
         if first == last:
@@ -215,19 +234,20 @@ def _chat_labels(rendered: Rendered, ids: list[int], offsets: Offsets, stops: fr
     return labels
 
 
-def _after_terminator(ids: list[int], blank: list[bool], stops: frozenset[int], first: int, last: int) -> int | None:
+def _after_terminator(ids: list[int], blank: Callable[[int], bool], stops: frozenset[int], first: int,
+                      last: int) -> int | None:
     """Where the trained part [first, last) ends once it holds its terminator: the index after it, or None without one.
 
     Blanks behind the terminator (a line break) are not trained. A terminator right after the part (templates whose
     ``{% generation %}`` leaves it out) is taken in, with blanks before it.
     """
     end = last
-    while end > first and blank[end - 1] and ids[end - 1] not in stops:
+    while end > first and blank(end - 1):
         end -= 1
     if end > first and ids[end - 1] in stops:
         return end
     end = last
-    while end < len(ids) and blank[end] and ids[end] not in stops:
+    while end < len(ids) and blank(end):
         end += 1
     return end + 1 if end < len(ids) and ids[end] in stops else None
 

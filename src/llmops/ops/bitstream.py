@@ -4,7 +4,7 @@ The layout is that of compressed-tensors' ``pack-quantized``: code `q` is stored
 row begins at bit `i * bits`, least significant bit first, in 32-bit words. At 3, 5, 6 and 7 bits an element may
 straddle two words; no bit is wasted but at the end of a row.
 
-Eight elements of b bits fill exactly b bytes, whatever b is. So one path serves every width: eight codes are laid into
+Eight elements of b bits fill exactly b bytes, whatever b is. So one path packs every width: eight codes are laid into
 a 64-bit word, and the first b bytes of it are kept.
 """
 
@@ -59,9 +59,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if packed.dtype != torch.int32 or packed.shape[1] != words(count, bits):
         raise ValueError(f"packed is {packed.dtype} {tuple(packed.shape)}; expected int32 of {words(count, bits)} "
                          f"words a row for {count} elements of {bits} bits")
+    raw = packed.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        return _unpack_bytes(raw, bits, count)
     eights = -(-count // 8)
     stream = torch.zeros(rows, eights * bits, dtype=torch.uint8, device=packed.device)
-    raw = packed.contiguous().view(torch.uint8)
     kept = min(raw.shape[1], stream.shape[1])
     stream[:, :kept] = raw[:, :kept]
     word = torch.zeros(rows, eights, 8, dtype=torch.uint8, device=packed.device)
@@ -72,6 +74,16 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     for i in range(8):
         codes[:, :, i] = (((whole >> (i * bits)) & (2 * half - 1)) - half).to(torch.int8)
     return codes.view(rows, eights * 8)[:, :count].contiguous()
+
+
+def _unpack_bytes(raw: Tensor, bits: int, count: int) -> Tensor:
+    """2, 4 and 8 bits never straddle a byte: the same, several times faster (the reference matmul waits for it)."""
+    half = 1 << (bits - 1)
+    codes = torch.empty(*raw.shape, 8 // bits, dtype=torch.int8, device=raw.device)
+    for i in range(8 // bits):
+        unsigned = (raw >> (i * bits)) & (2 * half - 1)
+        codes[:, :, i] = (unsigned ^ 128).view(torch.int8) if bits == 8 else unsigned.view(torch.int8) - half
+    return codes.view(raw.shape[0], -1)[:, :count].contiguous()
 
 
 def _check_bits(bits: int) -> None:

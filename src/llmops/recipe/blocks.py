@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from llmops.errors import nearest
 from llmops.options import Options
+from llmops.recipe.secret import redacted
 from llmops.recipe.source import Problems, Trail, shown
 
 __all__ = ["expected", "field_names", "mapping", "read"]
@@ -141,6 +142,8 @@ def _cure(given: Any, info: FieldInfo) -> str:
     if isinstance(given, str):
         if literals:
             return nearest(given, literals)
+        if any(get_origin(member) is list for member in _members(info.annotation)) and redacted(given) == given:
+            return f"; write [{given}]"
         if info.annotation is bool and given.lower() in _BARE_TRUTH:
             return f"; write {'true' if given.lower() in ('yes', 'on', 'y') else 'false'}"
         try:
@@ -150,8 +153,8 @@ def _cure(given: Any, info: FieldInfo) -> str:
         return "; remove the quotes" if float in _members(info.annotation) or int in _members(info.annotation) else ""
     if isinstance(given, bool | int | float) and str in _members(info.annotation):
         return f'; put quotes around it: "{shown(given)}"'
-    if _members(info.annotation) and any(get_origin(member) is list for member in _members(info.annotation)):
-        return f"; write [{shown(given)}]" if isinstance(given, int | float | str) else ""
+    if isinstance(given, int | float) and any(get_origin(member) is list for member in _members(info.annotation)):
+        return f"; write [{shown(given)}]"
     return ""
 
 

@@ -51,7 +51,7 @@ def check_links(problems: Problems, variants: Mapping[str, Variant], names: Sequ
 
 
 def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mapping[str, DataSource],
-                data_names: Sequence[str], dims: Dims | None) -> None:
+                data_names: Sequence[str] | None, dims: Dims | None) -> None:
     """Steps that their parent, their data and the model's dimensions allow."""
     for name, variant in variants.items():
         trail: Trail = ("variants", name, variant.kind)
@@ -102,7 +102,8 @@ def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: 
     else:
         verb = {"finetune": "fine-tune", "prune": "prune", "distill": "distill"}[variant.kind]
         problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
-                            f"change; expected a variant in 16 bit: {verb} from {shown(parent.parent)} and quantize the result")
+                            f"change; expected a variant in 16 bit: {verb} from {shown(parent.parent)} and quantize "
+                            "the result")
 
 
 def _check_pattern(problems: Problems, trail: Trail, pattern: str, sparsity: float, ignore: Sequence[str],

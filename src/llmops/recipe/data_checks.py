@@ -34,7 +34,7 @@ def is_local(source: str, base_dir: Path) -> bool:
             or (base_dir / source).exists() or not looks_like_hub_id(source))
 
 
-def check_data(problems: Problems, data: Mapping[str, DataSource], names: Sequence[str], base_dir: Path) -> None:
+def check_data(problems: Problems, data: Mapping[str, DataSource], names: Sequence[str] | None, base_dir: Path) -> None:
     """Sources that are there, `from` that leads somewhere, splits that can be read. `names`: all, sound or not."""
     for name, source in data.items():
         trail: Trail = ("data", name)
@@ -96,8 +96,8 @@ def _check_split(problems: Problems, trail: Trail, source: DataSource, base_dir:
 
 
 def check_evaluate(problems: Problems, entries: Mapping[int, Evaluation], data: Mapping[str, DataSource],
-                   names: Sequence[str], base_dir: Path) -> None:
-    """Data that exist, ids that differ, expressions that compile. `entries` by their place in the list."""
+                   names: Sequence[str] | None, base_dir: Path) -> None:
+    """Data that exist and fit, ids that differ. `entries` by their place in the list."""
     seen: dict[str, int] = {}
     for index, entry in entries.items():
         options = entry.options
@@ -112,8 +112,10 @@ def check_evaluate(problems: Problems, entries: Mapping[int, Evaluation], data: 
             continue
         if refer(problems, (*trail, "data"), options.data, names, "data"):
             _check_kind(problems, trail, options, data)
-        if isinstance(options, ExactMatch) and options.extract is not None:
-            _check_extract(problems, (*trail, "extract"), options.extract)
+        extract = options.extract if isinstance(options, ExactMatch) else None
+        if extract is not None and not re.compile(extract).groups:
+            problems.add((*trail, "extract"), f"given {shown(extract)}, which has no group; expected one around the "
+                                              f"answer, as '({extract})'")
         if isinstance(options, Perplexity) and options.stride is not None and options.stride > options.context:
             problems.add((*trail, "stride"), f"given {options.stride}; expected at most the context "
                                              f"({options.context}), or tokens between the windows go unscored")
@@ -124,18 +126,6 @@ def _check_include(problems: Problems, trail: Trail, options: Harness, base_dir:
         path = base_dir / Path(options.include).expanduser()
         problems.add((*trail, "include"), f"given {shown(options.include)}, which is no folder ({path})"
                      f"{near_files(path)}; expected a folder with task YAML files")
-
-
-def _check_extract(problems: Problems, trail: Trail, expression: str) -> None:
-    try:
-        groups = re.compile(expression).groups
-    except re.error as error:
-        problems.add(trail, f"given {shown(expression)}, which is no regular expression ({error}); expected one with a "
-                            "group, as '#### (.+)'")
-        return
-    if groups == 0:
-        problems.add(trail, f"given {shown(expression)}, which has no group; expected one around the answer, as "
-                            f"'({expression})'")
 
 
 def _check_kind(problems: Problems, trail: Trail, options: ExactMatch | MultipleChoice | Perplexity,
@@ -154,17 +144,7 @@ def _check_kind(problems: Problems, trail: Trail, options: ExactMatch | Multiple
 
 
 def check_measure(problems: Problems, options: MeasureOptions, dims: Dims | None) -> None:
-    """A workload that fits the model, a sensor with what it needs."""
-    for index, size in enumerate(options.batch_sizes):
-        if size < 1 or size in options.batch_sizes[:index]:
-            problems.add(("measure", "batch_sizes", index), f"given {size}{' twice' if size >= 1 else ''}; expected "
-                                                            "whole numbers from 1, each once")
-    if options.sensor == "declared" and options.watts is None:
-        problems.add(("measure", "sensor"), 'given "declared" without watts; expected the power of the machine beside '
-                                            "it, as watts: 65")
-    if options.watts is not None and options.sensor != "declared":
-        problems.add(("measure", "watts"), f'given watts with sensor "{options.sensor}", which does not read them; '
-                                           "expected sensor: declared", key=True)
+    """A workload that fits the model."""
     total = options.prompt_tokens + options.new_tokens
     if dims is not None and dims.context is not None and total > dims.context:
         key = "new_tokens" if options.prompt_tokens < dims.context else "prompt_tokens"

@@ -1,8 +1,8 @@
 """The JSON Schema of a recipe, for editors and other tools.
 
-The leaves come from the same pydantic models that read a recipe; what holds them together (one step a variant, one key an
-entry of `evaluate`, the methods of each step) is written here and is as strict as the reader. What only the whole shows
-(names that lead nowhere, layers that a model does not have) is left to `llmops validate`.
+The leaves come from the same pydantic models that read a recipe; what holds them together (one step a variant, one key
+an entry of `evaluate`, the methods of each step) is written here and is as strict as the reader. What only the whole
+shows (names that lead nowhere, layers that a model does not have) is left to `llmops validate`.
 
 An editor uses it through the first line of a recipe: `# yaml-language-server: $schema=recipe.schema.json`.
 """
@@ -94,7 +94,8 @@ def _top() -> dict[str, Any]:
              **{cost: _ref(Goal) for cost in COSTS}}
     return {
         "version": {"const": 1, "type": "integer", "description": "format of the recipe"},
-        "name": {"type": "string", "pattern": NAME, "description": "name of the run; its folder under runs/"},
+        "name": {"type": "string", "pattern": NAME, "not": {"enum": sorted(RESERVED)},
+                 "description": "name of the run; its folder under runs/"},
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "default": 0},
         "model": {"anyOf": [{"type": "string", "minLength": 1}, _ref(ModelSource)],
                   "description": "hub id (with @revision), folder, or builtin:tiny"},

@@ -1,8 +1,8 @@
 """What a stage will take, from arithmetic alone: parameters, bytes on disk, peak memory, tokens.
 
-Estimates are for choosing a machine, not for reporting: every figure says its formula, and what cannot be known without
-the network or the data is null with the reason. In the formulas below b is a batch, s a length, h the hidden size, V the
-vocabulary, L the layers kept.
+Estimates are for choosing a machine, not for reporting: every figure says its formula, and what cannot be known
+without the network or the data is null with the reason. In the formulas below b is a batch, s a length, h the hidden
+size, V the vocabulary, L the layers kept.
 
     parameters      embeddings + L x (linear + norms) + final norm        (model.py)
     disk            parameters x bytes of the dtype; quantized: linear weights x bits / 8 + 2 bytes a scale

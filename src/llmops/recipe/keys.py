@@ -1,9 +1,9 @@
 """What a build depends on, part by part, and the key that is the hash of all parts.
 
-A variant's folder in the store is named by its key, so "has this been built?" is "is this folder there?". Each part is a
-short text under a name that a reader knows (`option.rank`, `data`, `version.torch`); the parts are stored in the build's
-`llmops.json`, and `why` compares them with those of today. Names that a recipe merely chooses (of variants, of data, of
-the run) are in no part: renaming rebuilds nothing.
+A variant's folder in the store is named by its key, so "has this been built?" is "is this folder there?". Each part is
+a short text under a name that a reader knows (`option.rank`, `data`, `version.torch`); the parts are stored in the
+build's `llmops.json`, and `why` compares them with those of today. Names that a recipe merely chooses (of variants, of
+data, of the run) are in no part: renaming rebuilds nothing.
 
 A parent enters by its key, so a change runs down the tree and no further. Scoring has a key of its own, so that a new
 score does not rebuild what is scored.
@@ -11,9 +11,13 @@ score does not rebuild what is scored.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +100,25 @@ def fingerprints(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
     return {name: fingerprint(name, recipe.data, recipe.base_dir) for name in dict.fromkeys(names)}
 
 
+@lru_cache
 def package_version(name: str) -> str:
-    """The installed version, found without importing the package; "absent" when there is none."""
-    from importlib.metadata import PackageNotFoundError, version
+    """The installed version, found without importing the package; "absent" when there is none.
+
+    Read from the name of the package's `.dist-info` folder; `importlib.metadata`, which is slow to import, is asked
+    only when there is no such folder.
+    """
+    wanted = name.lower().replace("-", "_")
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(place or "."):
+                package, _, version = entry.removesuffix(".dist-info").rpartition("-")
+                if entry.endswith(".dist-info") and package.lower().replace("-", "_").replace(".", "_") == wanted:
+                    return version
+    from importlib import metadata
 
     try:
-        return version(name)
-    except PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return "absent"
 
 

@@ -33,9 +33,14 @@ def check_name(problems: Problems, trail: Trail, name: str, what: str, *, key: b
     return True
 
 
-def refer(problems: Problems, trail: Trail, name: str, known: Iterable[str], what: str,
+def refer(problems: Problems, trail: Trail, name: str, known: Iterable[str] | None, what: str,
           matrices: dict[str, list[str]] | None = None) -> bool:
-    """Whether `name` is known; otherwise a problem that lists what is known and the nearest, and False."""
+    """Whether `name` is known; otherwise a problem that lists what is known and the nearest, and False.
+
+    known: None lets every name pass, where the names could not be read.
+    """
+    if known is None:
+        return True
     names = list(known)
     if name in names:
         return True

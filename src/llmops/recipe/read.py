@@ -43,7 +43,7 @@ class _Parts:
     problems: Problems
     base_dir: Path
     data: dict[str, DataSource] = field(default_factory=dict)
-    data_names: list[str] = field(default_factory=list)
+    data_names: list[str] | None = field(default_factory=list)  # None: not known, since `data` could not be read
     evaluate: dict[int, Evaluation] = field(default_factory=dict)
     variants: dict[str, Variant] = field(default_factory=dict)
     names: dict[str, bool] = field(default_factory=dict)  # name -> scored
@@ -96,24 +96,16 @@ def parse_recipe(source: str | Mapping[str, Any], *, file: str = "<recipe>", bas
 
 
 def _refuse_secrets(document: Document, problems: Problems) -> None:
-    """Note every secret, and take it out of the values so that no later message can repeat it."""
-    for position, (line, column) in enumerate(secret_spans(document.text)):
-        spot: Trail = ("secret", position)
-        document.values[spot] = Place(0, line, column, f"{document.file}:{line}:{column}")
-        problems.add(spot, f"given what looks like a secret (hidden); expected none: {CURE}")
-        del document.values[spot]
-    for trail, by_name in list(secret_keys(document.value)):
-        holder = document.value
-        for part in trail[:-1]:
-            holder = holder[part]
+    """Raises RecipeError when there is a secret: no other problem is looked for, so that no message can repeat it."""
+    for line, column in secret_spans(document.text):
+        problems.at(Place(0, line, column, f"{document.file}:{line}:{column}"),
+                    f"given what looks like a secret (hidden); expected none: {CURE}")
+    for trail, by_name in secret_keys(document.value):
         if by_name:
-            problems.add(trail, f'given a key that names a secret (its value is hidden); expected none: {CURE}',
-                         key=True)
-            del holder[trail[-1]]
-        else:
-            if not document.text or document.place(trail).order:
-                problems.add(trail, f"given what looks like a secret (hidden); expected none: {CURE}")
-            holder[trail[-1]] = "(hidden)"
+            problems.add(trail, f"given a key that names a secret (value hidden); expected none: {CURE}", key=True)
+        elif not document.text or document.place(trail).order:  # what stands in the text has been found there
+            problems.add(trail, f"given what looks like a secret (hidden); expected none: {CURE}")
+    problems.raise_if_any()
 
 
 def _assemble(document: Document, parts: _Parts) -> dict[str, Any] | None:
@@ -225,8 +217,8 @@ def _read_data(parts: _Parts, value: Any) -> None:
     if value is None:
         return
     body = mapping(parts.problems, ("data",), value, "a mapping of name: source, as train: {source: train.jsonl}")
+    parts.data_names = list(body) if body is not None else None
     for name, entry in (body or {}).items():
-        parts.data_names.append(name)
         check_name(parts.problems, ("data", name), name, "data")
         if isinstance(entry, str):
             entry = {"source": entry}
@@ -257,7 +249,7 @@ def _read_evaluate(parts: _Parts, value: Any) -> None:
             continue
         found = read(parts.problems, (*trail, metric), options, EVALUATIONS[metric], metric)
         if found is not None:
-            parts.evaluate[index] = Evaluation.model_validate({metric: found})
+            parts.evaluate[index] = Evaluation.model_construct(None, **cast(Any, {metric: found}))
     data_checks.check_evaluate(parts.problems, parts.evaluate, parts.data, parts.data_names, parts.base_dir)
 
 
@@ -280,7 +272,7 @@ def _read_variants(document: Document, parts: _Parts) -> None:
     parts.names = {name: not (isinstance(body, dict) and body.get("score") is False) for name, body in variants.items()}
     for name, body in variants.items():
         variant = _read_variant(parts, name, body)
-        if variant is not None:
+        if variant is not None and name != BASE:
             parts.variants[name] = variant
     if checks.check_links(problems, parts.variants, list(parts.names), parts.matrices):
         checks.check_steps(problems, parts.variants, parts.data, parts.data_names, parts.dims)

@@ -1,72 +1,80 @@
-"""A plan for people: the tree of variants, what is done, and what the rest will take."""
+"""A plan for people: the tree of variants, what is done, and what the rest will take.
+
+Plain text, aligned by hand: `llmops plan` has to answer at once, and the import of a table library would take as long
+as the plan itself.
+"""
 
 from __future__ import annotations
-
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from llmops.quantity import Quantity
 from llmops.recipe.plan import Plan, Stage
 
 __all__ = ["bytes_in_words", "count_in_words", "render"]
 
-_STYLES = {"done": "green", "to score": "yellow", "to build": "bold"}
+_HEAD = ("variant", "step", "state", "parameters", "disk", "memory", "tokens")
+_NUMBERS = 4  # the last columns, set to the right
+_COLOURS = {"done": "32", "to score": "33", "to build": "1"}
 
 
-def render(plan: Plan) -> RenderableType:
-    """A table whose first column is the tree, a summary, and the reasons for what is not known."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("variant", "step", "state"):
-        table.add_column(name, no_wrap=name != "step", overflow="fold")
-    for name in ("parameters", "disk", "memory", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for stage, branch in _tree(plan):
-        figures = stage.estimate
-        table.add_row(Text(branch + stage.variant), Text(_step(stage)), Text(_state(stage), style=_STYLES[stage.state]),
-                      count_in_words(figures.parameters), bytes_in_words(figures.disk_bytes),
-                      bytes_in_words(figures.peak_memory_bytes), count_in_words(figures.tokens))
+def render(plan: Plan, *, colour: bool = False) -> str:
+    """The plan as a table whose first column is the tree, with a summary and the reasons for what is not known.
+
+    colour: with the escape codes of a terminal.
+    """
+    rows = [(stage, _cells(stage, branch)) for stage, branch in _tree(plan)]
+    widths = [max(len(cells[column]) for cells in (_HEAD, *(cells for _, cells in rows)))
+              for column in range(len(_HEAD))]
     build = sum(not stage.built for stage in plan.stages)
     score = sum(stage.scored_here and not stage.scored for stage in plan.stages)
-    head = Text(f"{plan.recipe.name}: {len(plan.stages)} variants, {build} to build, {score} to score")
-    foot = Text("Estimates from config.json and the recipe. Peak memory of a step and its tokens are upper bounds: training in "
-                "32 bit, every row as long as max_length.", style="dim")
-    unknown = dict.fromkeys(quantity.method for stage in plan.stages
-                            for quantity in (stage.estimate.parameters,) if quantity.value is None)
-    return Group(head, Text(""), table, Text(""), foot, *(Text(f"- not known: {why}", style="dim") for why in unknown))
+    lines = [f"{plan.recipe.name}: {len(plan.stages)} variants, {build} to build, {score} to score", "",
+             _tint(_line(_HEAD, widths), "2", colour)]
+    for stage, cells in rows:
+        lines.append(_line(cells, widths, _COLOURS[stage.state] if colour else None))
+    notes = ["Estimates from config.json and the recipe. Memory (the peak of the step) and tokens are upper bounds:",
+             "training in 32 bit, every row as long as max_length."]
+    notes += [f"Not known: {why}" for why in dict.fromkeys(
+        stage.estimate.parameters.method for stage in plan.stages if stage.estimate.parameters.value is None)]
+    return "\n".join([*lines, "", *(_tint(note, "2", colour) for note in notes)])
 
 
 def bytes_in_words(quantity: Quantity) -> str:
-    """4337672 -> "4.3 MB"; "-" for what is not known."""
-    if quantity.value is None:
-        return "-"
-    value = quantity.value
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+    """4337672 -> "4.34 MB"; "-" for what is not known."""
+    return _scaled(quantity, (" B", " kB", " MB", " GB", " TB"))
 
 
 def count_in_words(quantity: Quantity) -> str:
     """2170000 -> "2.17 M"; "-" for what is not known."""
+    return _scaled(quantity, ("", " k", " M", " G", " T"))
+
+
+def _scaled(quantity: Quantity, units: tuple[str, ...]) -> str:
     if quantity.value is None:
         return "-"
-    value = quantity.value
-    for unit in ("", " k", " M"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} G"
+    value, unit = quantity.value, 0
+    while value >= 999.5 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g}{units[unit]}"
 
 
-def _state(stage: Stage) -> str:
-    return stage.state if stage.scored_here or stage.kind is None else f"{stage.state} (not scored)"
+def _cells(stage: Stage, branch: str) -> tuple[str, ...]:
+    figures = stage.estimate
+    state = stage.state if stage.scored_here else f"{stage.state} (not scored)"
+    step = stage.describe().replace(f" from {stage.parents[0]}", "", 1) if stage.parents else stage.describe()
+    return (branch + stage.variant, step, state, count_in_words(figures.parameters), bytes_in_words(figures.disk_bytes),
+            bytes_in_words(figures.peak_memory_bytes), count_in_words(figures.tokens))
 
 
-def _step(stage: Stage) -> str:
-    return stage.describe().rsplit(" from ", 1)[0] if stage.kind and len(stage.parents) == 1 else (
-        stage.describe().replace(f" from {stage.parents[0]}", "") if stage.parents else stage.describe())
+def _line(cells: tuple[str, ...], widths: list[int], tint: str | None = None) -> str:
+    left = len(cells) - _NUMBERS
+    padded = [cell.ljust(width) if column < left else cell.rjust(width)
+              for column, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+    if tint is not None:
+        padded[left - 1] = _tint(padded[left - 1], tint, True)
+    return "  ".join(padded).rstrip()
+
+
+def _tint(text: str, code: str, wanted: bool) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
 
 
 def _tree(plan: Plan) -> list[tuple[Stage, str]]:

@@ -116,6 +116,10 @@ class Problems:
         dotted = ".".join(str(part) for part in trail)
         self._found.setdefault((place, text), f"{place}: {dotted}: {text}" if dotted else f"{place}: {text}")
 
+    def at(self, place: Place, text: str) -> None:
+        """Note a problem that belongs to no key."""
+        self._found.setdefault((place, text), f"{place}: {text}")
+
     def raise_if_any(self) -> None:
         """Raises RecipeError with every problem in the order of the file."""
         if self._found:
@@ -206,7 +210,7 @@ def _syntax(error: yaml.YAMLError, text: str, file: str) -> str:
     else:
         whole = f"{problem} {context or ''}"
         cure = next((cure for sign, cure in _CURES if sign in whole), "see the line before, too")
-    return f"{place_of(mark, file)}: given text that is not YAML ({problem}); {cure}"
+    return f"{place_of(mark, file)}: given text that is not YAML ({problem}); cure: {cure}"
 
 
 def _value(node: Any, trail: Trail, document: Document, problems: Problems) -> Any:
@@ -227,10 +231,8 @@ def _value(node: Any, trail: Trail, document: Document, problems: Problems) -> A
             continue
         inner = (*trail, key)
         if key in mapping:
-            problems.document.keys[(*trail, key, 1)] = at
-            problems.add((*trail, key, 1), f'given the key "{key}" twice (first at {document.keys[inner]}); '
-                                           "expected it once: remove one or rename it", key=True)
-            del problems.document.keys[(*trail, key, 1)]
+            problems.at(at, f'given the key "{key}" twice (first at {document.keys[inner]}); expected it once: remove '
+                            "one or rename it")
             continue
         document.keys[inner] = at
         if key == "<<":

@@ -39,15 +39,13 @@ def apply_sets(document: Document, sets: Sequence[str], problems: Problems) -> N
         label = f"--set {_safe(text)}"
         place = Place(position + 1, 0, 0, label)
         if not sign or not path.strip():
-            problems.document.values[("--set", position)] = place
-            problems.add(("--set", position), "given no path or no value; expected path=value, for example "
-                         "variants.tuned.finetune.rank=8")
+            problems.at(place, "given no path or no value; expected path=value, for example "
+                               "variants.tuned.finetune.rank=8")
             continue
         try:
             parsed = parse(value, "value").value
         except RecipeError as error:
-            problems.document.values[("--set", position)] = place
-            problems.add(("--set", position), f"given a value that is not YAML; {error.problems[0].split(': ', 1)[-1]}")
+            problems.at(place, error.problems[0].split(": ", 1)[-1])
             continue
         _set(document, path.strip(), parsed, place, problems)
 
@@ -71,18 +69,17 @@ def _set(document: Document, path: str, value: Any, place: Place, problems: Prob
         trail = (*trail, key)
         if isinstance(here, list):
             if not isinstance(key, int) or not 0 <= key < len(here) + (not rest):
-                _refuse(document, trail, place, problems, f"a list of {len(here)}: write a number from 0 to "
-                                                          f"{len(here) - 1}")
+                _refuse(problems, place, trail, f"a list of {len(here)}: write a number from 0 to {len(here) - 1}")
                 return
         elif not isinstance(here, dict):
-            _refuse(document, trail, place, problems, f"{shown(here)}, which holds no keys: set {_dotted(outer)}")
+            _refuse(problems, place, trail, f"{shown(here)}, which holds no keys: set {_dotted(outer)}")
             return
         if not rest:
             break
         if isinstance(here, dict) and here.get(key) is None:
             if not _may_be_made(outer, str(key)):
                 known = ", ".join(here) or "nothing"
-                _refuse(document, trail, place, problems, f"only {known}{nearest(str(key), here)}")
+                _refuse(problems, place, trail, f"only {known}{nearest(str(key), here)}")
                 return
             here[key] = {}
         here = here[key]
@@ -110,10 +107,8 @@ def _may_be_made(outer: Trail, key: str) -> bool:
             or outer == ("goals",))
 
 
-def _refuse(document: Document, trail: Trail, place: Place, problems: Problems, there: str) -> None:
-    spot = ("--set", place.order)
-    document.values[spot] = place
-    problems.add(spot, f"unknown path {_dotted(trail)}; {_dotted(trail[:-1]) or 'the recipe'} has {there}")
+def _refuse(problems: Problems, place: Place, trail: Trail, there: str) -> None:
+    problems.at(place, f"unknown path {_dotted(trail)}; {_dotted(trail[:-1]) or 'the recipe'} has {there}")
 
 
 def _dotted(trail: Trail) -> str:
@@ -218,7 +213,7 @@ def _name_part(value: Any) -> str:
     if isinstance(value, list):
         return "_".join(_name_part(item) for item in value)
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text).strip("_") or "_"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_") or "_"
 
 
 def build_order(parents: Mapping[str, Sequence[str]]) -> list[str]:

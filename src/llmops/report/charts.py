@@ -1,9 +1,9 @@
 """Charts as inline SVG: score against cost with intervals and the Pareto line, and loss curves.
 
-Made by hand rather than with a plotting library: a chart is a few kB, prints, follows light and dark (colours are classes
-of report.css), and each point is a link with a spoken name. Colour never carries meaning alone: each kind of step has a
-shape, and a hollow point is an estimate. Axes turn logarithmic when the figures span more than a factor of `LOG_FROM`; the
-score's axis is turned so that up is better, also for perplexity.
+Made by hand rather than with a plotting library: a chart is a few kB, prints, follows light and dark (colours are
+classes of report.css), and each point is a link with a spoken name. Colour never carries meaning alone: each kind of
+step has a shape, and a hollow point is an estimate. Axes turn logarithmic when the figures span more than a factor of
+`LOG_FROM`; the score's axis is turned so that up is better, also for perplexity.
 
 x, y are figures; px, py pixels of the view box.
 """
@@ -24,7 +24,9 @@ WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 16, 58
 LOG_FROM = 12.0
 LETTER = 6.7  # mean width of a label's letter
+MOST_NAMES = 40  # dots; with more, only those on the Pareto line are named
 MOST_POINTS = 160  # of a loss curve
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Axis:
     start: float
     end: float
     turned: bool = False
+    may_log: bool = True
     log: bool = field(init=False)
     low: float = field(init=False)
     high: float = field(init=False)
@@ -57,7 +60,7 @@ class Axis:
     def __post_init__(self) -> None:
         finite = [value for value in self.values if math.isfinite(value)] or [0.0, 1.0]
         self.low, self.high = min(finite), max(finite)
-        self.log = self.low > 0 and self.high / self.low > LOG_FROM and self.unit != "fraction"
+        self.log = self.may_log and self.low > 0 and self.high / self.low > LOG_FROM and self.unit != "fraction"
         if self.log:
             edge = (self.high / self.low) ** 0.06
             self.low, self.high = self.low / edge, self.high * edge
@@ -105,19 +108,21 @@ def scatter(dots: Sequence[Dot], *, label: str, x_title: str, y_title: str, y_le
     front = sorted((dot for dot in dots if dot.front), key=lambda dot: (dot.x.value or 0, -y_axis(dot.y.value or 0)))
     places = [(dot, x_axis(dot.x.value or 0), y_axis(dot.y.value or 0)) for dot in dots]
     return tag("svg", _grid(x_axis, y_axis, x_title, y_title), _staircase(front, x_axis, y_axis),
-               [_bars(dot, x_axis, y_axis) for dot in dots], _names(places),
+               [_bars(dot, x_axis, y_axis) for dot in dots], _names(places, x_axis, y_axis),
                [_dot(dot, px, py) for dot, px, py in places],
                viewBox=f"0 0 {WIDTH} {HEIGHT}", role="group", aria_label=label, class_="scatter")
 
 
 def shape(kind: str, x: float, y: float, *, hollow: bool = False, size: float = 6.0) -> Markup:
     """The mark of a kind of step: circle finetune, square quantize, triangle prune, diamond distill, ring base."""
-    style = f"mark {kind if kind in ('finetune', 'quantize', 'prune', 'distill') else 'base'}{' hollow' if hollow else ''}"
+    known = kind if kind in ("finetune", "quantize", "prune", "distill") else "base"
+    style = f"mark {known} hollow" if hollow else f"mark {known}"
     corners = {"quantize": [(-.9, -.9), (.9, -.9), (.9, .9), (-.9, .9)], "prune": [(0, -1.2), (1.1, .9), (-1.1, .9)],
                "distill": [(0, -1.3), (1.2, 0), (0, 1.3), (-1.2, 0)]}.get(kind)
     if corners is None:
         return tag("circle", cx=_px(x), cy=_px(y), r=size, class_=style)
-    return tag("polygon", points=" ".join(f"{_px(x + dx * size)},{_px(y + dy * size)}" for dx, dy in corners), class_=style)
+    path = " ".join(f"{_px(x + dx * size)},{_px(y + dy * size)}" for dx, dy in corners)
+    return tag("polygon", points=path, class_=style)
 
 
 def curve(points: Sequence[tuple[float, float]], *, label: str) -> Markup:
@@ -128,9 +133,9 @@ def curve(points: Sequence[tuple[float, float]], *, label: str) -> Markup:
     if not kept:
         return tag("p", "no finite loss was recorded", class_="dim")
     width, height, left, bottom = 320, 170, 44, 24
-    x_axis = Axis([x for x, _ in kept], "steps", left, width - 8)
-    y_axis = Axis([y for _, y in kept], "loss", height - bottom, 8)
-    y_axis.low = max(0.0, y_axis.low) if not y_axis.log else y_axis.low
+    x_axis = Axis([x for x, _ in kept], "steps", left, width - 8, may_log=False)
+    y_axis = Axis([y for _, y in kept], "loss", height - bottom, 8, may_log=False)
+    x_axis.low, y_axis.low = kept[0][0], max(0.0, y_axis.low) if min(y for _, y in kept) >= 0 else y_axis.low
     line = " ".join(f"{_px(x_axis(x))},{_px(y_axis(y))}" for x, y in kept)
     x_text, _ = x_axis.told()
     y_text, _ = y_axis.told()
@@ -138,7 +143,7 @@ def curve(points: Sequence[tuple[float, float]], *, label: str) -> Markup:
              tag("text", y_text(tick), x=left - 6, y=_px(y_axis(tick) + 4), text_anchor="end")]
             for tick in y_axis.ticks()[::1 if len(y_axis.ticks()) < 6 else 2]]
     steps = [tag("text", x_text(tick), x=_px(x_axis(tick)), y=height - 6, text_anchor="middle")
-             for tick in x_axis.ticks()[::2]]
+             for tick in x_axis.ticks()[::1 if len(x_axis.ticks()) < 6 else 2]]
     return tag("svg", grid, steps, tag("polyline", points=line, class_="curve"),
                viewBox=f"0 0 {width} {height}", role="img", aria_label=label, class_="small")
 
@@ -210,18 +215,18 @@ def _dot(dot: Dot, px: float, py: float) -> Markup:
                aria_label=dot.tip)
 
 
-def _names(places: Sequence[tuple[Dot, float, float]]) -> Markup:
+def _names(places: Sequence[tuple[Dot, float, float]], x_axis: Axis, y_axis: Axis) -> Markup:
     """Names beside their dots: those of the front first, each where it covers nothing, else left to the tip."""
-    taken = [(px - 8, py - 8, px + 8, py + 8) for _, px, py in places]
+    taken = [box for dot, px, py in places for box in _boxes(dot, px, py, x_axis, y_axis)]
     found = []
     for dot, px, py in sorted(places, key=lambda place: (not place[0].winner, not place[0].front, place[2])):
+        if len(places) > MOST_NAMES and not (dot.front or dot.winner):
+            continue
         wide = len(dot.name) * LETTER
-        for x, y, anchor in ((px + 11, py + 4, "start"), (px - 11, py + 4, "end"), (px, py - 12, "middle"),
-                             (px, py + 20, "middle"), (px + 9, py - 9, "start"), (px + 9, py + 17, "start"),
-                             (px - 9, py - 9, "end"), (px - 9, py + 17, "end")):
+        for x, y, anchor in _spots(px, py, _boxes(dot, px, py, x_axis, y_axis)):
             left = x - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
             box = (left, y - 11, left + wide, y + 3)
-            inside = LEFT < box[0] and box[2] < WIDTH - 4 and box[1] > 0 and box[3] < HEIGHT - BOTTOM
+            inside = box[0] > LEFT and box[2] < WIDTH - 4 and box[1] > 0 and box[3] < HEIGHT - BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 found.append(tag("text", dot.name, x=_px(x), y=_px(y), text_anchor=anchor,
@@ -230,5 +235,25 @@ def _names(places: Sequence[tuple[Dot, float, float]]) -> Markup:
     return tag("g", join(found), aria_hidden="true")
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _boxes(dot: Dot, px: float, py: float, x_axis: Axis, y_axis: Axis) -> list[Box]:
+    """What a dot covers: its mark and its two bars."""
+    found = [(px - 8, py - 8, px + 8, py + 8)]
+    if dot.x.ci95:
+        found.append((x_axis(dot.x.ci95[0]), py - 1, x_axis(dot.x.ci95[1]), py + 1))
+    if dot.y.ci95:
+        ends = sorted((y_axis(dot.y.ci95[0]), y_axis(dot.y.ci95[1])))
+        found.append((px - 1, ends[0], px + 1, ends[1]))
+    return found
+
+
+def _spots(px: float, py: float, boxes: Sequence[Box]) -> list[tuple[float, float, str]]:
+    """Where a name may stand, best first: beside, in a corner of the cross, beyond the ends of the bars."""
+    left, right = min(box[0] for box in boxes), max(box[2] for box in boxes)
+    top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
+    return [(right + 5, py + 4, "start"), (px + 9, py - 6, "start"), (px + 9, py + 15, "start"),
+            (px - 9, py - 6, "end"), (px - 9, py + 15, "end"), (left - 5, py + 4, "end"),
+            (px, top - 5, "middle"), (px, bottom + 13, "middle")]
+
+
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

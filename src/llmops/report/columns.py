@@ -1,7 +1,7 @@
 """The columns that the table and the page share: what each one reads from a row, and how it is told.
 
-A cell carries its text, a value to sort by, where the figure came from, and a tone. `keep` orders the columns by what can be
-spared when the line is short: 0 is never dropped, the highest goes first.
+A cell carries its text, a value to sort by, where the figure came from, and a tone. `keep` orders the columns by what
+can be spared when the line is short: 0 is never dropped, the highest goes first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """`title` heads the table, `long` says it in full. `compact` columns stand in the narrow table, others in the wide one."""
+    """`title` heads the table, `long` says it in full; `compact` and `wide`: which of the two tables it stands in."""
 
     id: str
     title: str
@@ -63,7 +63,8 @@ class Column:
 def score_titles(ids: Sequence[str]) -> dict[str, str]:
     """Short headings: the metric alone where only one score has it, else the whole id."""
     metrics = [each.partition(":")[0] for each in ids]
-    return {each: SHORT.get(metric, metric) if metrics.count(metric) == 1 else each for each, metric in zip(ids, metrics, strict=True)}
+    return {each: SHORT.get(metric, metric) if metrics.count(metric) == 1 else each
+            for each, metric in zip(ids, metrics, strict=True)}
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -108,8 +109,10 @@ def _sizes() -> list[Column]:
         Column("bits", "bits", "bits per weight resident in memory, scales and embeddings included",
                _plain("size", "bits_per_weight", unit=False), keep=7),
         Column("disk", "disk", "bytes on disk", _plain("size", "disk_bytes"), keep=2),
-        Column("weights", "weights", "bytes of the weights resident in memory", _plain("size", "weights_bytes"), keep=9),
-        Column("memory", "peak mem", "peak memory while measuring", _plain("size", "peak_memory_bytes"), compact=False)]
+        Column("weights", "weights", "bytes of the weights resident in memory", _plain("size", "weights_bytes"),
+               keep=9),
+        Column("memory", "peak mem", "peak memory while measuring", _plain("size", "peak_memory_bytes"),
+               compact=False)]
 
 
 def _speed(batch: str) -> list[Column]:
@@ -148,10 +151,11 @@ def _joules(batch: str) -> Callable[[Row], Cell]:
 
 def _building() -> list[Column]:
     return [
-        Column("built", "build", "energy of building this variant, without its ancestors", _plain("building", "energy_j"), keep=4),
+        Column("built", "build", "energy of building this variant, without its ancestors",
+               _plain("building", "energy_j"), keep=4),
         Column("built s", "build time", "time of building this variant", _plain("building", "wall_s"), compact=False),
-        Column("break even", "break-even", "output tokens after which the energy of building it and its ancestors is won back",
-               _plain("building", "break_even_tokens"), compact=False)]
+        Column("break even", "break-even", "output tokens after which the energy of building it and its ancestors is "
+               "won back", _plain("building", "break_even_tokens"), compact=False)]
 
 
 # --------------------------------------------------------------------------------------------------------------- cells
@@ -161,7 +165,8 @@ def _plain(*path: str, unit: bool = True) -> Callable[[Row], Cell]:
     return _figure(lambda row: figure(row, *path), unit=unit)
 
 
-def _figure(read: Callable[[Row], Quantity], *, with_interval: bool = False, unit: bool = True) -> Callable[[Row], Cell]:
+def _figure(read: Callable[[Row], Quantity], *, with_interval: bool = False,
+            unit: bool = True) -> Callable[[Row], Cell]:
     def cell(row: Row) -> Cell:
         found = read(row)
         return Cell(show(found, with_interval=with_interval, unit=unit), found.value, told(found),
@@ -174,7 +179,8 @@ def _delta(score_id: str, other: str, up: bool) -> Callable[[Row], Cell]:
     def cell(row: Row) -> Cell:
         body = versus(row, score_id, other)
         if not body:
-            reason = "there is none to compare with" if name_of(row) == "base" else f"no comparison with {other} is in the row"
+            reason = ("there is none to compare with" if name_of(row) == "base"
+                      else f"no comparison with {other} is in the row")
             return Cell(NONE, None, reason, "dim")
         found = quantity(body.get("delta"), "the comparison holds no difference")
         return Cell(show(found, with_interval=True, difference=True, unit=False), found.value, _flips(body, found),

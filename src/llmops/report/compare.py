@@ -1,9 +1,10 @@
 """Chosen variants side by side, every figure against one of them.
 
-Rows alone hold paired differences with a variant's parent, with base and with what the goals name. For any other pair the
-items have to be paired again, by `paired` (the command line gives it the ledger's items); without it the difference of two
-scores is shown with its unpaired interval, and says so. Rows of other prompts, another protocol or another machine are
-never compared: the cell says why. Speed and energy were measured as ratios to base, so two variants meet through base.
+Rows alone hold paired differences with a variant's parent, with base and with what the goals name. For any other pair
+the items have to be paired again, by `paired` (the command line gives it the ledger's items); without it the
+difference of two scores is shown with its unpaired interval, and says so. Rows of other prompts, another protocol or
+another machine are never compared: the cell says why. Speed and energy were measured as ratios to base, so two
+variants meet through base.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Compared", "Line", "Paired", "compare", "compare_as_json", "compare_table"]
 
-#: (row, reference row, score id) -> what llmops.evaluate.statistics.paired returns, or None when the items are not at hand.
+#: (row, reference row, score id) -> what llmops.evaluate.statistics.paired returns; None when the items are not there
 Paired = Callable[[Row, Row, str], Mapping[str, Any] | None]
 Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 RATIOS = {"joules_per_token": ("energy", "ratio_to_base"), "decode_tokens_per_s": ("latency", "speed_ratio_to_base")}
@@ -75,8 +76,9 @@ def compare(rows: Sequence[Row], names: Sequence[str] = (), *, against: str | No
             paired: Paired | None = None) -> list[Line]:
     """Every score and cost of the chosen variants, each against `against`.
 
-    names: variants, or `RUN/VARIANT` where rows of several runs are given (default: all). against: the reference (default:
-    the parent of the first name when it is among the names, else the first name). Raises LlmopsError for an unknown name.
+    names: variants, or `RUN/VARIANT` where rows of several runs are given (default: all). against: the reference
+    (default: the parent of the first name when it is among the names, else the first name). Raises LlmopsError for an
+    unknown name.
     """
     chosen, reference = _chosen(rows, names, against)
     everyone = list(chosen.values())
@@ -94,9 +96,10 @@ def compare_as_json(rows: Sequence[Row], names: Sequence[str] = (), *, against: 
                     paired: Paired | None = None) -> dict[str, Any]:
     """`compare` as plain values: {"against", "variants", "figures": [{"figure", "kind", "variants": {name: ...}}]}."""
     chosen, reference = _chosen(rows, names, against)
+    lines = compare(rows, names, against=against, paired=paired)
     return {"against": reference, "variants": list(chosen), "figures": [
-        {"figure": line.figure, "kind": line.kind, "variants": {label: cell.as_dict() for label, cell in line.cells.items()}}
-        for line in compare(rows, names, against=against, paired=paired)]}
+        {"figure": line.figure, "kind": line.kind,
+         "variants": {label: cell.as_dict() for label, cell in line.cells.items()}} for line in lines]}
 
 
 def compare_table(rows: Sequence[Row], names: Sequence[str] = (), *, against: str | None = None,
@@ -159,7 +162,8 @@ def _chosen(rows: Sequence[Row], names: Sequence[str], against: str | None) -> t
 def _labels(rows: Sequence[Row]) -> dict[str, Row]:
     """By variant; by RUN/VARIANT where rows of more than one run are given."""
     runs = {group(row, "identity").get("run") for row in rows}
-    return {name_of(row) if len(runs) < 2 else f"{group(row, 'identity').get('run')}/{name_of(row)}": row for row in rows}
+    one = len(runs) < 2
+    return {name_of(row) if one else f"{group(row, 'identity').get('run')}/{name_of(row)}": row for row in rows}
 
 
 def _label(name: str, labels: Mapping[str, Row]) -> str:
@@ -189,7 +193,7 @@ def _score(row: Row, reference: Row, score_id: str, up: bool, paired: Paired | N
 
 
 def _delta(row: Row, reference: Row, score_id: str, paired: Paired | None) -> Quantity:
-    """Paired as stored, else paired anew, else unpaired: sqrt(stderr_a^2 + stderr_b^2), too wide for one set of items."""
+    """Paired as stored, else paired anew, else unpaired: sqrt(stderr_a^2 + stderr_b^2), too wide for shared items."""
     same_run = all(group(row, "identity").get(key) == group(reference, "identity").get(key) for key in ("run",))
     body: Mapping[str, Any] | None = versus(row, score_id, name_of(reference)) if same_run else None
     body = body or (paired(row, reference, score_id) if paired is not None else None)
@@ -204,8 +208,13 @@ def _delta(row: Row, reference: Row, score_id: str, paired: Paired | None) -> Qu
     if len(errors) < 2:
         return Quantity(delta, a.unit, weakest([a.provenance, b.provenance]), "unpaired; no standard error is known")
     half = Z * math.hypot(*errors)
-    return Quantity(delta, a.unit, weakest([a.provenance, b.provenance]),
-                    "unpaired: the items are not at hand; interval from the two standard errors", (delta - half, delta + half))
+    return Quantity(delta,
+    a.unit,
+    weakest([a.provenance,
+    b.provenance]),
+    "unpaired: the items are not at hand; interval from the two standard errors",
+    (delta - half,
+     delta + half))
 
 
 def _cost(row: Row, reference: Row, by: str, batch: str) -> Compared:
@@ -220,9 +229,10 @@ def _cost(row: Row, reference: Row, by: str, batch: str) -> Compared:
                      f"one figure divided by the other: {told(value)}")
     if by in RATIOS:
         ratio = _through_base(row, reference, RATIOS[by], batch) or ratio
-    exact = by in ("disk_bytes", "weights_bytes")  # counted, so any difference is one
-    better = (ratio.value < 1 if ratio.value not in (None, 1) else None) if exact and ratio.value is not None else _better(
-        ratio, 1.0, not COSTS[by].less_is_better)
+    if by in ("disk_bytes", "weights_bytes"):  # counted, so any difference is one
+        better = None if value.value == other.value else value.value < other.value
+    else:
+        better = _better(ratio, 1.0, not COSTS[by].less_is_better)
     return Compared(value, ratio, better=better)
 
 
@@ -235,7 +245,8 @@ def _through_base(row: Row, reference: Row, place: tuple[str, str], batch: str) 
         return a if a.value is not None else None
     if name_of(row) == "base" and b.value:
         ends = (1 / b.ci95[1], 1 / b.ci95[0]) if b.ci95 and min(b.ci95) > 0 else None
-        return Quantity(1 / b.value, "ratio", b.provenance, f"1 / ratio of the reference to base: {b.method}", ends, b.n)
+        return Quantity(1 / b.value, "ratio", b.provenance, f"1 / ratio of the reference to base: {b.method}", ends,
+                        b.n)
     if not a.value or not b.value:
         return None
     ratio = a.value / b.value

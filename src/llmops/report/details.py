@@ -1,4 +1,4 @@
-"""The lower half of the page: every figure of every variant with its provenance, how it was measured, and what was not."""
+"""The lower half of the page: every figure of every variant with its provenance, how it was measured, what was not."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from llmops.report.sections import NOTHING, Page
 __all__ = ["environment", "every_figure", "logged", "method", "nulls", "quantities"]
 
 GROUPS = ("quality", "tokens", "size", "latency", "energy", "building", "carbon", "parity")
-ESTIMATE = ("Figures marked ~ are estimates, not measurements: a model of the machine's power, times the time. Such an estimate "
-            "follows time and load; it cannot show a saving that is not a saving of time.")
+ESTIMATE = ("Energy marked ~ is estimated, not measured. Where the method names a model of the machine's power or "
+            "declared watts, it follows time and load: such an estimate cannot show a saving that is not a saving of "
+            "time.")
 
 
 def quantities(row: Row) -> Iterator[tuple[str, str, Quantity]]:
@@ -41,14 +42,16 @@ def every_figure(page: Page) -> Markup:
 
 def _variant(page: Page, row: Row) -> Markup:
     transform, identity = group(row, "transform"), group(row, "identity")
+    built = group(row, "building")
     facts = {"state": status_text(row), "made by": " → ".join(map(str, transform.get("chain") or [])) or "as it came",
              "options": _json(transform.get("options")), "stored as": transform.get("storage_dtype"),
              "computes in": transform.get("compute_dtype"), "kernel": transform.get("kernel"),
              "zeros": transform.get("sparsity_saves"), "teacher": identity.get("teacher"), "key": identity.get("key"),
-             "data": _json(group(row, "building").get("data_sha256")), "rows": _json(group(row, "building").get("data")),
-             "reloaded": _parity(row), "notes": "; ".join(events(row))}
+             "data": _json(built.get("data_sha256")), "rows": _json(built.get("data")), "reloaded": _parity(row),
+             "notes": "; ".join(events(row))}
     listed = [tag("div", tag("dt", key), tag("dd", str(value))) for key, value in facts.items() if value]
-    head = tag("tr", [tag("th", each, scope="col") for each in ("", "figure", "value", "95% interval", "n", "provenance")])
+    head = tag("tr", [tag("th", each, scope="col")
+                      for each in ("", "figure", "value", "95% interval", "n", "provenance")])
     body = [tag("tr", tag("td", name, class_="dim"), tag("th", path, scope="row"), _values(found))
             for name, path, found in quantities(row)]
     table = tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="plain figures"), class_="scroll",
@@ -86,18 +89,21 @@ def method(page: Page) -> Markup:
     """How scores and costs were taken, and the nulls with their reasons."""
     protocols = {score_id: body.get("protocol") for row in page.rows for score_id, body in group(row, "quality").items()
                  if isinstance(body, Mapping)}
-    parts = [tag("p", "Every variant was saved, reloaded from disk, checked against what was in memory, and scored as it was "
-                      "reloaded. Differences are paired: the same items, answered by both. An interval is a 95% interval.")]
+    parts = [tag("p", "Every variant was saved, reloaded from disk, checked against what was in memory, and scored as "
+                      "reloaded. Differences are paired: the same items, answered by both. Intervals are 95% "
+                      "intervals.")]
     if protocols:
         parts.append(_listed("Scores", {key: _plain(value) for key, value in protocols.items()}))
     workload = next((found for row in page.rows if (found := group(row, "workload"))), {})
     if workload:
         parts.append(_listed("Speed, memory and energy", {"workload": _plain(workload)}))
-    if any(found.provenance == "estimated" for row in page.rows for name, _, found in quantities(row) if name == "energy"):
+    guessed = (found.provenance == "estimated" for row in page.rows for name, _, found in quantities(row)
+               if name == "energy")
+    if any(guessed):
         parts.append(tag("p", ESTIMATE))
     if any(group(row, "transform").get("sparsity_saves") for row in page.rows):
-        parts.append(tag("p", "Zeros in dense tensors save no time and no memory; on disk they save bytes only when the file "
-                              "is compressed."))
+        parts.append(tag("p", "Zeros in dense tensors save no time and no memory; on disk they save bytes only when "
+                              "the file is compressed."))
     missing = nulls(page.rows)
     parts.append(tag("h3", "What was not measured, and why"))
     parts.append(tag("ul", [tag("li", tag("b", name), f": {reason} ({_who(who, page.rows)})") for (name, reason), who
@@ -106,14 +112,16 @@ def method(page: Page) -> Markup:
 
 
 def nulls(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
-    """(figure, reason) -> the variants that lack it. Variants that were built but not scored, or not built, are there too."""
+    """(figure, reason) -> the variants that lack it; those that were not scored, or not built, are there too."""
     found: dict[tuple[str, str], list[str]] = {}
     batch = batch_of(rows)
     for row in rows:
         if state_of(row) not in ("ok", "broken"):
             found.setdefault(("everything", status_text(row)), []).append(name_of(row))
             continue
-        lacking = [(path, each.method) for _, path, each in quantities(row) if each.value is None]
+        root = not group(row, "transform").get("kind")  # the model as it came is not built, nor compared with itself
+        lacking = [(path, each.method) for name, path, each in quantities(row)
+                   if each.value is None and not (root and (name == "building" or path.endswith("_to_base")))]
         lacking += [(f"all of {name}", "not in the row: the variant was not scored, or this was not measured")
                     for name in ("quality", "latency", "energy") if not group(row, name)]
         if group(row, "energy") and not group(row, "energy", batch):
@@ -127,8 +135,9 @@ def nulls(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
 
 
 def _who(who: Sequence[str], rows: Sequence[Row]) -> str:
-    if len(who) == len(rows) and len(rows) > 1:
-        return "all variants"
+    scored = {name_of(row) for row in rows if group(row, "quality")}
+    if len(who) > 2 and set(who) >= scored:
+        return "all variants" if len(who) == len(rows) else "every variant that was scored"
     return ", ".join(who) if len(who) <= 8 else f"{', '.join(who[:8])} and {len(who) - 8} more"
 
 
@@ -167,11 +176,11 @@ def environment(page: Page) -> Markup:
             seen.append((facts, [name_of(row)]))
     if not seen:
         return NOTHING
-    parts = [_listed("All variants" if len(seen) == 1 else ", ".join(who), {key: _value(value) for key, value in facts.items()
-                                                                            if value not in (None, [], {}, "")})
+    parts = [_listed("All variants" if len(seen) == 1 else ", ".join(who),
+                     {key: _value(value) for key, value in facts.items() if value not in (None, [], {}, "")})
              for facts, who in seen]
-    warning = tag("p", "The variants were measured in different environments: speed and energy are compared only within one.",
-                  class_="verdict bad") if len(seen) > 1 else NOTHING
+    warning = tag("p", "The variants were measured in different environments: speed and energy are compared only "
+                       "within one.", class_="verdict bad") if len(seen) > 1 else NOTHING
     return tag("section", tag("h2", "Environment", id="environment"), warning, parts, aria_labelledby="environment")
 
 
@@ -188,5 +197,5 @@ def logged(lines: Sequence[str]) -> Markup:
     """The run's log, folded."""
     if not lines:
         return NOTHING
-    return tag("section", tag("h2", "Log", id="log"), tag("details", tag("summary", f"{len(lines):,} lines"),
-                                                         tag("pre", "\n".join(lines), tabindex=0)), aria_labelledby="log")
+    folded = tag("details", tag("summary", f"{len(lines):,} lines"), tag("pre", "\n".join(lines), tabindex=0))
+    return tag("section", tag("h2", "Log", id="log"), folded, aria_labelledby="log")

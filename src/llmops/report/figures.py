@@ -1,7 +1,7 @@
 """A Quantity as text: three significant digits, a scaled unit, its interval, and a mark for where it came from.
 
-`~` stands before whatever was estimated, `-` for whatever is not known (the reason is in `told`). Fractions are shown as per
-cent, their differences as percentage points. Bytes are decimal: 1 kB is 1,000 B.
+`~` stands before whatever was estimated, `-` for whatever is not known (the reason is in `told`). Fractions are shown
+as per cent, their differences as percentage points. Bytes are decimal: 1 kB is 1,000 B.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def interval(low: float, high: float, *, decimals: int, signed: bool = False) ->
 
 
 def show(quantity: Quantity, *, with_interval: bool = False, difference: bool = False, unit: bool = True) -> str:
-    """`~1.32 kJ [1.20, 1.44]`. difference: signed, and in percentage points for a fraction. unit: false leaves it away."""
+    """`~1.32 kJ [1.20, 1.44]`. difference: signed, and in percentage points for a fraction. unit: false drops it."""
     if quantity.value is None:
         return NONE
     ends: tuple[float, ...] = quantity.ci95 or ()

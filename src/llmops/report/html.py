@@ -1,14 +1,15 @@
 """report.html: one file that needs no network, no server and no script to be read.
 
-Style and script are files of this package, put into the page whole; a content security policy allows those two by their
-hash and nothing else, so even a name that slipped through the escaping could load or run nothing. The script only adds
-comfort: switching charts, sorting, filtering, arrow keys in the table. Charts are hand-made SVG (see `charts`): a plotting
-library would make the page 4.5 MB.
+Style and script are files of this package, put into the page whole; a content security policy allows those two by
+their hash and nothing else, so even a name that slipped through the escaping could load or run nothing. The script
+only adds comfort: switching charts, sorting, filtering, arrow keys in the table. Charts are hand-made SVG (see
+`charts`): a plotting library would make the page 4.5 MB.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import uuid
 from collections.abc import Sequence
@@ -16,21 +17,31 @@ from importlib import resources
 from pathlib import Path
 
 from llmops.errors import StoreError
-from llmops.report import details, sections
+from llmops.report import building, details, sections
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
 
 __all__ = ["page", "write_html"]
 
-CONTENTS = {"outcome": "Outcome", "tree": "Variants", "charts": "Worth and cost", "table": "Table", "building": "Building",
-            "loss": "Loss", "details": "Every figure", "method": "Method", "environment": "Environment", "log": "Log"}
+CONTENTS = {
+    "outcome": "Outcome",
+    "tree": "Variants",
+    "charts": "Worth and cost",
+    "table": "Table",
+    "building": "Building",
+    "loss": "Loss",
+    "details": "Every figure",
+    "method": "Method",
+    "environment": "Environment",
+     "log": "Log"}
 
 
 def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequence[str] | None = None) -> Path:
     """Write the page of `rows` to `path`, whole or not at all; returns the path.
 
-    title: of the page, usually the run's name. log: lines to show at its end. Raises StoreError when it cannot be written.
+    title: of the page, usually the run's name. log: lines to show at its end. Raises StoreError when the file cannot be
+    written.
     """
     place = Path(path)
     scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
@@ -39,9 +50,10 @@ def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequen
         scratch.write_text(page(rows, title=title, log=log), encoding="utf-8")
         scratch.replace(place)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StoreError(f"{place}: the report cannot be written ({error}); expected a folder that can be written to, with "
-                         "room left; name another place with --runs") from error
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise StoreError(f"{place}: the report cannot be written ({error}); expected a folder that can be written to, "
+                         "with room left; name another place with --runs") from error
     return place
 
 
@@ -49,7 +61,7 @@ def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None) -
     """The page as text."""
     seen = Page(rows)
     body = [sections.outcome(seen), sections.family(seen), sections.charted(seen), sections.tabled(seen),
-            sections.building(seen), sections.curves(seen), details.every_figure(seen), details.method(seen),
+            building.building(seen), building.curves(seen), details.every_figure(seen), details.method(seen),
             details.environment(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     found = [anchor for anchor in CONTENTS if any(f'id="{anchor}"' in part for part in body)]
@@ -64,7 +76,8 @@ def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None) -
 
 def _head(title: str) -> Markup:
     style, script = _asset("report.css"), _asset("report.js")
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    policy = (f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
+              "form-action 'none'")
     return tag("head", tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=policy),
                tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title} · llmops"),

@@ -48,7 +48,8 @@ def join(children: Child) -> Markup:
 def tag(name: str, /, *children: Child, **attributes: object) -> Markup:
     """`tag("td", "a < b", class_="num", data_v=3)` is `<td class="num" data-v="3">a &lt; b</td>`.
 
-    `_` in an attribute's name stands for `-`, one at its end goes away. None and False leave the attribute out, True is bare.
+    `_` in an attribute's name stands for `-`, one at its end goes away. None and False leave the attribute out, True is
+    bare.
     """
     parts = [name]
     for key, value in attributes.items():

@@ -41,7 +41,7 @@ class Point:
 def pareto(points: Iterable[Point]) -> set[str]:
     """Names of the points that no other dominates; equal points stay together. O(n log n).
 
-    p dominates q: score_p >= score_q and cost_p <= cost_q, one of them strictly. Points that are not finite are ignored.
+    p dominates q: score_p >= score_q and cost_p <= cost_q, one of them strictly. What is not finite is ignored.
     """
     finite = [point for point in points if math.isfinite(point.score) and math.isfinite(point.cost)]
     front: set[str] = set()

@@ -1,7 +1,7 @@
 """What a ledger row holds, read so that nothing has to be there.
 
-Every group of a row may be missing or null. `figure` walks into it and always returns a Quantity; where nothing is found
-it is null, and says whether the variant failed, was not scored, or was not measured.
+Every group of a row may be missing or null. `figure` walks into it and always returns a Quantity; where nothing is
+found it is null, and says whether the variant failed, was not scored, or was not measured.
 """
 
 from __future__ import annotations
@@ -12,13 +12,38 @@ from typing import Any
 
 from llmops.quantity import PROVENANCES, Quantity
 
-__all__ = ["COSTS", "Cost", "Row", "batch_of", "batches", "comparable", "cost", "different_protocol", "different_workload",
-           "events", "figure", "goals_of", "group", "kind_of", "loss_curve", "main_score", "metric", "name_of", "parent_of",
-           "quantity", "rising", "saving", "score", "score_ids", "state_of", "status_text", "tree", "versus", "what"]
+__all__ = [
+    "COSTS",
+    "Cost",
+    "Row",
+    "batch_of",
+    "batches",
+    "comparable",
+    "cost",
+    "different_protocol",
+    "different_workload",
+    "events",
+    "figure",
+    "goals_of",
+    "group",
+    "kind_of",
+    "loss_curve",
+    "main_score",
+    "metric",
+    "name_of",
+    "parent_of",
+    "quantity",
+    "rising",
+    "saving",
+    "score",
+    "score_ids",
+    "state_of",
+    "status_text",
+    "tree",
+    "versus",
+     "what"]
 
 Row = Mapping[str, Any]
-#: Keys of a score's protocol in which two comparable scores may differ (as in evaluate/statistics.py; a test holds them equal).
-INCIDENTAL = {"dtype", "tokenizer_sha256", "batch_size", "lm_eval"}
 WORKLOAD = ("prompts_sha256", "prompt_tokens", "new_tokens")
 MACHINE = ("device", "cpu", "gpu", "threads")
 
@@ -47,11 +72,11 @@ COSTS: dict[str, Cost] = {
 
 
 def group(row: Row, *path: str) -> dict[str, Any]:
-    """The mapping at `path`; empty where there is none."""
-    found: Any = row
+    """The mapping at `path`, not to be changed; empty where there is none."""
+    found: Any = dict(row)
     for key in path:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return dict(found) if isinstance(found, Mapping) else {}
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def name_of(row: Row) -> str:
@@ -107,10 +132,12 @@ def quantity(body: Any, missing: str) -> Quantity:
     if value is None:
         return Quantity.null(unit, method or missing)
     if isinstance(value, bool) or not isinstance(value, int | float) or body.get("provenance") not in PROVENANCES[:3]:
-        return Quantity.null(unit, f"the row holds {value!r} with provenance {body.get('provenance')!r}, which is no figure")
-    ends = body.get("ci95")
-    whole = isinstance(ends, Sequence) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
-    return Quantity(value, unit, body["provenance"], method, (ends[0], ends[1]) if whole else None, body.get("n"))
+        given = f"{value!r} with provenance {body.get('provenance')!r}"
+        return Quantity.null(unit, f"the row holds {given}, which is no figure")
+    ends, n = body.get("ci95"), body.get("n")
+    pair = [float(end) for end in ends if isinstance(end, int | float)] if isinstance(ends, list | tuple) else []
+    return Quantity(value, unit, body["provenance"], method, (pair[0], pair[1]) if len(pair) == 2 else None,
+                    n if isinstance(n, int) else None)
 
 
 def figure(row: Row, *path: str) -> Quantity:
@@ -195,6 +222,8 @@ def versus(row: Row, score_id: str, other: str) -> dict[str, Any]:
 
 def different_protocol(row: Row, other: Row, score_id: str) -> str | None:
     """Why two rows' scores cannot be compared, or None. Items themselves are compared when they are paired."""
+    from llmops.evaluate.statistics import INCIDENTAL  # numpy stands behind it
+
     a, b = group(row, "quality", score_id), group(other, "quality", score_id)
     if not a or not b:
         return f"{score_id} is not scored in {name_of(other if a else row)}"

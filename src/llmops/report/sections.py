@@ -1,4 +1,4 @@
-"""The upper half of the page: what came out, the tree, the charts, the table, what building cost, loss curves.
+"""The upper half of the page: what came out, the tree, the charts, the table.
 
 Every function takes a `Page` and returns markup, empty where there is nothing to show.
 """
@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmops.quantity import Quantity
 from llmops.report import charts
 from llmops.report.columns import Cell, columns
-from llmops.report.figures import number, show, told
-from llmops.report.markup import Markup, join, tag
-from llmops.report.pareto import chosen, mark, points
+from llmops.report.figures import show, told
+from llmops.report.markup import Markup, tag
+from llmops.report.pareto import Point, chosen, pareto, points
 from llmops.report.reading import (
     COSTS,
     Row,
@@ -24,7 +23,6 @@ from llmops.report.reading import (
     goals_of,
     group,
     kind_of,
-    loss_curve,
     main_score,
     name_of,
     parent_of,
@@ -41,7 +39,7 @@ from llmops.report.reading import (
 )
 from llmops.report.table import legend, marks
 
-__all__ = ["Page", "building", "charted", "curves", "family", "outcome", "tabled"]
+__all__ = ["NOTHING", "Page", "charted", "family", "outcome", "scrolled", "tabled"]
 
 CHARTED = ("joules_per_token", "inter_token_ms", "first_token_ms", "disk_bytes", "weights_bytes")
 KINDS = ("base", "finetune", "prune", "quantize", "distill")
@@ -57,15 +55,17 @@ class Page:
     batch: str = field(init=False)
     main: str | None = field(init=False)
     signs: dict[str, str] = field(init=False)
+    ids: dict[int, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.lines = tree(self.rows)
         self.rows = [row for _, row in self.lines]
         self.batch, self.main, self.signs = batch_of(self.rows), main_score(self.rows), marks(self.rows)
+        self.ids = {id(row): f"v{place}" for place, row in enumerate(self.rows)}
 
     def id(self, row: Row) -> str:
         """The anchor of a row's details: by its place, since names are no safe ids."""
-        return f"v{next(place for place, each in enumerate(self.rows) if each is row)}"
+        return self.ids[id(row)]
 
     def link(self, row: Row) -> Markup:
         return tag("a", name_of(row), href=f"#{self.id(row)}")
@@ -105,7 +105,8 @@ def outcome(page: Page) -> Markup:
     lost = [row for row in page.rows if state_of(row) != "ok"]
     troubles = tag("ul", [tag("li", page.link(row), " ", status_text(row)) for row in lost],
                    class_="troubles") if lost else NOTHING
-    warnings = list(dict.fromkeys(str(each) for row in page.rows for each in group(row, "verdict").get("warnings") or []))
+    said = (str(each) for row in page.rows for each in group(row, "verdict").get("warnings") or [])
+    warnings = list(dict.fromkeys(said))
     cautions = tag("ul", [tag("li", each) for each in warnings], class_="cautions") if warnings else NOTHING
     return tag("section", tag("h2", "Outcome", id="outcome"), head, facts, _goals(page), troubles, cautions,
                aria_labelledby="outcome")
@@ -116,7 +117,8 @@ def _facts(page: Page, row: Row) -> Markup:
     for score_id in score_ids(page.rows)[:3]:
         body = versus(row, score_id, "parent")
         delta = quantity(body.get("delta"), "")
-        note = f"{show(delta, with_interval=True, difference=True)} against {parent_of(row)}" if delta.value is not None else ""
+        told_delta = f"{show(delta, with_interval=True, difference=True)} against {parent_of(row)}"
+        note = told_delta if delta.value is not None else ""
         cards.append((score_id, score(row, score_id), note))
     ratio = figure(row, "energy", page.batch, "ratio_to_base")
     note = f"{saving(row, page.batch)}: {show(ratio, with_interval=True)} of base" if ratio.value is not None else ""
@@ -149,11 +151,12 @@ def _goals(page: Page) -> Markup:
                 [tag("td", [[", " if place else None, cell] for place, cell in enumerate(by.get(met, []))] or "-")
                  for met in (True, False, None)]) for goal, by in found.items()]
     head = tag("tr", [tag("th", each, scope="col") for each in ("Goal", "✓ met by", "✗ missed by", "? unknown")])
-    return _scrolled("Goals", tag("table", tag("thead", head), tag("tbody", body), class_="plain"))
+    return scrolled("Goals", tag("table", tag("thead", head), tag("tbody", body), class_="plain"))
 
 
-def _scrolled(label: str, content: Markup, class_: str = "scroll") -> Markup:
-    return tag("div", content, class_=class_, role="region", aria_label=label, tabindex=0)
+def scrolled(label: str, content: Markup) -> Markup:
+    """Content that scrolls sideways by itself on a narrow screen, reachable by keyboard."""
+    return tag("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tree
@@ -196,12 +199,13 @@ def _sign(kind: str) -> Markup:
 
 def charted(page: Page) -> Markup:
     """One chart for every score and cost that at least one variant has; one of them is shown at a time."""
-    pairs = [(score_id, by) for score_id in score_ids(page.rows) for by in CHARTED if points(page.rows, score_id, by)]
+    found = {(score_id, by): points(page.rows, score_id, by) for score_id in score_ids(page.rows) for by in CHARTED}
+    pairs = [pair for pair, placed in found.items() if placed]
     if not pairs:
         return NOTHING
     first = chosen(page.rows)
     shown = first if first in pairs else pairs[0]
-    figures = [_chart(page, score_id, by, (score_id, by) == shown) for score_id, by in pairs]
+    figures = [_chart(page, *pair, found[pair], pair == shown) for pair in pairs]
     pickers = [_picker("Score", "score", {each: each for each, _ in pairs}, shown[0]),
                _picker("Against", "cost", {by: COSTS[by].title for _, by in pairs}, shown[1])]
     return tag("section", tag("h2", "What it is worth against what it costs", id="charts"),
@@ -210,26 +214,28 @@ def charted(page: Page) -> Markup:
 
 def _picker(title: str, group_name: str, choices: dict[str, str], picked: str) -> Markup:
     return tag("fieldset", tag("legend", title), [
-        tag("label", tag("input", type="radio", name=group_name, value=value, checked=value == picked), tag("span", label))
-        for value, label in choices.items()])
+        tag("label", tag("input", type="radio", name=group_name, value=value, checked=value == picked),
+            tag("span", label)) for value, label in choices.items()])
 
 
-def _chart(page: Page, score_id: str, by: str, shown: bool) -> Markup:
-    placed, front = {point.name for point in points(page.rows, score_id, by)}, mark(page.rows, score_id, by)
-    dots = [charts.Dot(name_of(row), kind_of(row), cost(row, by, page.batch), score(row, score_id), _tip(page, row, score_id, by),
-                       f"#{page.id(row)}", name_of(row) in front, bool(group(row, "verdict").get("winner")))
-            for row in page.rows if name_of(row) in placed]
+def _chart(page: Page, score_id: str, by: str, found: Sequence[Point], shown: bool) -> Markup:
+    placed, front = {point.name for point in found}, pareto(found)
+    dots = [charts.Dot(name_of(row), kind_of(row), cost(row, by, page.batch), score(row, score_id),
+                       _tip(page, row, score_id, by), f"#{page.id(row)}", name_of(row) in front,
+                       bool(group(row, "verdict").get("winner"))) for row in page.rows if name_of(row) in placed]
     less, guessed = not rising(page.rows, score_id), [dot.x.provenance == "estimated" for dot in dots]
     at = f", batch {page.batch}" if "*" in COSTS[by].path else ""
     x_title = f"{COSTS[by].title}{at}{', estimated' if all(guessed) else ''}"
     y_title = f"{score_id}{', less is better: axis turned' if less else ''}"
     picture = charts.scatter(dots, label=f"{score_id} against {COSTS[by].title}, {len(dots)} variants", x_title=x_title,
                              y_title=y_title, y_less=less)
-    absent = [f"{name_of(row)} ({_absence(page, row, score_id, by)})" for row in page.rows if name_of(row) not in placed]
-    caption = tag("figcaption", _key(dots), tag("p", f"Pareto line: {', '.join(sorted(front))}. Further left is cheaper, "
-                                                "further up is better. Bars are 95% intervals."),
+    absent = [f"{name_of(row)} ({_absence(page, row, score_id, by)})" for row in page.rows
+              if name_of(row) not in placed]
+    line = (f"Pareto line: {', '.join(sorted(front))}. Further left is cheaper, further up is better. Bars are 95% "
+            "intervals.")
+    caption = tag("figcaption", _key(dots), tag("p", line),
                   tag("p", "Not shown: ", "; ".join(absent), class_="dim") if absent else None)
-    return tag("figure", _scrolled(f"Chart of {score_id} against {COSTS[by].title}", picture), caption,
+    return tag("figure", scrolled(f"Chart of {score_id} against {COSTS[by].title}", picture), caption,
                class_="chart on" if shown else "chart", data_score=score_id, data_cost=by)
 
 
@@ -250,7 +256,8 @@ def _key(dots: Sequence[charts.Dot]) -> Markup:
     kinds = [kind for kind in KINDS if any(dot.kind == kind for dot in dots)]
     entries: list[Markup] = [tag("li", _sign(kind), " ", kind) for kind in kinds]
     if any("estimated" in (dot.x.provenance, dot.y.provenance) for dot in dots):
-        hollow = tag("svg", charts.shape("base", 8, 8, hollow=True), viewBox="0 0 16 16", class_="sign", aria_hidden="true")
+        hollow = tag("svg", charts.shape("base", 8, 8, hollow=True), viewBox="0 0 16 16", class_="sign",
+                     aria_hidden="true")
         entries.append(tag("li", hollow, " hollow: estimated"))
     if any(dot.winner for dot in dots):
         ring = tag("svg", tag("circle", cx=8, cy=8, r=6.5, class_="winner"), viewBox="0 0 16 16", class_="sign",
@@ -276,13 +283,13 @@ def tabled(page: Page) -> Markup:
         cells += [_cell(column.cell(row), column.right) for column in shown]
         body.append(tag("tr", cells, data_place=place, class_="won" if "★" in sign else None))
     notes = tag("ul", [tag("li", line) for line in legend(page.rows, shown)], class_="legend")
-    hint = tag("p", "Sort by a heading. With the keyboard: Tab into the table, then the arrow keys; each figure says where it "
-                    "came from.", class_="dim screen")
+    hint = tag("p", "Sort by a heading. With the keyboard: Tab into the table, then the arrow keys; each figure says "
+                    "where it came from.", class_="dim screen")
     tools = tag("p", tag("label", "Filter ", tag("input", type="search", id="filter", autocomplete="off")), " ",
                 tag("output", "", id="count", for_="filter"), class_="tools screen")
     content = tag("table", tag("caption", "All variants", class_="unseen"), tag("thead", tag("tr", head)),
                   tag("tbody", body), id="rows", class_="wide")
-    return tag("section", tag("h2", "Every variant", id="table"), tools, _scrolled("Table of all variants", content),
+    return tag("section", tag("h2", "Every variant", id="table"), tools, scrolled("Table of all variants", content),
                hint, notes, aria_labelledby="table")
 
 
@@ -298,56 +305,3 @@ def _cell(cell: Cell, right: bool) -> Markup:
 
 def _sortable(value: float | str | None) -> str | None:
     return None if value is None else f"{value:.9g}" if isinstance(value, float | int) else value
-
-
-# ------------------------------------------------------------------------------------------------------------ building
-
-BUILT = (("own energy", "energy_j"), ("with ancestors", "chain_energy_j"), ("time", "wall_s"), ("tokens", "tokens"),
-         ("FLOP", "flops"), ("scoring", "evaluate_energy_j"), ("break-even", "break_even_tokens"))
-
-
-def building(page: Page) -> Markup:
-    """What each variant took to build, a bar for its energy: dark its own step, light what it stands on."""
-    rows = [row for row in page.rows if group(row, "building")]
-    most = max((figure(row, "building", name).value or 0 for row in rows for name in ("energy_j", "chain_energy_j")), default=0)
-    if not rows:
-        return NOTHING
-    head = tag("tr", [tag("th", each, scope="col", class_="num" if place > 1 else None)
-                      for place, each in enumerate(["variant", "energy", *(title for title, _ in BUILT), "CO2e"])])
-    body = [tag("tr", tag("th", page.link(row), scope="row"), tag("td", _bar(row, most)),
-                [_quantity(figure(row, "building", name)) for _, name in BUILT],
-                _quantity(figure(row, "carbon", "building_g"))) for row in rows]
-    note = ("Dark: the variant's own step; light: everything it stands on, the teacher included. Break-even: output tokens "
-            "after which the energy saved per token has paid for all of it. Scoring is not part of building.")
-    return tag("section", tag("h2", "What building cost", id="building"),
-               _scrolled("Cost of building", tag("table", tag("thead", head), tag("tbody", body), class_="plain")),
-               tag("p", note, class_="dim"), aria_labelledby="building")
-
-
-def _bar(row: Row, most: float) -> Markup:
-    own, chain = (figure(row, "building", name).value or 0.0 for name in ("energy_j", "chain_energy_j"))
-    if not most:
-        return NOTHING
-    return tag("svg", [tag("rect", x=0, y=2, width=f"{120 * value / most:.1f}", height=10, class_=style)
-                       for value, style in ((chain, "chain"), (own, "own"))],
-               viewBox="0 0 120 14", class_="bar", aria_hidden="true")
-
-
-def _quantity(found: Quantity) -> Markup:
-    return tag("td", show(found), class_="num dim" if found.value is None else "num", title=told(found))
-
-
-# -------------------------------------------------------------------------------------------------------------- curves
-
-
-def curves(page: Page) -> Markup:
-    """A small loss curve for every variant that was trained."""
-    found = [(row, points) for row in page.rows if (points := loss_curve(row))]
-    if not found:
-        return NOTHING
-    figures = [tag("figure", tag("figcaption", page.link(row), f" {what(row)}: {number(points[0][1])} to "
-                                 f"{number(points[-1][1])} in {number(points[-1][0], decimals=0)} steps"),
-                   charts.curve(points, label=f"training loss of {name_of(row)}, from {number(points[0][1])} to "
-                                              f"{number(points[-1][1])}")) for row, points in found]
-    return tag("section", tag("h2", "Training loss", id="loss"), tag("div", join(figures), class_="grid-of-curves"),
-               aria_labelledby="loss")

@@ -1,7 +1,7 @@
 """The table of a run on a terminal: one line a variant, children under their parent, marks explained beneath.
 
-The compact table fits 140 columns (less, when `width` says so: the columns that can best be spared go first); `wide=True`
-has every column with its interval. rich is imported when a table is made.
+The compact table fits 140 columns (less, when `width` says so: the columns that can best be spared go first);
+`wide=True` has every column with its interval. rich is imported when a table is made.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ def table(rows: Sequence[Row], *, wide: bool = False, width: int | None = None, 
     made.add_column("", no_wrap=True)
     made.add_column("variant", no_wrap=True, overflow="ellipsis")
     for column in shown:
-        made.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
+        made.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=True,
+                        overflow="ellipsis")
     for place, (_, row) in enumerate(lines):
         sign = signs[name_of(row)]
-        made.add_row(Text(sign, style="" if state_of(row) == "ok" else "red"), Text(names[place], style="bold" if "★" in sign else ""),
+        made.add_row(Text(sign, style="" if state_of(row) == "ok" else "red"),
+                     Text(names[place], style="bold" if "★" in sign else ""),
                      *(_text(cells[column.id][place]) for column in shown))
     return made
 
@@ -99,8 +101,8 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
     if any("†" in cell.text for _, _, cell in cells):
         found.append("† zeros in dense tensors: no time saved, bytes only when compressed")
     if any(group(row, "transform").get("simulated") for row in rows):
-        found.append("simulated: compression is imitated in full precision; its size, speed and energy are not those of the "
-                     "real thing")
+        found.append("simulated: compression is imitated in full precision; its size, speed and energy are not those "
+                     "of the real thing")
     return found + _nulls(shown, rows)
 
 
@@ -125,8 +127,9 @@ def goal_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def rows_as_json(rows: Sequence[Row]) -> str:
-    """The rows, in the order of the tree, as JSON that is the same for the same rows: sorted keys, no NaN (null instead)."""
-    return json.dumps([_finite(row) for _, row in tree(rows)], indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    """The rows in the order of the tree, as JSON: sorted keys, null for NaN, so the same rows give the same text."""
+    return json.dumps([_finite(row) for _, row in tree(rows)], indent=1,
+                      sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.twins import NAMES, tokens, twin
 
 from llmops.errors import LlmopsError
 from llmops.methods.prune.depth import block_influence, even_layers, influential_layers
 from llmops.models.arch import decoder_layers, renumber_layers
-from tests.twins import NAMES, tokens, twin
 
 
 def test_even_layers_are_distinct_ascending_and_evenly_spaced_for_every_size() -> None:

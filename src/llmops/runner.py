@@ -81,6 +81,11 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(parsed.text, encoding="utf-8")
     with _log_file(folder / "log.txt"):
+        if not all(stage.done for stage in walk.plan.stages):
+            from llmops.preflight import preflight
+
+            for line in preflight(walk.plan):
+                log.info("%s", line)
         for number, stage in enumerate(walk.plan.stages, 1):
             walk.visit(stage, number)
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
@@ -190,8 +195,9 @@ class _Walk:
         row["transform"] |= _storage(manifest, self.store.build(stage.key))
         row["parity"] = manifest.get("parity")
         if manifest and not manifest["parity"]["ok"]:
-            wrong = [f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"] if not check["ok"]]
-            row["status"] = {"state": "broken", "reason": "not what was built, read back from disk: " + "; ".join(wrong)}
+            wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]
+                              if not check["ok"])
+            row["status"] = {"state": "broken", "reason": f"not what was built, read back from disk: {wrong}"}
         row["building"] = {**manifest.get("cost", {}), "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            "chain_energy_j": self._chain_energy(stage).as_dict()}

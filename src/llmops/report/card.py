@@ -1,0 +1,335 @@
+"""The model card of a variant: README.md with the hub's YAML front matter, from its row and those of its run.
+
+The front matter holds what the hub reads (base model and relation, tags, scores, grams of CO2e); what it has no key
+for (intervals, energy, provenance, what was not measured) stands in the body. What is not known is left out, never
+guessed: no licence, no grams without an energy, no base model that the hub could not resolve. Names and data are
+escaped for Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from llmops.report.details import nulls, quantities
+from llmops.report.figures import show, told
+from llmops.report.markup import UNSEEN
+from llmops.report.reading import (
+    Row,
+    batches,
+    events,
+    figure,
+    group,
+    metric,
+    name_of,
+    parent_of,
+    quantity,
+    saving,
+    score,
+    score_ids,
+    state_of,
+    status_text,
+    versus,
+    what,
+)
+
+__all__ = ["card", "front_matter"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+TRAINED = ("finetune", "distill")
+COSTS_OF_BUILDING = {
+    "energy, this step": "energy_j",
+    "energy, with all it stands on": "chain_energy_j",
+    "time": "wall_s",
+    "tokens": "tokens",
+    "training compute": "flops",
+     "pays for itself after": "break_even_tokens"}
+SPEEDS = {
+    "decoding": "decode_tokens_per_s",
+    "prefill": "prefill_tokens_per_s",
+    "first token, median": "first_token_ms_p50",
+    "first token, 95th percentile": "first_token_ms_p95",
+    "time per token, median": "inter_token_ms_p50",
+     "time per token, 95th percentile": "inter_token_ms_p95"}
+ENERGIES = {"per token": "joules_per_token", "per request": "joules_per_request",
+            "per token, idle power subtracted": "net_joules_per_token"}
+SIZES = {"parameters": "parameters", "bits per weight, in memory": "bits_per_weight", "zeros": "sparsity",
+         "on disk": "disk_bytes", "weights in memory": "weights_bytes", "peak memory": "peak_memory_bytes"}
+
+
+def card(row: Row, rows: Sequence[Row]) -> str:
+    """The README.md of `row`; `rows` are those of its run, itself included (for its ancestors)."""
+    import yaml
+
+    head = yaml.safe_dump(front_matter(row), sort_keys=False, allow_unicode=True, width=1000)
+    sections = [_title(row), _making(row, rows), _scores(row), _sizes(row), _speed(row), _energy(row), _built(row),
+                _use(row), _limits(row), _origin(row)]
+    return f"---\n{head}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+# -------------------------------------------------------------------------------------------------------- front matter
+
+
+def front_matter(row: Row) -> dict[str, Any]:
+    """What the hub reads, as plain values."""
+    identity, found = group(row, "identity"), dict[str, Any]()
+    base = str(identity.get("base_model") or "")
+    relation = _relation(row)
+    if HUB_ID.fullmatch(base):
+        found["base_model"] = base
+        if relation:
+            found["base_model_relation"] = relation
+    if identity.get("license"):
+        found["license"] = _clean(identity["license"])
+    found |= {"library_name": "peft" if relation == "adapter" else "transformers", "pipeline_tag": "text-generation",
+              "tags": _tags(row)}
+    grams = figure(row, "carbon", "building_g")
+    if grams.value is not None and group(row, "transform").get("kind"):
+        found["co2_eq_emissions"] = _emissions(row, grams.value, f"{grams.provenance}; {grams.method}")
+    scores = _model_index(row)
+    if scores:
+        found["model-index"] = [{"name": _clean(name_of(row)), "results": scores}]
+    return found
+
+
+def _relation(row: Row) -> str | None:
+    """adapter, quantized or finetune, as the hub names relations; None for the base itself."""
+    transform = group(row, "transform")
+    chain = [str(step) for step in transform.get("chain") or []]
+    if not chain:
+        return None
+    if transform.get("method") == "lora" and group(transform, "options").get("merge") is False:
+        return "adapter"
+    return "quantized" if chain[-1].startswith("quantize:") else "finetune"
+
+
+def _tags(row: Row) -> list[str]:
+    chain = [str(step) for step in group(row, "transform").get("chain") or []]
+    words = [word for step in chain for word in step.split(":")]
+    kept = [tag for word, tag in (("quantize", "compressed-tensors"), ("prune", "pruned"), ("distill", "distilled"))
+            if word in words]
+    methods = [_clean(step.partition(":")[2]) for step in chain]
+    return list(dict.fromkeys(["llmops", *kept, *methods,
+                _clean(state_of(row)) if state_of(row) != "ok" else "llmops"]))
+
+
+def _emissions(row: Row, grams: float, source: str) -> dict[str, Any]:
+    """Grams of CO2e of building it and all it stands on. Place and machine only where the row knows them."""
+    machine, chain = group(row, "environment"), group(row, "transform").get("chain") or []
+    trained = any(str(step).startswith(TRAINED) for step in chain)
+    found: dict[str, Any] = {"emissions": round(grams, 4), "source": _clean(source),
+                             "training_type": "fine-tuning" if trained else "compression"}
+    zone = re.search(r"([^;:(]+ \([A-Z]{3}\)), annual average", figure(row, "carbon", "intensity").method)
+    if zone:
+        found["geographical_location"] = _clean(zone.group(1))
+    hardware = machine.get("gpu") or machine.get("cpu")
+    if hardware:
+        found["hardware_used"] = _clean(", ".join(map(str, hardware)) if isinstance(hardware, list) else hardware)
+    return found
+
+
+def _model_index(row: Row) -> list[dict[str, Any]]:
+    found = []
+    for score_id in score_ids([row]):
+        value = score(row, score_id)
+        if value.value is not None:
+            data = _clean(score_id.partition(":")[2] or score_id)
+            found.append({"task": {"type": "text-generation"}, "dataset": {"name": data, "type": data},
+                          "metrics": [{"type": _clean(metric(row, score_id)), "value": value.value,
+                                       "name": _clean(score_id)}]})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- body
+
+
+def _title(row: Row) -> str:
+    identity = group(row, "identity")
+    base = _model(identity)
+    lines = [f"# {_safe(name_of(row))}", f"{_safe(what(row))}, from {_code(base)}. Made and measured with llmops "
+             f"{_safe(identity.get('llmops', ''))}; every figure below comes from the run's ledger."]
+    if state_of(row) != "ok":
+        lines.append(f"> **Not fit for use: {_safe(status_text(row))}**")
+    if group(row, "transform").get("simulated"):
+        lines.append("> **Simulated compression:** imitated in full precision; size, speed and energy are not those of "
+                     "the real thing.")
+    return "\n\n".join(lines)
+
+
+def _model(identity: Mapping[str, Any]) -> str:
+    """Name and revision of the base model; of a folder its last part alone, a card tells nobody's home directory."""
+    base = str(identity.get("base_model") or "a model that the row does not name")
+    shown = PurePath(base).name if base.startswith(("/", "~", ".", "\\")) or base[1:3] == ":\\" else base
+    return f"{shown} @ {identity['revision']}" if identity.get("revision") else shown
+
+
+def _making(row: Row, rows: Sequence[Row]) -> str:
+    """The steps from the base to here, each with its options."""
+    by_name = {name_of(each): each for each in rows}
+    path: list[Row] = []
+    at: Row | None = row
+    while at is not None and at not in path:
+        path.append(at)
+        at = by_name.get(parent_of(at) or "")
+    steps: list[str] = []
+    for each in reversed(path):
+        transform = group(each, "transform")
+        if not transform.get("kind"):
+            continue
+        options = ", ".join(f"{key} {value}" for key, value in group(transform, "options").items()
+                            if key != "method" and value is not None)
+        steps.append(f"{len(steps) + 1}. {_safe(name_of(each))}: {_safe(transform.get('kind'))} with "
+                     f"{_safe(transform.get('method'))}{f' ({_safe(options)})' if options else ''}")
+    transform = group(row, "transform")
+    stored = [f"Stored as {_safe(transform['storage_dtype'])}" if transform.get("storage_dtype") else "",
+              f"computes in {_safe(transform['compute_dtype'])}" if transform.get("compute_dtype") else "",
+              f"kernel {_safe(transform['kernel'])}" if transform.get("kernel") else ""]
+    zeros = ("Its zeros lie in dense tensors: no time is saved, bytes only when the file is compressed."
+             if transform.get("sparsity_saves") else "")
+    said = "; ".join(part for part in stored if part)
+    made = "\n".join(steps) or "It is the model as it came."
+    return _section("How it was made", made, f"{said}." if said else "", zeros)
+
+
+def _scores(row: Row) -> str:
+    lines = []
+    for score_id in score_ids([row]):
+        value = score(row, score_id)
+        cells = [_safe(score_id), show(value, with_interval=True), str(value.n or "")]
+        for other in ("parent", "base"):
+            body = versus(row, score_id, other)
+            delta = quantity(body.get("delta"), "")
+            flips = (f"; {body['gained']} won, {body['lost']} lost"
+                     if body.get("gained") is not None and body.get("lost") is not None else "")
+            cells.append(show(delta, with_interval=True, difference=True) + flips if delta.value is not None else "-")
+        lines.append(cells)
+    if not lines:
+        return _section("Scores", "It was not scored.")
+    return _section("Scores",
+    _table(["score",
+    "value, 95% interval",
+    "n",
+    f"against {_safe(parent_of(row) or 'parent')} "
+    "(parent)",
+    "against base"],
+    lines),
+     "Differences are paired: the same items, answered by both.")
+
+
+def _sizes(row: Row) -> str:
+    return _section("Size", _figures(row, [(label, ("size", name)) for label, name in SIZES.items()]))
+
+
+def _speed(row: Row) -> str:
+    entries = [(f"{label}, batch {batch}", ("latency", batch, name)) for batch in batches([row])
+               for label, name in SPEEDS.items()]
+    return _section("Speed", _figures(row, entries), _workload(row))
+
+
+def _energy(row: Row) -> str:
+    entries = [(f"{label}, batch {batch}", ("energy", batch, name)) for batch in batches([row])
+               for label, name in ENERGIES.items()]
+    ratios = [(batch, figure(row, "energy", batch, "ratio_to_base")) for batch in batches([row])]
+    verdicts = [f"- Batch {batch}: {_safe(saving(row, batch))}, {show(ratio, with_interval=True)} of base's energy per "
+                "token." for batch, ratio in ratios if ratio.value is not None]
+    return _section("Energy", _figures(row, entries), "\n".join(verdicts))
+
+
+def _built(row: Row) -> str:
+    entries = [(label, ("building", name)) for label, name in COSTS_OF_BUILDING.items()]
+    entries += [("carbon of building", ("carbon", "building_g")),
+                ("carbon per 1,000 output tokens", ("carbon", "per_1k_tokens_g")), ("grid", ("carbon", "intensity"))]
+    return _section("What building it cost", _figures(row, entries) if group(row, "building") else "")
+
+
+def _use(row: Row) -> str:
+    plain = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+             'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")')
+    if _relation(row) == "adapter":
+        plain = 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
+    own = "import llmops\n\nmodel, tokenizer = llmops.load(\".\")"
+    packed = " (needs `pip install compressed-tensors`)" if _relation(row) == "quantized" else ""
+    return _section("How to load it", f"In this folder, as any model of its kind{packed}:\n\n```python\n{plain}\n```",
+                    f"Or running on its compressed weights, as it was measured:\n\n```python\n{own}\n```")
+
+
+def _limits(row: Row) -> str:
+    lines = [f"- {_safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
+    lines += [f"- not measured: {_safe(name)}: {_safe(reason)}" for name, reason in nulls([row])]
+    if any(found.provenance == "estimated" for name, _, found in quantities(row) if name == "energy"):
+        lines.append("- energy marked ~ is estimated, not measured")
+    lines.append("- scores hold for the data named above; nothing else was tested, safety and bias included")
+    return _section("Limits, and what was not measured", "\n".join(lines))
+
+
+def _origin(row: Row) -> str:
+    identity, building = group(row, "identity"), group(row, "building")
+    facts: list[tuple[str, object]] = [
+        (key.replace("_", " "), identity.get(key))
+        for key in ("run", "run_id", "variant", "parent", "teacher", "seed", "key", "recipe_sha256", "utc")]
+    facts += [(f"data {name}, SHA-256", digest) for name, digest in group(building, "data_sha256").items()]
+    facts += [(f"data, {name}", count) for name, count in group(building, "data").items()]
+    facts += [(f"protocol of {score_id}", _flat({key: value for key, value in group(
+        row, "quality", score_id, "protocol").items() if value is not None})) for score_id in score_ids([row])]
+    facts += [(f"environment, {key}", _flat(value)) for key, value in group(row, "environment").items()]
+    lines = [f"- {_safe(key)}: {_code(value)}" for key, value in facts if value not in (None, "", [], {})]
+    notes = [f"- {_safe(event)}" for event in events(row)]
+    return _section("Where it comes from", "\n".join([*lines, *notes]))
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _section(title: str, *parts: str) -> str:
+    """A heading and its paragraphs; nothing at all when the first of them is empty."""
+    if not parts or not parts[0]:
+        return ""
+    return "\n\n".join([f"## {title}", *(part for part in parts if part)])
+
+
+def _figures(row: Row, entries: Iterable[tuple[str, tuple[str, ...]]]) -> str:
+    """A table of figures with provenance; empty when none is known."""
+    found = [(label, figure(row, *path)) for label, path in entries]
+    lines = [[label, show(each, with_interval=True), _safe(told(each))]
+                          for label, each in found if each.value is not None]
+    return _table(["", "value", "where it comes from"], lines) if lines else ""
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["-"] * len(head), *lines])
+
+
+def _workload(row: Row) -> str:
+    workload = group(row, "workload")
+    if not workload:
+        return ""
+    return _safe(f"Workload: {workload.get('prompt_tokens')} prompt tokens, {workload.get('new_tokens')} new tokens, "
+                 f"greedy, {workload.get('repeats')} repeats interleaved with base.")
+
+
+def _flat(value: object) -> object:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {each}" for key, each in value.items() if not isinstance(each, Mapping | list))
+    plain = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return ", ".join(map(str, value)) if plain and isinstance(value, list) else value
+
+
+def _clean(value: object) -> str:
+    """One line of text without what cannot be seen."""
+    return " ".join(UNSEEN.sub("�", str(value)).split())
+
+
+def _safe(value: object) -> str:
+    """As Markdown that shows exactly this text: no link, no tag, no cell or line broken."""
+    line = _clean(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?<![\w/])(https?|www)(?=[:.])", r"\1&#8203;", SPECIAL.sub(r"\\\1", line))
+
+
+def _code(value: object) -> str:
+    """As a code span, fenced by more backticks than it holds."""
+    line = _clean(value)
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"

@@ -1,0 +1,307 @@
+"""Recipes that are wrong, one mistake each. `§` stands where the message has to point; it is taken out before reading.
+
+Each message has to name file, line and column, what was given, and what was expected or how it is mended.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.recipe import makers
+
+from llmops.errors import RecipeError
+from llmops.recipe import load_recipe, parse_recipe
+
+
+def variants(*lines: str) -> str:
+    """A `variants` section that begins with the sound variant `tuned`."""
+    first = "variants:\n  tuned: {finetune: {method: lora, data: train}}"
+    return "\n".join([first, *(f"  {line}" for line in lines)])
+
+
+def tuned(options: str) -> str:
+    return f"variants:\n  tuned: {{finetune: {{method: lora, data: train, {options}}}}}"
+
+
+def data(*lines: str) -> str:
+    return "\n".join([makers.HEAD["data"], *(f"  {line}" for line in lines)])
+
+
+CASES = [
+    # ------------------------------------------------------------------------------------------------- YAML itself
+    ("tab", {"data": "data:\n§\ttrain: {source: train.jsonl}"}, ["tab", "spaces"]),
+    ("unclosed bracket", {"variants": "variants:\n  tuned: {finetune: {method: lora, data: train}\n§more: 1"},
+     ["not YAML", "bracket"]),
+    ("bad indent", {"variants": "variants:\n    a: {prune: {method: magnitude}}\n  §b: {prune: {method: magnitude}}"},
+     ["not YAML", "indentation"]),
+    ("colon in text", {"name": "name: a§: b"}, ["not YAML", "quote text"]),
+    ("duplicate key", {"variants": tuned("rank: 8, §rank: 16")}, ['"rank" twice', "remove one"]),
+    ("duplicate variant", {"variants": variants("§tuned: {prune: {method: magnitude}}")}, ['"tuned" twice', "3"]),
+    ("anchor", {"variants": "variants:\n  a: §&step {prune: {method: magnitude}}"}, ["anchor", "&step", "matrix"]),
+    ("tag", {"name": "name: §!!python/object:os.system x"}, ["tag", "quotes"]),
+    ("merge key", {"variants": variants("a: {§<<: {from: tuned}, prune: {method: magnitude}}")}, ["merge key", "from"]),
+    ("two documents", {"variants": "variants:\n  a: {prune: {method: magnitude}}\n§---\nb: 1"}, ["one document"]),
+    ("not a mapping", {key: "" for key in makers.HEAD} | {"name": "§- version"}, ["a list of 1", "expected a mapping"]),
+    ("control character", {"name": "name: a§\x07b"}, ["control character", "remove"]),
+    ("key is a list", {"variants": "variants:\n  §? [a, b]\n  : {prune: {method: magnitude}}"}, ["as a key", "text"]),
+    # --------------------------------------------------------------------------------------------------------- top
+    ("no version", {"version": "", "name": "§name: trial"}, ['"version"', "version: 1"]),
+    ("version 2", {"version": "version: §2"}, ["given 2", "expected 1"]),
+    ("version as text", {"version": "version: §'1'"}, ['given "1"', "expected 1"]),
+    ("no name", {"name": "", "version": "§version: 1"}, ['"name"', "name: my-run"]),
+    ("name with a slash", {"name": "name: §runs/one"}, ['"runs/one"', '"runs-one"', "folder"]),
+    ("name is a number", {"name": "name: §4"}, ["given 4", "quotes"]),
+    ("name is reserved", {"name": "name: §con"}, ['"con"', "reserves"]),
+    ("negative seed", {"name": "name: trial\nseed: §-1"}, ["-1", "from 0 to"]),
+    ("seed as text", {"name": "name: trial\nseed: §one"}, ['"one"', "whole number"]),
+    ("unknown section", {"name": "name: trial\n§goal: {}"}, ['"goal"', 'did you mean "goals"']),
+    ("no model", {"model": "", "version": "§version: 1"}, ['"model"', "builtin:tiny"]),
+    ("model is a number", {"model": "model: §3"}, ["given 3", "hub id"]),
+    ("unknown builtin", {"model": "model: §builtin:tinny"}, ['did you mean "builtin:tiny"']),
+    ("model folder missing", {"model": "model: §./smal"}, ['"./smal"', "not there", 'did you mean "small"']),
+    ("model folder empty", {"model": "model: §bare"}, ["without config.json", "bare"]),
+    ("model revision empty", {"model": "model: §org/name@"}, ["after the @", "branch, tag or commit"]),
+    ("model key", {"model": "model: {id: small, §revison: main}"}, ['did you mean "revision"']),
+    ("revision of a folder", {"model": "model: {id: §small, revision: main}"}, ['"main" of a folder', "remove"]),
+    ("trust as text", {"model": "model: {id: small, trust_remote_code: §'yes'}"}, ["true or false", "write true"]),
+    ("trust as number", {"model": "model: {id: small, trust_remote_code: §1}"}, ["given 1", "true or false"]),
+    ("runtime dtype", {"model": "model: small\nruntime: {dtype: §bf16}"}, ['"bf16"', 'did you mean "bfloat16"']),
+    ("runtime device", {"model": "model: small\nruntime: {device: §gpu}"}, ['"gpu"', "cuda:N"]),
+    ("runtime threads", {"model": "model: small\nruntime: {threads: §0}"}, ["given 0", "at least 1"]),
+    # ----------------------------------------------------------------------------------------------------- secrets
+    ("token key", {"model": "model: small\n§hf_token: abc"}, ["names a secret", "environment variable"]),
+    ("password inside", {"model": "model: {id: small, §password: swordfish}"}, ["names a secret"]),
+    ("secret value", {"model": "model: org/name@§hf_abcdefghijklmnopqrstuv"}, ["looks like a secret", "HF_TOKEN"]),
+    ("secret comment", {"model": "model: small  # §ghp_abcdefghij1234567890"}, ["looks like a secret"]),
+    ("aws key", {"name": "name: §AKIAIOSFODNN7EXAMPLE"}, ["looks like a secret"]),
+    ("openai key", {"name": "name: §sk-abc123def456ghi789"}, ["looks like a secret"]),
+    # -------------------------------------------------------------------------------------------------------- data
+    ("data missing", {"data": data("more: {source: §trian.jsonl}")},
+     ['"trian.jsonl"', "not there", 'did you mean "train.jsonl"']),
+    ("data folder missing", {"data": data("more: {source: §data/train.jsonl}")}, ["not there either", "data"]),
+    ("data file kind", {"data": data("more: {source: §table.xlsx}")}, ["not read", ".jsonl", "convert"]),
+    ("data file empty", {"data": data("more: {source: §empty.jsonl}")}, ["empty file", "at least one row"]),
+    ("data builtin", {"data": data("more: {source: §builtin:fact}")}, ['did you mean "builtin:facts"']),
+    ("data neither", {"data": data("§more: {samples: 3}")}, ['"source"', '"from"', "one of them is needed"]),
+    ("data both", {"data": data("§more: {source: test.jsonl, from: train}")}, ['"source"', '"from"', "not both"]),
+    ("data from nowhere", {"data": data("more: {from: §trian}")}, ['"trian"', 'did you mean "train"']),
+    ("data circle", {"data": data("a: {from: §b}", "b: {from: a}")}, ["a -> b -> a", "source"]),
+    ("data samples", {"data": data("more: {from: train, samples: §0}")}, ["given 0", "at least 1"]),
+    ("data split", {"data": data("more: {source: train.jsonl, split: §'train[10'}")}, ["train[10", "train[:90%]"]),
+    ("data split empty", {"data": data("more: {source: train.jsonl, split: §'[5:2]'}")}, ["empty range", "below"]),
+    ("data split name", {"data": data("more: {source: builtin:facts, split: §tset}")}, ['did you mean "test"']),
+    ("data split of a file", {"data": data("more: {source: train.jsonl, split: §test}")}, ["single file", "[:90%]"]),
+    ("data column", {"data": data("more: {source: train.jsonl, columns: §{promt: q}}")}, ['did you mean "prompt"']),
+    ("data limits", {"data": data("more: {source: train.jsonl, limits: {§dropt: 0.1}}")}, ['did you mean "dropped"']),
+    ("data limit", {"data": data("more: {source: train.jsonl, limits: {dropped: §2}}")}, ["given 2", "at most 1"]),
+    ("data shuffle", {"data": data("more: {source: train.jsonl, shuffle: §on}")}, ['"on"', "write true"]),
+    ("data is a list", {"data": "data: §[train.jsonl]"}, ["a list of 1", "name: source"]),
+    ("data name", {"data": data("§my data: {source: train.jsonl}")}, ['"my data"', '"my-data"']),
+    # ---------------------------------------------------------------------------------------------------- evaluate
+    ("evaluate a mapping", {"evaluate": "evaluate: §{exact_match: {data: test}}"}, ["a mapping", "dash"]),
+    ("evaluate two keys", {"evaluate": "evaluate:\n  - §exact_match: {data: test}\n    perplexity: {data: test}"},
+     ["2 keys", "new entry with a dash"]),
+    ("evaluate metric", {"evaluate": "evaluate:\n  - §perplexty: {data: test}"}, ['did you mean "perplexity"']),
+    ("evaluate data", {"evaluate": "evaluate:\n  - exact_match: {data: §tset}"}, ['"tset"', 'did you mean "test"']),
+    ("evaluate twice", {"evaluate": "evaluate:\n  - exact_match: {data: test}\n  - §exact_match: {data: test}"},
+     ['"exact_match:test" twice', "second name"]),
+    ("evaluate no data", {"evaluate": "evaluate:\n  - §exact_match: {}"}, ['missing key "data"', "text"]),
+    ("extract broken", {"evaluate": "evaluate:\n  - exact_match: {data: test, extract: §'(a'}"},
+     ["not a regular expression", "group"]),
+    ("extract no group", {"evaluate": "evaluate:\n  - exact_match: {data: test, extract: §'#+ .*'}"},
+     ["group"]),
+    ("harness tasks", {"evaluate": "evaluate:\n  - harness: {tasks: §[]}"}, ["empty list", "not empty"]),
+    ("harness task", {"evaluate": "evaluate:\n  - harness: {tasks: §arc_easy}"}, ["list of text", "write [arc_easy]"]),
+    ("harness include", {"evaluate": "evaluate:\n  - harness: {tasks: [a], include: §tasks}"}, ["no folder", "YAML"]),
+    ("stride", {"evaluate": "evaluate:\n  - perplexity: {data: test, context: 64, stride: §128}"}, ["128", "64"]),
+    ("choices of facts", {"data": data("facts: builtin:facts"),
+                          "evaluate": "evaluate:\n  - multiple_choice: {data: §facts}"}, ["builtin:choices"]),
+    # ----------------------------------------------------------------------------------------------------- measure
+    ("zone", {"model": "model: small\nmeasure: {zone: §France}"}, ['"France"', "three capital letters"]),
+    ("batch sizes", {"model": "model: small\nmeasure: {batch_sizes: §[1, 0]}"}, ["at least 1", "[1, 0]"]),
+    ("batch size text", {"model": "model: small\nmeasure: {batch_sizes: [§x]}"}, ['"x"', "whole number"]),
+    ("repeats", {"model": "model: small\nmeasure: {repeats: §1}"}, ["given 1", "at least 2"]),
+    ("sensor", {"model": "model: small\nmeasure: {sensor: §rappl}"}, ['did you mean "rapl"']),
+    ("declared", {"model": "model: small\n§measure: {sensor: declared}"}, ["needs watts", "watts: 65"]),
+    ("watts", {"model": "model: small\n§measure: {watts: 65, sensor: rapl}"}, ["watts", "sensor: declared"]),
+    ("context", {"model": "model: small\nmeasure: {prompt_tokens: 500, new_tokens: §100}"}, ["512", "context"]),
+    # ---------------------------------------------------------------------------------------------------- variants
+    ("no variants", {"variants": "", "version": "§version: 1"}, ['"variants"', "finetune"]),
+    ("variants empty", {"variants": "§variants:"}, ["given nothing", "tuned:"]),
+    ("variant empty", {"variants": variants("§a: {}")}, ["empty mapping", "one step"]),
+    ("variant called base", {"variants": "variants:\n  §base: {prune: {method: magnitude}}"}, ["the model itself"]),
+    ("variant called on", {"variants": variants("§on: {prune: {method: magnitude}}")}, ['"on"', '"variant-on"']),
+    ("variant called true", {"variants": variants("§true: {prune: {method: magnitude}}")}, ["truth value", "letter"]),
+    ("variant with a colon", {"variants": variants('§"a:b": {prune: {method: magnitude}}')}, ['"a:b"', '"a-b"']),
+    ("no step", {"variants": variants("§a: {from: tuned}")}, ["no step", "exactly one"]),
+    ("two steps", {"variants": variants("a: {prune: {method: magnitude}, §quantize: {method: rtn, scheme: w8a16}}")},
+     ["prune and quantize", "from: a"]),
+    ("variant key", {"variants": variants("a: {§form: tuned, prune: {method: magnitude}}")}, ['did you mean "from"']),
+    ("dangling from", {"variants": variants("a: {from: §tuend, prune: {method: magnitude}}")},
+     ['"tuend"', "base, tuned, a", 'did you mean "tuned"']),
+    ("from a list", {"variants": variants("a: {from: §[tuned], prune: {method: magnitude}}")},
+     ["a list of 1", "name of a variant"]),
+    ("score as text", {"variants": variants("a: {score: §never, prune: {method: magnitude}}")}, ["true or false"]),
+    ("cycle", {"variants": variants("a: {from: §b, prune: {method: magnitude}}", "b: {from: a, prune: {method: wanda, "
+                                    "data: calib}}")}, ["a -> b -> a", "base"]),
+    ("from itself", {"variants": variants("a: {from: §a, prune: {method: magnitude}}")}, ["a -> a"]),
+    ("method missing", {"variants": variants("a: {§prune: {sparsity: 0.5}}")}, ['missing key "method"', "wanda"]),
+    ("method unknown", {"variants": variants("a: {prune: {method: §wandda}}")},
+     ["magnitude, wanda, depth", 'did you mean "wanda"']),
+    ("method of another step", {"variants": variants("a: {prune: {method: §rtn}}")}, ["rtn is a method of quantize"]),
+    ("step is text", {"variants": variants("a: {prune: §wanda}")}, ['"wanda"', "a mapping with method"]),
+    ("option unknown", {"variants": tuned("§rnak: 8")}, ['"rnak"', 'did you mean "rank"']),
+    ("option missing", {"variants": variants("a: {§prune: {method: wanda}}")}, ['missing key "data"', "calibration"]),
+    ("learning rate word", {"variants": tuned("learning_rate: §fast")}, ['"fast"', "a number"]),
+    ("learning rate quoted", {"variants": tuned("learning_rate: §'1e-4'")}, ['"1e-4"', "remove the quotes"]),
+    ("learning rate nan", {"variants": tuned("learning_rate: §.nan")}, ["nan", "finite"]),
+    ("epochs inf", {"variants": tuned("epochs: §.inf")}, ["inf", "finite"]),
+    ("rank zero", {"variants": tuned("rank: §0")}, ["given 0", "at least 1"]),
+    ("rank with a point", {"variants": tuned("rank: §8.5")}, ["8.5", "whole number"]),
+    ("rank true", {"variants": tuned("rank: §true")}, ["given true", "whole number"]),
+    ("merge yes", {"variants": tuned("merge: §yes")}, ['"yes"', "write true"]),
+    ("targets empty", {"variants": tuned("targets: §[]")}, ["empty list", "all-linear"]),
+    ("targets misspelt", {"variants": tuned("targets: [q_proj, §v_porj]")}, ['did you mean "v_proj"']),
+    ("schedule", {"variants": tuned("schedule: §cosin")}, ['did you mean "cosine"']),
+    ("training data", {"variants": "variants:\n  a: {finetune: {method: lora, data: §trian}}"}, ['mean "train"']),
+    ("sparsity 1", {"variants": variants("a: {prune: {method: magnitude, sparsity: §1.0}}")}, ["1.0", "below 1"]),
+    ("pattern", {"variants": variants("a: {prune: {method: magnitude, pattern: §2:5}}")}, ['"2:5"', "2:4"]),
+    ("pattern and sparsity", {"variants": variants("a: {prune: {method: magnitude, sparsity: §0.6, pattern: 2:4}}")},
+     ["0.6", "0.5", "2:4"]),
+    ("depth too many", {"variants": variants("a: {prune: {method: depth, layers: §7}}")}, ["given 7", "from 1 to 6"]),
+    ("depth zero", {"variants": variants("a: {prune: {method: depth, layers: §0}}")}, ["given 0", "from 1 to 6"]),
+    ("depth twice as many", {"variants": variants("a: {prune: {method: depth, layers: 3}}",
+                                                  "b: {from: a, prune: {method: depth, layers: §4}}")}, ["1 to 3"]),
+    ("depth out of range", {"variants": variants("a: {prune: {method: depth, layers: [0, §6]}}")}, ["from 0 to 5"]),
+    ("depth duplicate", {"variants": variants("a: {prune: {method: depth, layers: [0, 2, §2]}}")}, ["2 twice"]),
+    ("depth order", {"variants": variants("a: {prune: {method: depth, layers: [3, §1]}}")}, ["1 after 3", "[1, 3]"]),
+    ("depth text", {"variants": variants("a: {prune: {method: depth, layers: §half}}")}, ['"half"', "whole numbers"]),
+    ("influence without data",
+     {"variants": variants("a: {§prune: {method: depth, layers: 3, choose: block_influence}}")},
+     ["without data", "data: calib"]),
+    ("data without influence", {"variants": variants("a: {prune: {method: depth, layers: 3, §data: calib}}")},
+     ["reads none", "block_influence"]),
+    ("scheme", {"variants": variants("a: {quantize: {method: rtn, scheme: §w4a61}}")}, ['did you mean "w4a16"']),
+    ("group size", {"variants": variants("a: {quantize: {method: rtn, scheme: w4a16, group_size: §96}}")},
+     ["96", "takes 128 inputs", "128"]),
+    ("group size 0", {"variants": variants("a: {quantize: {method: rtn, scheme: w4a16, group_size: §0}}")}, ["-1"]),
+    ("ignore misspelt", {"variants": variants("a: {quantize: {method: rtn, scheme: w4a16, ignore: [§down_prj]}}")},
+     ['did you mean "down_proj"']),
+    ("tuned after quantized", {"variants": variants("q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}",
+                               "a: {from: §q, finetune: {method: lora, data: train}}")},
+     ["quantized variant", 'fine-tune from "tuned" and quantize the result']),
+    ("quantized twice", {"variants": variants("q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}",
+                         "a: {from: §q, quantize: {method: rtn, scheme: w4a16}}")},
+     ["quantized already", 'start from "tuned"']),
+    ("quantized base", {"model": "model: packed", "variants": "variants:\n  §tuned: {prune: {method: magnitude}}"},
+     ["quantization_config", "the model it was made of"]),
+    ("teacher is the student", {"variants": variants("a: {distill: {method: logits, teacher: §a, data: train}}")},
+     ["the student itself", "another variant"]),
+    ("teacher is the parent",
+     {"variants": variants("a: {from: tuned, distill: {method: logits, teacher: §tuned, data: train}}")},
+     ["the very weights", "hard_weight"]),
+    ("teacher unknown", {"variants": variants("a: {distill: {method: logits, teacher: §tund, data: train}}")},
+     ['did you mean "tuned"']),
+    ("teacher circle", {"variants": variants("a: {distill: {method: logits, teacher: §b, data: train}}",
+                                             "b: {from: a, prune: {method: magnitude}}")}, ["a -> b -> a"]),
+    # ------------------------------------------------------------------------------------------------------ matrix
+    ("matrix is a list", {"variants": variants("a: {prune: {method: magnitude}, §matrix: [1]}")}, ["option: list"]),
+    ("matrix value", {"variants": variants("a: {prune: {method: magnitude}, matrix: {sparsity: §0.5}}")}, ["[0.5]"]),
+    ("matrix option", {"variants": variants("a: {prune: {method: magnitude}, matrix: {§sparsty: [0.5]}}")},
+     ['did you mean "sparsity"']),
+    ("matrix entry", {"variants": variants("a: {prune: {method: magnitude}, matrix: {sparsity: [0.5, §1.5]}}")},
+     ["1.5", "below 1"]),
+    ("matrix twice", {"variants": variants("a: {prune: {method: magnitude, sparsity: 0.3}, matrix: {§sparsity: [1]}}")},
+     ["outside the matrix"]),
+    ("matrix same", {"variants": variants("a: {prune: {method: magnitude}, matrix: {sparsity: §[0.5, 0.5]}}")},
+     ["same value twice"]),
+    ("matrix name", {"variants": variants("a: {quantize: {method: rtn}, matrix: {scheme: [w8a16, w4a16]}}",
+                                          "b: {from: §a, prune: {method: magnitude}}")}, ["a-w8a16, a-w4a16"]),
+    ("matrix collision", {"variants": variants("a-0.5: {prune: {method: magnitude}}",
+                          "a: {prune: {method: magnitude}, §matrix: {sparsity: [0.5]}}")}, ['"a-0.5"', "rename"]),
+    # ------------------------------------------------------------------------------------------------------- goals
+    ("goal unknown", {"name": "name: trial\ngoals: {§exact_mach: {min: 0.5}}"},
+     ["exact_match:test", 'did you mean "exact_match"']),
+    ("goal on no score", {"name": "name: trial\ngoals: {§perplexity: {max: 9}}"}, ["nothing scores", "exact_match:"]),
+    ("goal against", {"name": "name: trial\ngoals: {exact_match: {max_drop: 0.1, against: §tund}}"}, ['mean "tuned"']),
+    ("goal empty", {"name": "name: trial\ngoals: {§exact_match: {}}"}, ["without a bound", "max_drop"]),
+    ("goal key", {"name": "name: trial\ngoals: {exact_match: {§max_dorp: 0.1}}"}, ['did you mean "max_drop"']),
+    ("goal negative", {"name": "name: trial\ngoals: {exact_match: {max_drop: §-0.1}}"}, ["-0.1", "at least 0"]),
+    ("goal against nothing", {"name": "name: trial\ngoals: {exact_match: {min: 0.1, §against: tuned}}"}, ["max_ratio"]),
+    ("goal min above max", {"name": "name: trial\ngoals: {exact_match: {min: §2, max: 1}}"}, ["above max"]),
+    ("goal shared name", {"name": "name: trial\ngoals: {§exact_match: {min: 0.5}}",
+                          "evaluate": "evaluate:\n  - exact_match: {data: test}\n  - exact_match: {data: train}"},
+     ["exact_match:test, exact_match:train"]),
+    ("goal not scored", {"name": "name: trial\ngoals: {exact_match: {max_drop: 0.1, against: §tuned}}",
+                         "variants": "variants:\n  tuned: {score: false, prune: {method: magnitude}}"}, ["score: f"]),
+    ("prefer unknown", {"name": "name: trial\ngoals: {prefer: §joule_per_token}"}, ['did you mean "joules_per_token"']),
+]
+
+
+@pytest.mark.parametrize(("sections", "phrases"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_a_bad_recipe_is_refused_at_its_place(sections: dict[str, str], phrases: list[str], tmp_path: Path) -> None:
+    marked = makers.text(**sections)
+    before, _, _ = marked.partition("§")
+    place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+    file = makers.folder(tmp_path) / "recipe.yaml"
+    file.write_text(marked.replace("§", ""))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    message = str(caught.value)
+    assert len(caught.value.problems) == 1, message
+    assert message.startswith(f"{file}:{place}: "), message
+    for phrase in phrases:
+        assert phrase in message, message
+    cures = ("expected", "cure: ", "did you mean", "need", "not both", "at least", "only")
+    assert any(word in message for word in cures), message
+
+
+def test_there_are_enough_cases_and_no_name_twice() -> None:
+    names = [case[0] for case in CASES]
+    assert len(names) == len(set(names)) >= 60
+
+
+def test_every_problem_is_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    makers.folder(tmp_path)
+    wrong = makers.text(version="version: 3", name="name: a b", data="data:\n  train: {source: trian.jsonl}",
+                        variants="variants:\n  a: {from: b, prune: {method: magnitude, sparsty: 1}}\n  c: {}")
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(wrong, file="r.yaml", base_dir=tmp_path)
+    lines = [int(problem.split(":")[1]) for problem in caught.value.problems]
+    assert lines == sorted(lines)
+    assert lines == [1, 2, 5, 7, 9, 9, 10], caught.value.problems
+
+
+@pytest.mark.parametrize("secret", ["hf_abcdefghijklmnop", "sk-proj-abcdefghij0123456789", "ghp_abcdefghij0123456789",
+                                    "AKIAIOSFODNN7EXAMPLE", "swordfish-1234"])
+def test_a_secret_is_never_repeated(secret: str, tmp_path: Path) -> None:
+    makers.folder(tmp_path)
+    for wrong in (makers.text(model=f"model: small\napi_key: {secret}"),
+                  makers.text(model=f"model: {{id: small, token: {secret}}}")):
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe(wrong, file="r.yaml", base_dir=tmp_path)
+        assert secret not in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(makers.text(), file="r.yaml", base_dir=tmp_path, sets=[f"runtime.api_key={secret}"])
+    assert secret not in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"version": 1, "name": "x", "model": {"id": "small", "secret": secret}}, base_dir=tmp_path)
+    assert secret not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"version: 1\nname: \xff\n")
+    with pytest.raises(RecipeError, match=r'recipe.yml: given a recipe that is not there.*did you mean "recipe.yaml"'):
+        load_recipe(tmp_path / "recipe.yml")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:2:7: given a byte that is not UTF-8"):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(RecipeError, match="a folder"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="given nothing at the top"):
+        parse_recipe("# only a comment\n")
+
+
+def test_a_recipe_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(RecipeError, match="deep"):
+        parse_recipe("a: " + "[" * 200 + "]" * 200)

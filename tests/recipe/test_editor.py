@@ -1,0 +1,70 @@
+"""The JSON Schema agrees with the reader on what one place of a recipe can hold."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.recipe import makers
+from tests.recipe.test_bad_recipes import CASES
+from tests.recipe.test_read import DESIGN
+
+from llmops.errors import RecipeError
+from llmops.recipe import json_schema
+from llmops.recipe.schema import STEPS
+from llmops.recipe.source import parse
+
+jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (it is in the dev extra)")
+
+#: Cases that only the whole of a recipe, the files around it, or its model can show.
+BEYOND = frozenset((
+    "unknown builtin", "model folder missing", "model folder empty", "model revision empty", "revision of a folder",
+    "secret value", "secret comment", "aws key", "openai key", "data missing", "data folder missing",
+    "data file kind", "data file empty", "data builtin", "data from nowhere", "data circle", "data split",
+    "data split empty", "data split name", "data split of a file", "data column", "evaluate data", "evaluate twice",
+    "extract broken", "extract no group", "harness include", "stride", "choices of facts", "batch sizes", "declared",
+    "watts", "context", "dangling from", "cycle", "from itself", "learning rate nan", "targets empty",
+    "targets misspelt", "training data", "pattern and sparsity", "depth too many", "depth zero",
+    "depth twice as many", "depth out of range", "depth duplicate", "depth order", "influence without data",
+    "data without influence", "group size", "group size 0", "ignore misspelt", "tuned after quantized",
+    "quantized twice", "quantized base", "teacher is the student", "teacher is the parent", "teacher unknown",
+    "teacher circle", "matrix option", "matrix entry", "matrix twice", "matrix name", "matrix collision",
+    "goal unknown", "goal on no score", "goal against", "goal against nothing", "goal min above max",
+    "goal shared name", "goal not scored", "prefer unknown"))
+
+
+@cache
+def validator() -> Any:
+    schema = json_schema()
+    jsonschema.Draft7Validator.check_schema(schema)
+    return jsonschema.Draft7Validator(schema)
+
+
+def test_right_recipes_pass() -> None:
+    check = validator()
+    texts = [file.read_text() for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml")]
+    texts += [DESIGN, makers.text(), makers.text(
+        model="model: {id: small, trust_remote_code: true}\nruntime: {device: 'cuda:1'}\nmeasure:",
+        variants="variants:\n  w: {matrix: {scheme: [w8a16, w4a16], from: [base]}, quantize: {method: rtn}}")]
+    for text in texts:
+        assert [error.message for error in check.iter_errors(parse(text, "r.yaml").value)] == []
+
+
+@pytest.mark.parametrize(("name", "sections"), [case[:2] for case in CASES], ids=[case[0] for case in CASES])
+def test_it_refuses_what_one_place_shows_and_nothing_more(name: str, sections: dict[str, str]) -> None:
+    try:
+        value = parse(makers.text(**sections).replace("§", ""), "r.yaml").value
+    except RecipeError:
+        return  # not YAML, or not the YAML of recipes: no schema sees it
+    assert validator().is_valid(value) == (name in BEYOND)
+
+
+def test_every_option_of_every_method_says_what_it_is_for() -> None:
+    schema = json_schema()
+    for methods in STEPS.values():
+        for model in methods.values():
+            for option, body in schema["$defs"][model.__name__]["properties"].items():
+                assert option == "method" or body.get("description"), (model, option)
+    assert schema["additionalProperties"] is False and schema["$defs"]["Lora"]["additionalProperties"] is False

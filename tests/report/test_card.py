@@ -1,0 +1,122 @@
+import re
+
+import pytest
+import yaml
+from tests.report.rows import EVIL, make_rows, null
+
+from llmops.report.card import card, front_matter
+
+
+def parts(row, rows=None):
+    """(front matter as the hub finds it, body)"""
+    text = card(row, rows or make_rows())
+    found = re.match(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\r|\n|$))", text)  # the hub's own pattern
+    return yaml.safe_load(found.group(2)), text[found.end():]
+
+
+def named(name):
+    return next(row for row in make_rows() if row["identity"]["variant"] == name)
+
+
+@pytest.mark.parametrize(("name", "relation"), [("tuned", "finetune"), ("tuned-w4", "quantized"), ("wanda", "finetune"),
+                                                ("student", "finetune"), ("base", None)])
+def test_relation_to_the_base_model(name, relation):
+    row = named(name)
+    assert "base_model" not in parts(row)[0]  # the hub could not resolve builtin:tiny
+    row["identity"]["base_model"] = "org/model-1.5B"
+    head = parts(row)[0]
+    assert head["base_model"] == "org/model-1.5B" and head.get("base_model_relation") == relation
+
+
+def test_an_adapter_is_one():
+    row = named("tuned")
+    row["identity"]["base_model"], row["transform"]["options"]["merge"] = "org/model", False
+    head, body = parts(row)
+    assert head["base_model_relation"] == "adapter" and head["library_name"] == "peft"
+    assert "AutoPeftModelForCausalLM" in body
+
+
+def test_tags_and_licence():
+    head = parts(named("healed"))[0]
+    assert head["tags"] == ["llmops", "pruned", "lora", "wanda"]
+    assert "license" not in head
+    row = named("healed")
+    row["identity"]["license"] = "apache-2.0"
+    assert parts(row)[0]["license"] == "apache-2.0"
+
+
+def test_emissions_are_grams_and_only_when_known():
+    row = named("tuned-w4")
+    found = parts(row)[0]["co2_eq_emissions"]
+    assert found["emissions"] == pytest.approx(row["carbon"]["building_g"]["value"], rel=1e-3)
+    assert found["training_type"] == "fine-tuning" and found["hardware_used"] == "Example CPU"
+    assert found["source"].startswith("estimated; ") and "geographical_location" not in found
+    row["carbon"]["intensity"]["method"] = "France (FRA), annual average 2023, location-based (CodeCarbon 3.3.2)"
+    assert parts(row)[0]["co2_eq_emissions"]["geographical_location"] == "France (FRA)"
+    row["carbon"]["building_g"] = null("gCO2e", "no sensor")
+    assert "co2_eq_emissions" not in parts(row)[0]
+    assert "co2_eq_emissions" not in parts(named("base"))[0]
+
+
+def test_the_hub_reads_the_scores():
+    from huggingface_hub import ModelCard
+
+    row = named("tuned-w4")
+    found = ModelCard(card(row, make_rows()))
+    results = {result.metric_name: result.metric_value for result in found.data.eval_results}
+    assert results == {"exact_match:test": 0.913, "perplexity:heldout": 6.5}
+    assert found.data.model_name == "tuned-w4" and found.data.library_name == "transformers"
+
+
+def test_the_body_says_how_it_was_made_and_what_it_is_worth():
+    _, body = parts(named("healed"))
+    places = [body.index(step) for step in ("1. tuned: finetune with lora", "2. wanda: prune", "3. healed: finetune")]
+    assert places == sorted(places)
+    assert "| exact\\_match:test | 90.0% [86.6, 93.4] | 300 | +19.0 pp [+17.0, +21.0]" in body
+    assert "Its zeros lie in dense tensors: no time is saved" in body
+    assert "~61.0 mJ/token" in body and "estimated; CodeCarbon model" in body
+    assert "not measured: embodied g: embodied carbon of the hardware is not known" in body
+    assert "llmops.load" in body and "AutoModelForCausalLM" in body
+    assert "efefefef" in body  # the hash of its data
+
+
+def test_a_broken_or_failed_variant_says_so_first():
+    for name in ("tuned-w2", "healed-w4"):
+        head, body = parts(named(name))
+        assert "Not fit for use" in body[:400] and set(head["tags"]) & {"broken", "failed"}
+
+
+def test_a_folder_is_named_without_its_path():
+    row = named("tuned")
+    row["identity"]["base_model"] = "/home/somebody/models/mine"
+    head, body = parts(row)
+    assert "somebody" not in body and "`mine`" in body and "base_model" not in head
+
+
+@pytest.mark.parametrize("evil", [EVIL, "a\n---\nlicense: mit", "[x](https://evil.example)", "a | b | c", "`code`",
+                                  "# head", "![i](x)", "https://evil.example", "*b*", "{{ x }}", "\u202eabc"])
+def test_names_and_data_are_only_ever_text(evil):
+    row = named("tuned-w4")
+    row["identity"]["variant"] = row["status"]["reason"] = evil
+    row["transform"]["options"]["scheme"] = row["environment"]["cpu"] = evil
+    row["quality"][evil] = row["quality"].pop("exact_match:test")
+    row["carbon"]["building_g"]["method"] = row["log"]["events"] = [evil]
+    row["carbon"]["building_g"]["method"] = evil
+    head, body = parts(row, [row])
+    assert "license" not in head and head["co2_eq_emissions"]["source"].startswith("estimated; ")
+    outside = re.sub(r"(?<!\\)(`+).*?(?<!`)\1(?!`)", "", body)  # what is not in a code span
+    assert "<script" not in outside and "\u202e" not in body
+    assert not re.search(r"(?<!\\)\]\(|(?<!\\)!\[|https?://", outside)
+    heads = [line for line in body.splitlines() if line.startswith("# ")]
+    assert len(heads) == 1
+    rows_of_tables = [line for line in body.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows_of_tables} <= {4, 6}
+
+
+@pytest.mark.parametrize("gone", ["identity", "status", "transform", "size", "latency", "energy", "building", "quality",
+                                  "carbon", "verdict", "environment", "workload", "parity", "tokens", "log", "goals"])
+def test_any_group_may_be_missing_or_null(gone):
+    for row in make_rows():
+        assert card({key: value for key, value in row.items() if key != gone}, make_rows()).startswith("---\n")
+        assert parts({**row, gone: None})[0]["library_name"]
+    assert front_matter({})["tags"]
