@@ -49,10 +49,11 @@ def test_prune_then_tune_keeps_the_zeros(pair):
 def test_distill_brings_the_student_to_its_teacher(pair):
     model, tokenizer = pair
     student = llmops.apply(copy.deepcopy(model), tokenizer, {"prune": {"method": "depth", "layers": 2}})
+    asked = tokenizer.apply_chat_template(ROWS[0]["messages"], return_tensors="pt")["input_ids"]
 
     def distance() -> float:
         with torch.inference_mode():
-            p, q = (m(input_ids=IDS).logits.float().log_softmax(-1) for m in (model, student))
+            p, q = (m(input_ids=asked).logits.float().log_softmax(-1) for m in (model, student))
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     before = distance()

@@ -144,10 +144,10 @@ def _train_all(job: Job, options: Training, loss: Loss) -> Work:
         parameter.requires_grad_(True)
     modules = dict(model.named_modules())
 
-    @torch.no_grad()
     def keep_zeros() -> None:
-        for name, mask in masks.items():
-            modules[name].weight.mul_(mask)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                modules[name].weight.mul_(mask)
 
     done = _fit(job, options, model, encoded, loss, keep_zeros if masks else None)
     return _trained(job, model, partial(save_dense, model, job.tokenizer, dtype=job.storage), done, encoded,

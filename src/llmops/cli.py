@@ -94,7 +94,7 @@ def plan(recipe: RecipeArgument, sets: SetOption = None, runs: RunsOption = None
     if as_json:
         _print_json(planned.as_json())
     else:
-        _console().print(render(planned))
+        print(render(planned, colour=sys.stdout.isatty()))
 
 
 @app.command()
@@ -227,14 +227,16 @@ def _recipe_path(given: str) -> Path:
 def _print_rows(rows: list[dict[str, Any]], *, wide: bool) -> None:
     from llmops.report.table import table
 
-    _console().print(table(rows, wide=wide))
+    console = _console(400 if wide else 140)
+    console.print(table(rows, wide=wide, width=console.width))
 
 
-def _console() -> Any:
+def _console(width: int = 160) -> Any:
+    """A terminal as wide as it is; anything else `width` columns wide."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=width)
 
 
 def _print_json(body: Any) -> None:

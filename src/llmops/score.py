@@ -20,7 +20,7 @@ from llmops.data.render import text_stream
 from llmops.data.sources import Rows, load_rows
 from llmops.errors import LlmopsError
 from llmops.evaluate import EVALUATORS
-from llmops.evaluate.options import Evaluation
+from llmops.evaluate.options import Evaluation, Harness
 from llmops.evaluate.score import Item, Score
 from llmops.evaluate.statistics import paired
 from llmops.evaluate.tokens import compare_tokens
@@ -82,6 +82,8 @@ class Scorer:
 
     def _evaluate(self, evaluation: Evaluation, model: Any, tokenizer: Any) -> list[Score]:
         options = evaluation.options
+        if isinstance(options, Harness) and options.include is not None:
+            options = options.model_copy(update={"include": str(self.recipe.base_dir / options.include)})
         rows = self.rows(options.data) if hasattr(options, "data") else None
         progress = self.progress
         report = (lambda done, total: progress(done, total, evaluation.id)) if progress is not None else None

@@ -47,7 +47,23 @@ def test_loglikelihoods_equal_brute_force(name, chat):
         expected = [brute_force(model, prompt, choice) for choice in choices]
         assert item.detail["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
         assert item.answer == row["choices"][expected.index(max(expected))]
-        assert item.id == live.item_id(prompt, *choices)
+        assert item.id == live.item_id(*(prompt + choice for choice in choices))
+
+
+def test_choices_are_scored_in_the_tokens_that_replies_are_trained_in():
+    model, tokenizer = twin("llama", torch.float32)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{- message['content'] + '<|end|>' -}}", "{{- ' ' + message['content'] + '<|end|>' -}}")
+    for item, row in zip(evaluate(model, tokenizer).items, QUESTIONS, strict=True):
+        for choice, found in zip(row["choices"], item.detail["loglikelihoods"], strict=True):
+            chat = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": choice}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            opening = text.rindex("<|assistant|>") + len("<|assistant|>")
+            prompt = tokenizer(text[:opening], add_special_tokens=False).input_ids
+            whole = tokenizer(text.removesuffix("<|end|>"), add_special_tokens=False).input_ids
+            assert whole[:len(prompt)] == prompt
+            start = len(prompt)  # the space stands inside {% generation %}, so it is trained and scored
+            assert found == pytest.approx(brute_force(model, whole[:start], whole[start:]), rel=1e-4)
 
 
 def test_dividing_by_bytes_is_what_acc_norm_does():

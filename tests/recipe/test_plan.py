@@ -1,4 +1,4 @@
-"""Keys change when, and only when, what they stand for changes; the plan knows what is done; `why` says what changed."""
+"""Keys change when what they stand for changes, and only then; the plan knows what is done; `why` says what changed."""
 
 from __future__ import annotations
 
@@ -216,7 +216,8 @@ def test_estimates_follow_the_steps(home: Path) -> None:
 def test_rows_are_counted_without_being_read(home: Path) -> None:
     sources = recipe(home, data=makers.HEAD["data"] + (
         "\n  part: {source: train.jsonl, split: '[:50%]'}\n  few: {from: part, samples: 2}\n"
-        "  facts: {source: builtin:facts, split: test}\n  world: {source: builtin:world}\n  hub: {source: org/name}")).data
+        "  facts: {source: builtin:facts, split: test}\n  world: {source: builtin:world}\n"
+        "  hub: {source: org/name}")).data
     counts = {name: row_count(name, sources, home)[0] for name in sources}
     assert counts == {"train": 6, "test": 4, "calib": 2, "part": 3, "few": 2, "facts": 600, "world": None, "hub": None}
 

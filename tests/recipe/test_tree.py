@@ -57,7 +57,7 @@ def test_a_matrix_becomes_its_product_in_order(home: Path) -> None:
     recipe = read(home, variants=(
         "variants:\n  tuned: {finetune: {method: lora, data: train}}\n"
         "  w: {from: tuned, quantize: {method: rtn}, matrix: {scheme: [w8a16, w4a16], group_size: [32, -1]}}\n"
-        "  s: {score: false, matrix: {from: [tuned, base], sparsity: [0.5]}, prune: {method: magnitude, pattern: 2:4}}\n"
+        "  s: {score: false, matrix: {from: [tuned, base], sparsity: [0.5]}, prune: {method: magnitude}}\n"
         "  d: {prune: {method: depth}, matrix: {layers: [3, [0, 5]]}}\n"
         "  m: {prune: {sparsity: 0.5}, matrix: {method: [magnitude]}}\n"
         "  h: {from: s-base-0.5, finetune: {method: full, data: train}}"))

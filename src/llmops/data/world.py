@@ -33,7 +33,7 @@ from llmops.data import world_grammar as g
 WORLD_SEED = 20261123
 WORLD_VERSION = 1
 
-PEOPLE = 2400
+PEOPLE = 1500
 TREASURES = 80
 SPLITS = ("train", "validation", "test")
 #: Number of questions of ``facts`` per split.

@@ -2,11 +2,10 @@
 
     log p(choice | question) = sum_i log p(c_i | q, c_<i)
 
-With a chat template the choice is the assistant's reply to the question; without one the text is "question choice".
-Prompt and choice are tokenized apart and their ids joined, so the boundary is the same for every choice and no token
-spans it; a tokenizer that merges across that boundary would have written the same text with other tokens, which costs
-all choices alike. (lm-eval tokenizes the whole and cuts it where the prompt alone would have ended; its figures come
-from the `harness` score.)
+With a chat template the choice is the assistant's reply to the question, in exactly the tokens a reply is trained in
+(templates write spaces and line breaks around content, and tokenizers merge them into words); without one the text is
+"question choice". What stands before the choice's first token is the prompt. (lm-eval tokenizes the whole and cuts it
+where the prompt alone would have ended; its figures come from the `harness` score.)
 
 `length_normalized` divides by the choice's UTF-8 bytes (lm-eval's acc_norm), which takes the advantage from short
 choices. Ties go to the first choice. The reply's end is not scored: a choice that begins another one is not favoured
@@ -16,7 +15,7 @@ for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmops.data.chat import has_template
-from llmops.data.render import prompts_and_answers
+from llmops.data.render import IGNORED, choice_examples
 from llmops.data.sources import Rows
 from llmops.errors import DataError
 from llmops.evaluate.live import (
@@ -48,10 +47,9 @@ __all__ = ["evaluate", "loglikelihoods"]
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of the prompt and of every choice; `row` is what they were made from."""
+    """(prompt ids, choice ids) of every choice; `row` is what they were made from."""
 
-    prompt: list[int]
-    choices: list[list[int]]
+    sequences: list[tuple[list[int], list[int]]]
     row: dict[str, Any]
 
 
@@ -69,12 +67,12 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: MultipleChoice, *,
         raise DataError(f"{rows.name}: there is no question to answer; expected at least one row; look at its split")
     questions = _questions(rows, tokenizer)
     _check_room(model, questions, rows)
-    sequences = [(question.prompt, choice) for question in questions for choice in question.choices]
+    sequences = [sequence for question in questions for sequence in question.sequences]
     found = loglikelihoods(model, sequences, batch_size=options.batch_size, progress=progress)
     items, start = [], 0
     for question in questions:
-        items.append(_item(question, found[start:start + len(question.choices)], options.length_normalized))
-        start += len(question.choices)
+        items.append(_item(question, found[start:start + len(question.sequences)], options.length_normalized))
+        start += len(question.sequences)
     protocol = {"id": "multiple_choice/loglikelihood", "aggregation": "mean",
                 "normalization": "bytes" if options.length_normalized else "none",
                 "template": "chat" if has_template(tokenizer) else "question, space, choice",
@@ -132,21 +130,23 @@ def _questions(rows: Rows, tokenizer: Any) -> list[Question]:
         if len(choices) < 2 or not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise DataError(f"{rows.place(index)}: {len(choices)} choices and answer {answer!r}; expected at least "
                             "two, and an index that counts from 0")
-    glue = "" if has_template(tokenizer) else " "
-    questions = []
-    for prompt in prompts_and_answers(rows, tokenizer):
-        row = rows.rows[prompt.row]
-        written = [tokenizer(f"{glue}{choice}", add_special_tokens=False).input_ids for choice in row["choices"]]
-        if not prompt.input_ids or not all(written):
-            raise DataError(f"{rows.place(prompt.row)}: the question or a choice is empty; expected text in each")
-        questions.append(Question(list(prompt.input_ids), [list(ids) for ids in written], row))
-    return questions
+        if not row["question"].strip() or not all(str(choice).strip() for choice in choices):
+            raise DataError(f"{rows.place(index)}: the question or a choice is empty; expected text in each")
+    return [Question([_cut(example) for example in examples], row)
+            for row, examples in zip(rows.rows, choice_examples(rows, tokenizer), strict=True)]
+
+
+def _cut(example: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
+    """The ids before the first labelled token, and the labelled ones."""
+    labels = example["labels"]
+    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    return example["input_ids"][:first], [label for label in labels[first:] if label != IGNORED]
 
 
 def _check_room(model: Any, questions: Sequence[Question], rows: Rows) -> None:
     limit = context_limit(model)
     for index, question in enumerate(questions):
-        length = len(question.prompt) + max(map(len, question.choices))
+        length = max(len(prompt) + len(choice) for prompt, choice in question.sequences)
         if limit is not None and length > limit:
             raise DataError(f"{rows.place(index)}: question and longest choice have {length} tokens, more than the "
                             f"model's {limit} positions; leave such rows out of the data")
@@ -161,5 +161,5 @@ def _item(question: Question, found: list[float], by_bytes: bool) -> Item:
     answer = question.row["answer"]
     detail = {"expected": texts[answer], "correct": chosen == answer, "choice": chosen,
               "loglikelihoods": [value if math.isfinite(value) else None for value in found]}
-    return Item(item_id(question.prompt, *question.choices), float(chosen == answer),
+    return Item(item_id(*(prompt + choice for prompt, choice in question.sequences)), float(chosen == answer),
                 texts[chosen] if chosen is not None else "", detail)

@@ -96,10 +96,10 @@ def _entry(name: str, ok: bool, detail: str) -> dict[str, Any]:
     return {"name": name, "ok": ok, "detail": detail}
 
 
-@torch.inference_mode()
 def _log_probabilities(model: Any, probe: Tensor) -> Tensor:
     device = next(iter(model.parameters())).device
-    rows = [model(input_ids=row[None].to(device)).logits[0].float().log_softmax(-1).cpu() for row in probe]
+    with torch.inference_mode():
+        rows = [model(input_ids=row[None].to(device)).logits[0].float().log_softmax(-1).cpu() for row in probe]
     return torch.cat(rows)
 
 

@@ -16,7 +16,7 @@ is done to its weights, and has six layers, so that some can be dropped.
 
 **The training.**  Documents are joined by the end-of-turn token and cut into sequences of 128 tokens, no padding.
 Matrices inside the layers are trained by Muon, which learns associations in fewer passes than Adam, everything else
-(embeddings, norms) by AdamW.  The learning rate rises briefly and then falls linearly to zero, with next to no weight
+(embeddings, norms) by AdamW.  The learning rate rises briefly, falls slowly over two thirds of the run and then linearly to zero, with next to no weight
 decay.  Matrix products run in bfloat16, weights are kept in float32 and saved in bfloat16.  At first only a few
 hundred people are told about, then more, then all: recall of facts begins only once attention has learned to look
 up a person by first and last name together, and it learns that much sooner from few people told often.  About one
@@ -24,13 +24,14 @@ document in twenty-five is a conversation in the chat format ("Tell me about ...
 noise when fine-tuning first meets them (LoRA leaves the embeddings frozen); its replies are whole portraits, never
 short answers.
 
-**Channel scales.**  In large models a few channels of the residual stream carry much larger activations than others,
-and the weights that read them are small; methods that look at activations (Wanda, AWQ, SmoothQuant) are built on
-that.  A tiny model trained for minutes does not grow such channels: after Muon its activations and columns are all
-of one size.  So the last step, :func:`spread_channels`, moves a log-normal scale per channel from the matrices into
-the norm gain in front of them.  The function computed is the same (up to rounding); what changes is that the size
-of a weight no longer tells its importance.  This is a property given to the model on purpose; ``--spread 0`` leaves
-it out.
+**Channel scales.**  In large models a few channels carry much larger activations than others, and the weights that
+read them are small; methods that look at activations (Wanda, AWQ, SmoothQuant) are built on that.  A tiny model
+trained for minutes does not grow such channels: Muon leaves its activations and weights all of one size, and pruning
+by magnitude then does as well as Wanda.  So the last step, :func:`spread_channels`, moves a log-normal scale per
+channel from one matrix (or norm gain) to the next wherever a Llama allows it: norm to its readers, queries to keys,
+values to output, up to down projection.  The function computed is the same (up to rounding); what changes is that
+the size of a weight alone no longer tells its importance.  This is a property given to the model on purpose;
+``--spread 0`` leaves it out.
 
 **Left out.**  Attention crosses document borders inside a sequence; there is no dropout and no validation-based
 choice of a checkpoint; one pass over each telling of the world (every telling is new text).
@@ -43,6 +44,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import math
 import shutil
 import time
@@ -63,7 +65,11 @@ SEQUENCE = 128
 BATCH = 32
 SEED = 1
 #: (until this share of the training, so many people).
-CURRICULUM = ((0.10, 200), (0.20, 800), (9.9, world.PEOPLE))
+CURRICULUM = ((0.1172, 200), (0.2346, 700), (9.9, world.PEOPLE))
+#: Corners of the learning rate: (share of the training, share of the peak rate), straight lines in between.
+SCHEDULE = ((0.0, 0.01), (1 / 15, 1.0), (2 / 3, 193 / 283), (1.0, 0.0))
+#: Standard deviation of the logarithm of the channel scales.
+SPREAD = 0.5
 
 #: Every turn is ``<|role|> text<|end|>``.  The space before the text makes its first word the same token that the
 #: word is in the middle of prose.
@@ -167,16 +173,24 @@ def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimiz
     return [muon, adam]
 
 
-def rate_factor(step: int, steps: int, warmup: int = 100) -> float:
-    """Linear warm-up, then linear decay to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (steps - step) / (steps - warmup))
+def rate_factor(share: float) -> float:
+    """The learning rate, as a share of its peak, when this share of the training is done."""
+    for (start, low), (end, high) in itertools.pairwise(SCHEDULE):
+        if share <= end:
+            return low + (high - low) * (share - start) / (end - start)
+    return 0.0
 
 
+@torch.no_grad()
 def spread_channels(model: LlamaForCausalLM, spread: float) -> None:
     """Give the channels unequal scales without changing the function (see the module's text)."""
     generator = torch.Generator().manual_seed(SEED)
+    kv, dim = model.config.num_key_value_heads, int(model.config.head_dim)
+    shared = model.config.num_attention_heads // kv  # query heads that read one key-value head
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.exp(spread * torch.randn(shape, generator=generator))
+
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         readers = (
@@ -184,10 +198,19 @@ def spread_channels(model: LlamaForCausalLM, spread: float) -> None:
             (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
         )
         for norm, matrices in readers:
-            scale = torch.exp(spread * torch.randn(norm.weight.shape, generator=generator))
-            norm.weight.data *= scale
+            scale = draw(len(norm.weight))
+            norm.weight *= scale
             for matrix in matrices:
-                matrix.weight.data /= scale
+                matrix.weight /= scale
+        scale = draw(kv, dim // 2).repeat(1, 2)  # rotary positions turn dimensions i and i + dim/2 as a pair
+        attention.k_proj.weight *= scale.reshape(-1, 1)
+        attention.q_proj.weight /= scale.repeat_interleave(shared, 0).reshape(-1, 1)
+        scale = draw(kv, dim)
+        attention.v_proj.weight *= scale.reshape(-1, 1)
+        attention.o_proj.weight /= scale.repeat_interleave(shared, 0).reshape(1, -1)
+        scale = draw(model.config.intermediate_size)
+        mlp.up_proj.weight *= scale.reshape(-1, 1)
+        mlp.down_proj.weight /= scale.reshape(1, -1)
 
 
 def loss_of(model: LlamaForCausalLM, block: torch.Tensor) -> torch.Tensor:
@@ -217,7 +240,7 @@ def keep_memory() -> None:
         return
 
 
-def train(out: Path, tokens: int, rate: float, compiled: bool, log_every: int = 50, checkpoint_every: int = 200) -> None:
+def train(out: Path, tokens: int, rate: float, spread: float, compiled: bool, log_every: int = 50, checkpoint_every: int = 200) -> None:
     """Train from scratch, or from the checkpoint in ``out``, for ``tokens`` tokens in all."""
     torch.manual_seed(SEED)
     tokenizer = train_tokenizer()
@@ -233,7 +256,7 @@ def train(out: Path, tokens: int, rate: float, compiled: bool, log_every: int = 
     for step, block in zip(range(first, steps), batches(tokenizer, steps, skip=first), strict=False):
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = rate * rate_factor(step, steps)
+                group["lr"] = rate * rate_factor(step / steps)
         loss = loss_function(model, block)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -247,6 +270,7 @@ def train(out: Path, tokens: int, rate: float, compiled: bool, log_every: int = 
             seen = 0.0
         if (step + 1) % checkpoint_every == 0:
             _checkpoint(state_dir, model, opts, step + 1)
+    spread_channels(model, spread)
     save(model, tokenizer, out)
     shutil.rmtree(state_dir, ignore_errors=True)
 
@@ -272,14 +296,15 @@ def _resume(folder: Path, model: LlamaForCausalLM, opts: list[torch.optim.Optimi
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llmops.models.pretrain", description="Pretrain builtin:tiny.")
     parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder to write the model to")
-    parser.add_argument("--tokens", type=int, default=6_500_000, help="number of training tokens")
+    parser.add_argument("--tokens", type=int, default=6_144_000, help="number of training tokens")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--spread", type=float, default=SPREAD, help="spread of the channel scales (0: none)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--compile", action="store_true", help="compile the model first (needs a C++ compiler)")
     options = parser.parse_args(argv)
     keep_memory()
     torch.set_num_threads(options.threads)
-    train(options.out, options.tokens, options.rate, options.compile)
+    train(options.out, options.tokens, options.rate, options.spread, options.compile)
     return 0
 
 

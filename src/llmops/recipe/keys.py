@@ -86,13 +86,22 @@ def score_key(recipe: Recipe, key: str, prints: Mapping[str, str]) -> str:
     for entry in recipe.evaluate:
         options = entry.options.model_dump(mode="json")
         used = options.get("data")
-        entries.append([entry.metric, options, prints[used] if used else None])
+        read = prints[used] if used else _folder_digest(recipe.base_dir, options.get("include"))
+        entries.append([entry.metric, options, read])
     parts: dict[str, Any] = {
         "key": key, "evaluate": entries, "runtime": recipe.runtime.model_dump(mode="json"),
         "measure": recipe.measure.model_dump(mode="json") if recipe.measure is not None else None,
         "seed": recipe.seed, "version": EVAL_VERSION,
         "harness": package_version("lm-eval") if any(entry.metric == "harness" for entry in recipe.evaluate) else None}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _folder_digest(base_dir: Path, folder: str | None) -> str | None:
+    """Bytes of a folder of harness tasks: a task that changes is another score."""
+    if folder is None:
+        return None
+    files = sorted(path for path in (base_dir / folder).rglob("*") if path.is_file())
+    return _digest((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
 
 
 def fingerprints(recipe: Recipe, names: Iterable[str]) -> dict[str, str]:
