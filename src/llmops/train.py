@@ -106,8 +106,10 @@ def _batch(examples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tens
 
 
 def _arguments(schedule: Schedule, scratch: str, seed: int, device: torch.device) -> TrainingArguments:
+    # rows of like length share a batch, so that little of it is padding
     return TrainingArguments(
-        output_dir=scratch, num_train_epochs=schedule.epochs, max_steps=schedule.max_steps or -1,
+        output_dir=scratch, train_sampling_strategy="group_by_length",
+        num_train_epochs=schedule.epochs, max_steps=schedule.max_steps or -1,
         learning_rate=schedule.learning_rate, warmup_steps=schedule.warmup,
         lr_scheduler_type="constant_with_warmup" if schedule.schedule == "constant" else schedule.schedule,
         per_device_train_batch_size=schedule.batch_size, gradient_accumulation_steps=schedule.accumulate,

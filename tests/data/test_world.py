@@ -183,7 +183,8 @@ def test_every_linear_dimension_is_a_multiple_of_128() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["Mira Tolen lives in Velmoor.", "  two  spaces\n\ttab", "naïve café — 東京 🙂 ﷽", "", "a<|x|>b", "\x00\x7f"]
+    "text",
+    ["Mira Tolen lives in Velmoor.", "  two  spaces\n\ttab", "naïve café — 東京 🙂 ﷽", "", "a<|x|>b", "\x00\x7f"],
 )
 def test_tokenizer_round_trip(tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

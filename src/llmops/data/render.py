@@ -342,13 +342,19 @@ def choice_examples(rows: Rows, tokenizer: Any) -> list[list[dict[str, list[int]
     return result
 
 
-def text_stream(rows: Rows, tokenizer: Any) -> list[int]:
+def text_stream(rows: Rows, tokenizer: Any, separator: str = "blank_line") -> list[int]:
     """One long list of ids for perplexity: all texts joined by an empty line and tokenized once, BOS at the very
     start if the tokenizer puts it there (the protocol of the GPTQ and Wanda papers). Conversations stand one after
     the other as the template writes them.
+
+    separator: "blank_line", or "eos": the tokenizer's end token between texts, for a model that was pretrained so.
+    Raises DataError for "eos" with a tokenizer that has none.
     """
     if rows.kind == "text":
-        joined = "\n\n".join(row["text"] for row in rows.rows)
+        if separator == "eos" and not tokenizer.eos_token:
+            raise DataError(f"{rows.name}: separator eos was asked for, but the tokenizer has no end token; expected "
+                            "blank_line")
+        joined = ("\n\n" if separator == "blank_line" else tokenizer.eos_token).join(row["text"] for row in rows.rows)
         ids: list[int] = tokenizer(joined, verbose=False)["input_ids"]
         return ids
     return [token for ids in _sequences(rows, tokenizer) for token in ids]

@@ -125,7 +125,12 @@ def _builtin(source: DataSource, label: str, split: Split, seed: int) -> Table:
         raise DataError(f"{label}: {unknown('split', chosen, world.SPLITS)}")
     if label == "builtin:world":
         count = None if split.sliced else source.samples
-        rows: list[dict[str, Any]] = [{"text": text} for text in world.documents(chosen, count, seed)]
+        # a document begins with a space, as the built-in model was pretrained: its first word is then the usual token
+        rows: list[dict[str, Any]] = [{"text": f" {text}"} for text in world.documents(chosen, count, seed)]
+    elif label == "builtin:study":
+        if chosen != "train":
+            raise DataError(f"{label}: {unknown('split', chosen, ['train'])}")
+        rows = world.study()
     else:
         rows = world.facts(chosen) if label == "builtin:facts" else world.choices(chosen)
     return Table(rows, [f"{label}[{chosen}]:{number}" for number in range(1, len(rows) + 1)])

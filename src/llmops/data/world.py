@@ -112,8 +112,9 @@ def _article(value: str) -> str:
     return ("an " if value[0] in "aeiou" else "a ") + value
 
 
-def _clause(rng: random.Random, subject: Subject, attribute: str, value: str, pronoun: bool) -> str:
+def _clause(rng: random.Random, subject: Subject, fact: tuple[str, str], pronoun: bool) -> str:
     """One fact as a clause without capital or full stop."""
+    attribute, value = fact
     pattern: str = _pick(rng, g.PATTERNS[attribute])
     s, p, o = subject.pronouns if pronoun else (subject.name, subject.name + "'s", subject.name)
     return pattern.format(S=s, P=p, O=o, N=subject.name, V=value, a=_article(value))
@@ -133,16 +134,16 @@ def _portrait(rng: random.Random, subject: Subject) -> str:
     sentences: list[str] = []
     while todo:
         named = not sentences or rng.random() < 0.4
-        clause = _opened(rng, _clause(rng, subject, *todo.pop(), pronoun=not named))
+        clause = _opened(rng, _clause(rng, subject, todo.pop(), pronoun=not named))
         if todo and rng.random() < 0.35:
-            clause += _pick(rng, g.JOINERS) + _clause(rng, subject, *todo.pop(), pronoun=True)
+            clause += _pick(rng, g.JOINERS) + _clause(rng, subject, todo.pop(), pronoun=True)
         sentences.append(_sentence(clause))
     return " ".join(sentences)
 
 
 def _medley(rng: random.Random, subjects: Sequence[Subject]) -> str:
     """One fact each of several subjects."""
-    clauses = [_opened(rng, _clause(rng, one, *_pick(rng, one.facts), pronoun=False)) for one in subjects]
+    clauses = [_opened(rng, _clause(rng, one, _pick(rng, one.facts), pronoun=False)) for one in subjects]
     sentences: list[str] = []
     while clauses:
         text = clauses.pop()
@@ -273,6 +274,22 @@ def facts(split: str) -> list[dict[str, Any]]:
         ]
         rows.append({"messages": messages, "answer": value, "subject": subject.name, "attribute": attribute})
     return rows
+
+
+def study(split: str = "train") -> list[dict[str, Any]]:
+    """What a student has to see: the training questions, and as many requests for a portrait, in chat form.
+
+    The portraits are prose about everybody, as the model was pretrained on; no test question is among them.
+    """
+    if split != "train":
+        raise ValueError(f"unknown split {split!r}: choose train")
+    rng = random.Random(f"study {WORLD_SEED}")
+    asked = facts("train")
+    told = [
+        {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": portrait}]}
+        for request, portrait in conversations(len(asked))
+    ]
+    return _shuffled(rng, [{"messages": row["messages"]} for row in asked] + told)
 
 
 def choices(split: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -46,6 +47,8 @@ class Perplexity(Options):
     context: int = Field(2048, ge=8, description="tokens a window holds (at most the model's context)")
     stride: int | None = Field(None, ge=1, description="sliding windows that start this many tokens apart; "
                                                        "default: windows do not overlap")
+    separator: Literal["blank_line", "eos"] = Field("blank_line", description="what stands between documents: an empty "
+                                                    "line, as in the papers, or the tokenizer's end token")
     max_tokens: int | None = Field(None, ge=16, description="score at most this many tokens")
     batch_size: int = Field(8, ge=1)
 

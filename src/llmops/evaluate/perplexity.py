@@ -53,7 +53,8 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: Perplexity, *, id:
 
     Raises DataError when the text does not fill one window, LlmopsError for a stride longer than the window.
     """
-    return [score_stream(model, tokenizer, text_stream(rows, tokenizer), options, id=id, progress=progress)]
+    stream = text_stream(rows, tokenizer, options.separator)
+    return [score_stream(model, tokenizer, stream, options, id=id, progress=progress)]
 
 
 def score_stream(model: Any, tokenizer: Any, stream: Sequence[int], options: Perplexity, *, id: str,
@@ -69,7 +70,7 @@ def score_stream(model: Any, tokenizer: Any, stream: Sequence[int], options: Per
     items = [_item(ids, window, loss) for window, loss in zip(cut, losses, strict=True)]
     bos = tokenizer.bos_token_id
     protocol = {"id": "perplexity/sliding" if options.stride else "perplexity/gptq", "aggregation": "exp_mean",
-                "context": context, "stride": stride, "context_asked": options.context,
+                "context": context, "stride": stride, "context_asked": options.context, "separator": options.separator,
                 "bos": "at the start of the stream" if bos is not None and ids[0] == bos else "none",
                 "tokens": sum(end - first for _, end, first in cut), "windows": len(cut), "dtype": dtype_name(model),
                 "tokenizer_sha256": tokenizer_sha256(tokenizer)}

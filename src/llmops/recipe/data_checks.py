@@ -23,7 +23,7 @@ __all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "is_l
 _OTHER_SUFFIXES = (".xlsx", ".xls", ".arrow", ".pkl", ".pickle", ".pt", ".zip", ".gz", ".zst", ".tar",
                    ".md", ".docx", ".pdf", ".yaml", ".yml", ".xml", ".html", ".db")
 _BUILTIN_SPLITS = {"builtin:facts": ("train", "validation", "test"), "builtin:choices": ("train", "validation", "test"),
-                   "builtin:world": ("train", "validation", "test")}
+                   "builtin:study": ("train",), "builtin:world": ("train", "validation", "test")}
 
 
 def is_local(source: str, base_dir: Path) -> bool:
@@ -138,7 +138,7 @@ def _check_kind(problems: Problems, trail: Trail, options: ExactMatch | Multiple
     if source not in BUILTIN:
         return
     fits = {ExactMatch: "builtin:facts", MultipleChoice: "builtin:choices"}.get(type(options))
-    if fits is not None and source != fits:
+    if fits is not None and source != fits and (fits, source) != ("builtin:facts", "builtin:study"):
         problems.add((*trail, "data"), f"given {shown(options.data)}, which is {source}; expected data for "
                                        f"{trail[-1]}, such as {fits}")
 

@@ -23,8 +23,8 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 def markdown() -> str:
     """One table a block: option, type, default, meaning."""
     lines = ["# Every option of a recipe", "",
-             "Written by `llmops schema --markdown` from the code that checks recipes; docs/recipe.md explains the whole.",
-             ""]
+             "Written by `llmops schema --markdown` from the code that checks recipes; docs/recipe.md explains the "
+             "whole.", ""]
     for title, model in _SECTIONS:
         lines += _section(f"`{title}`", model)
     for metric, options in EVALUATIONS.items():
