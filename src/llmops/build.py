@@ -38,6 +38,7 @@ from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
 from llmops.models.arch import decoder_layers, renumber_layers
+from llmops.models.builtin import locate
 from llmops.models.load import load, merged
 from llmops.models.quantized import save_quantized
 from llmops.models.save import save_adapter, save_dense, staged, write_manifest
@@ -343,7 +344,7 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
     model, tokenizer = open_model(variant.parent)
     model = merged(model)
     chain = store.manifest(keys[variant.parent])["chain"] if variant.parent != "base" else []
-    base = str(source_of(variant.parent, recipe, store, keys))
+    base = locate(str(source_of(variant.parent, recipe, store, keys)), recipe.base_dir)
     return Job(model, tokenizer, model.dtype, chain, rows, lambda name: recipe.data[name], recipe.seed,
                lambda name: merged(open_model(name)[0]), base, progress)
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 __all__ = ["DataError", "LlmopsError", "ModelError", "RecipeError", "StepError", "StoreError", "nearest", "unknown"]
@@ -50,6 +49,8 @@ class StepError(LlmopsError):
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """`'; did you mean "x"?'`, or an empty string when nothing known is close."""
+    import difflib  # only a wrong name needs it, and every start would pay for it
+
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
 

@@ -6,6 +6,7 @@ import torch
 from tests.twins import tokens, twin
 from torch.nn.functional import cross_entropy
 
+from llmops.data.render import text_stream
 from llmops.data.sources import Rows
 from llmops.errors import DataError, LlmopsError
 from llmops.evaluate import EVALUATORS, live
@@ -36,6 +37,7 @@ def test_windows_of_the_papers_equal_a_plain_loop(name):
     assert score.value.value == pytest.approx(math.exp(total / (count * length)), rel=1e-6)
     assert score.protocol | {"tokenizer_sha256": ""} == {
         "id": "perplexity/gptq", "aggregation": "exp_mean", "context": 96, "stride": 96, "context_asked": 96,
+        "separator": "blank_line",
         "bos": "none", "tokens": count * 95, "windows": count, "dtype": "float32", "tokenizer_sha256": ""}
 
 
@@ -145,3 +147,12 @@ def test_too_little_text_and_too_long_a_stride_are_refused():
         scored(model, tokenizer, context=64, max_tokens=16)
     with pytest.raises(LlmopsError, match="stride 300 is longer than the window of 256"):
         scored(model, tokenizer, context=512, stride=300)
+
+
+def test_texts_may_be_joined_by_the_end_token():
+    _, tokenizer = twin("llama", torch.float32)
+    documents = Rows("d", "text", [{"text": "one lake"}, {"text": "two towns"}])
+    first, second = (tokenizer(row["text"]).input_ids for row in documents.rows)
+    assert text_stream(documents, tokenizer, "eos") == [*first, tokenizer.eos_token_id, *second]
+    blank = tokenizer("one lake\n\ntwo towns").input_ids
+    assert text_stream(documents, tokenizer) == blank
