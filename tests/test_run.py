@@ -14,7 +14,7 @@ import yaml
 from tests.runs import TUNED, chat, recipe, workplace
 
 import llmops
-from llmops import build
+from llmops.build import variant as build
 from llmops.errors import DataError, StepError
 from llmops.recipe import parse_recipe
 

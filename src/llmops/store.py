@@ -35,6 +35,10 @@ class Store:
         """The folder of a build; it is whole when it is there."""
         return self.builds / key
 
+    def work(self, key: str) -> Path:
+        """Where a build that is under way keeps checkpoints and notes; gone once the build is whole."""
+        return self.builds / f"{key}.work"
+
     def folder(self, run: str) -> Path:
         """What one run shows: recipe, log, report, links."""
         return self.runs / run

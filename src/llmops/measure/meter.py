@@ -30,6 +30,8 @@ class Window:
         self.wall_s = 0.0
         self.energy = Quantity.null("J", f'the window "{label}" is still open')
         self.parts: dict[str, Quantity] = {}
+        self.so_far: Callable[[], tuple[float, Quantity]] = lambda: (self.wall_s, self.energy)
+        """(seconds, J) while it is open; once closed, the final figures."""
 
 
 def synchronize(device: str) -> None:
@@ -65,6 +67,12 @@ class Meter:
             before = self._attempt(self.sensor.start) or before
         self._depth += 1
         began = self._clock()
+
+        def so_far() -> tuple[float, Quantity]:
+            wall_s = self._clock() - began
+            return wall_s, self._energy(before, self._read(), wall_s)[0]
+
+        window.so_far = so_far
         try:
             yield window
         finally:
@@ -76,6 +84,7 @@ class Meter:
                 # Stopped before the last reading: what a sensor must do to stop, it then does once, not twice.
                 failure = self._attempt(self.sensor.stop) if self._depth == 0 else None
                 window.energy, window.parts = self._energy(before, failure or self._read(), window.wall_s)
+                window.so_far = lambda: (window.wall_s, window.energy)
 
     def _read(self) -> dict[str, float] | str:
         """Joules by part, or why there are none."""

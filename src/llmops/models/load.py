@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmops.errors import ModelError
 from llmops.models.builtin import config_of, local_folder
 
-__all__ = ["DTYPES", "hush", "load", "load_tokenizer", "merged", "pick_device"]
+__all__ = ["DTYPES", "computed_in", "hush", "load", "load_tokenizer", "merged", "pick_device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +27,9 @@ def load(source: str | Path, *, base_dir: Path | None = None, revision: str | No
          device: str = "auto", kernel: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer), in evaluation mode, ready to generate.
 
-    dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16". device: "auto" (a GPU where there is one).
+    dtype: "float32", "bfloat16", "float16", "stored" (the checkpoint's), or "auto": the checkpoint's where the device
+    multiplies matrices of that type itself, float32 on a CPU that would only imitate it, several times slower.
+    device: "auto" (a GPU where there is one).
     kernel: for packed layers, "auto", "torch", "reference" or "triton".
     Raises ModelError when there is no such model, it is not a causal language model, or it holds no safetensors.
     """
@@ -39,17 +41,35 @@ def load(source: str | Path, *, base_dir: Path | None = None, revision: str | No
         elif folder is not None and _is_packed(folder):
             from llmops.models.quantized import load_quantized
 
-            model = load_quantized(folder, dtype=dtype, device=where, kernel=kernel)
+            model = load_quantized(folder, dtype=computed_in(dtype, config_of(folder).get("dtype"), where),
+                                   device=where, kernel=kernel)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder or str(source), revision=revision, dtype="auto" if dtype == "auto" else DTYPES[dtype],
-                use_safetensors=True, trust_remote_code=trust_remote_code).to(where)
+            model = _load_dense(folder or str(source), revision, dtype, where, trust_remote_code)
         tokenizer = load_tokenizer(folder or str(source), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(_cannot_load(str(source), folder, error)) from error
     if model.generation_config is not None and tokenizer.pad_token_id is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def _load_dense(source: str | Path, revision: str | None, dtype: str, device: torch.device,
+                trust_remote_code: bool) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=DTYPES.get(dtype, "auto"),
+                                                 use_safetensors=True, trust_remote_code=trust_remote_code)
+    wanted = computed_in(dtype, str(model.dtype), device)
+    return model.to(device) if wanted == "auto" else model.to(device, DTYPES[wanted])
+
+
+def computed_in(dtype: str, stored: str | None, device: torch.device) -> str:
+    """What `dtype` means on a device for a checkpoint of type `stored`: "auto" (as stored) or a name in DTYPES."""
+    if dtype == "stored":
+        return "auto"
+    if dtype != "auto" or device.type != "cpu":
+        return dtype
+    native = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    asked = native.get(str(stored).removeprefix("torch."))
+    return "float32" if asked is not None and not getattr(torch.ops.mkldnn, asked)() else "auto"
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -53,11 +53,14 @@ class ModelSource(Options):
 class Runtime(Options):
     """The machine and the precision that every variant is built and scored with."""
 
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: that of the model")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: that of the model; on a CPU without instructions for it, float32")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto: the first GPU, else the CPU")
     kernel: Literal["auto", "torch", "reference", "triton"] = Field("auto", description="which kernels compressed "
                                                                                         "weights run on")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: those of torch")
+    checkpoint_s: float = Field(60.0, gt=0, description="seconds between two checkpoints of a training; the first "
+                                                        "follows the first step. Changes no result")
 
 
 class Goal(Options):
@@ -116,9 +119,10 @@ class Variant:
         return [self.parent, *([self.teacher] if self.teacher else [])]
 
     def data_names(self) -> list[str]:
-        """The data that the step reads."""
-        name = getattr(self.options, "data", None)
-        return [name] if name else []
+        """The data that the step reads: what it trains or calibrates on, then what it holds out."""
+        stop = getattr(self.options, "stop", None)
+        names = [getattr(self.options, "data", None), getattr(stop, "data", None)]
+        return list(dict.fromkeys(name for name in names if name))
 
 
 @dataclass(frozen=True)

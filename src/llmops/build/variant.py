@@ -1,0 +1,129 @@
+"""Build one variant: load its parent from disk, take the step, save, read back, check, and say what it cost.
+
+One function a step kind and method, all of one shape: `(job, options) -> Work`. They bring together what the lower
+floors keep apart (a method knows tensors, a loader knows folders, the loop knows no method), and nothing else.
+
+Training runs in float32 on a CPU and in bf16 autocast on a GPU; every variant is stored in the data type of the model
+it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops.build.attempts import Attempts
+from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda_step
+from llmops.build.job import Job, Work
+from llmops.build.training import full_step, logits_step, lora_step
+from llmops.data.sources import Rows, load_rows
+from llmops.measure.meter import Meter
+from llmops.models import parity
+from llmops.models.builtin import locate
+from llmops.models.load import load, merged
+from llmops.models.save import staged, write_manifest
+from llmops.options import Options
+from llmops.quantity import Quantity
+from llmops.recipe.plan import Stage
+from llmops.recipe.schema import Recipe
+from llmops.store import Store
+from llmops.train import Checkpoints, Progress
+
+__all__ = ["STEPS", "apply_step", "build", "source_of", "versions"]
+
+STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
+    ("finetune", "lora"): lora_step, ("finetune", "full"): full_step, ("distill", "logits"): logits_step,
+    ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
+    ("quantize", "rtn"): rtn_step}
+
+
+def apply_step(kind: str, job: Job, options: Options) -> Work:
+    """Take one step on the job's model, in memory. Raises StepError where the numbers break."""
+    return STEPS[kind, options.method](job, options)  # type: ignore[attr-defined]
+
+
+def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None) -> dict[str, Any]:
+    """Build `stage` into the store and return its manifest. Leaves nothing behind when it fails."""
+    variant, runtime = recipe.variants[stage.variant], recipe.runtime
+    parent = stage.parent_keys[0] if stage.parent_keys else None
+    assert stage.key is not None
+    with meter.window(stage.variant) as window:
+        attempts = Attempts(store.work(stage.key), window)
+        job = _job(stage, recipe, store, progress)
+        job.progress, job.spent = attempts.watching(progress), attempts.joules
+        job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", runtime.checkpoint_s)
+        work = apply_step(variant.kind, job, variant.options)
+    spent = attempts.total()
+    with staged(store.build(stage.key)) as folder:
+        before = parity.snapshot(work.model, job.tokenizer, _probe(job, recipe))
+        work.save(folder)
+        manifest = {
+            "schema": 1, "variant": stage.variant, "kind": variant.kind, "method": variant.method,
+            "options": variant.options.model_dump(mode="json"),
+            "chain": [*job.chain, f"{variant.kind}:{variant.method}"], "key": stage.key,
+            "key_parts": stage.key_parts, "parent_key": parent,
+            "parent_keys": list(stage.parent_keys), "base_model": recipe.model.id, "revision": recipe.model.revision,
+            "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
+            "data": {name: job.rows(name).sha256 for name in variant.data_names()},
+            "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
+            "looks": work.looks, "attempts": spent.attempts,
+            "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
+                     "flops": work.flops.as_dict(),
+                     "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
+        write_manifest(folder, manifest)
+        model, tokenizer = load(folder, dtype=runtime.dtype, device=runtime.device, kernel=runtime.kernel,
+                                trust_remote_code=recipe.model.trust_remote_code)
+        manifest["parity"] = parity.check(before, model, tokenizer, folder, work.expected)
+        write_manifest(folder, manifest)
+    attempts.discard()
+    return manifest
+
+
+def source_of(variant: str, recipe: Recipe, store: Store, keys: Mapping[str, str]) -> str | Path:
+    """What to load for a variant: its build, or for `base` the model that the recipe names."""
+    return recipe.model.id if variant == "base" else store.build(keys[variant])
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that make a build what it is."""
+    found = {}
+    for package in ("llmops", "torch", "transformers", "peft", "accelerate", "compressed-tensors", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) -> Job:
+    variant, runtime = recipe.variants[stage.variant], recipe.runtime
+    keys = dict(zip(variant.parents(), stage.parent_keys, strict=True))
+    cache: dict[str, Rows] = {}
+
+    def rows(name: str) -> Rows:
+        if name not in cache:
+            cache[name] = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
+        return cache[name]
+
+    def open_model(name: str) -> tuple[Any, Any]:
+        return load(source_of(name, recipe, store, keys), base_dir=recipe.base_dir, revision=recipe.model.revision,
+                    dtype="stored", device=runtime.device, trust_remote_code=recipe.model.trust_remote_code)
+
+    model, tokenizer = open_model(variant.parent)
+    model = merged(model)
+    chain = store.manifest(keys[variant.parent])["chain"] if variant.parent != "base" else []
+    base = locate(str(source_of(variant.parent, recipe, store, keys)), recipe.base_dir)
+    return Job(model, tokenizer, model.dtype, chain, rows, lambda name: recipe.data[name], recipe.seed,
+               lambda name: merged(open_model(name)[0]), base, progress)
+
+
+def _probe(job: Job, recipe: Recipe, rows: int = 4, length: int = 64) -> Tensor:
+    """(rows, length) token ids for the parity check: a seeded draw from the whole vocabulary."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    size = min(len(job.tokenizer), job.model.config.vocab_size)
+    return torch.randint(0, size, (rows, min(length, job.model.config.max_position_embeddings)), generator=generator)

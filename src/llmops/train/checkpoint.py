@@ -1,0 +1,159 @@
+"""A state that a killed run goes on from as if nothing had happened.
+
+What a training depends on, once its data and settings are given: the trained parameters, the optimizer, the random
+number generators, and the step it is at (the order of the rows follows from the seed, the learning rate from the
+step). All of it lies in one folder, `step-000123`, as safetensors and JSON, never a pickle. A checkpoint is written
+beside its place, flushed to the disk and renamed: a kill at any moment leaves the one before it.
+
+The first checkpoint is written after the first step, so that a disk or a folder that cannot take it is found in the
+first minute and not at the end. After that, one every `every_s` seconds; how often changes nothing that is computed.
+
+    trained.safetensors     the parameters that require a gradient, by name
+    optimizer.safetensors   its tensors as `index.name`; plain numbers of it stand in state.json
+    random.safetensors      the states of torch's generators, bytes
+    best.safetensors        the parameters at the lowest held-out loss so far, where there is one
+    state.json              step, losses, tokens, energy and time so far, stopping
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops.errors import StoreError
+
+__all__ = ["Checkpoints", "Saved"]
+
+
+@dataclass
+class Saved:
+    """What a checkpoint holds. `state`: anything JSON can hold."""
+
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Any]  # as `torch.optim.Optimizer.state_dict()["state"]`
+    state: dict[str, Any]
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder of their own. Keeps the newest."""
+
+    def __init__(self, folder: Path, every_s: float = 60.0, every_steps: int | None = None) -> None:
+        self.folder, self.every_s, self.every_steps = folder, every_s, every_steps
+        self._last = float("-inf")
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint should follow step `step` (counted from 1). The first call is always due."""
+        if self.every_steps is not None:
+            return self._last == float("-inf") or step % self.every_steps == 0
+        return time.monotonic() - self._last >= self.every_s
+
+    def save(self, step: int, saved: Saved) -> None:
+        """Write one and drop the ones before it. Raises StoreError when it cannot be written."""
+        from safetensors.torch import save_file
+
+        place = self.folder / f"step-{step:06d}"
+        scratch = self.folder / f".{place.name}.{os.getpid()}"
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            tensors, numbers = _flat(saved.optimizer)
+            save_file(_own(saved.trained), scratch / "trained.safetensors")
+            save_file(_own(tensors), scratch / "optimizer.safetensors")
+            save_file(_random_states(), scratch / "random.safetensors")
+            if saved.best:
+                save_file(_own(saved.best), scratch / "best.safetensors")
+            body = json.dumps({"step": step, "optimizer": numbers, "state": saved.state})
+            (scratch / "state.json").write_text(body, encoding="utf-8")
+            for path in scratch.iterdir():
+                _sync(path)
+            scratch.rename(place)
+            _sync(self.folder)
+        except OSError as error:
+            raise StoreError(f"{place}: the checkpoint could not be written ({error}); free some disk or name another "
+                             "place with --runs, and run the same command again: it goes on from the last checkpoint"
+                             ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for older in self._all()[:-1]:
+            shutil.rmtree(older, ignore_errors=True)
+        self._last = time.monotonic()
+
+    def latest(self) -> tuple[int, Saved] | None:
+        """(step, what was saved), with torch's generators set as they were; None when there is none."""
+        from safetensors.torch import load_file
+
+        found = self._all()
+        if not found:
+            return None
+        folder = found[-1]
+        try:
+            body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            best = folder / "best.safetensors"
+            saved = Saved(load_file(folder / "trained.safetensors"),
+                          _nested(load_file(folder / "optimizer.safetensors"), body["optimizer"]), body["state"],
+                          load_file(best) if best.exists() else {})
+            _set_random_states(load_file(folder / "random.safetensors"))
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreError(f"{folder}: the checkpoint cannot be read ({error}); remove the folder, the training "
+                             "then starts from its beginning") from error
+        return int(body["step"]), saved
+
+    def discard(self) -> None:
+        """Forget all of it: the training is done and its result is stored."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _flat(state: Mapping[Any, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
+               if isinstance(value, Tensor)}
+    numbers = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
+               if not isinstance(value, Tensor)}
+    return tensors, numbers
+
+
+def _nested(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return state
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    cuda = [states[key] for key in sorted(states, key=lambda key: (len(key), key)) if key.startswith("cuda.")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda[:torch.cuda.device_count()])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,349 @@
+"""The one training loop. Every step that trains (LoRA, full, preferences, distillation) comes through `fit`.
+
+What differs between them is the loss, so the loss is an argument; the loop names no method. Its promises:
+
+- The loss of a step is the sum over its rows divided by the weight of the whole step (its trained tokens), so that
+  accumulation, several processes and the big batch give one gradient, also when rows have different lengths.
+- A killed run goes on from its last checkpoint and computes, bit for bit on a CPU, what it would have computed.
+- When memory runs out, the forward passes are cut in half and the step is done again: the same rows, the same
+  gradient. It is noted, never silent.
+- A loss or gradient that is not finite stops the training before it touches a weight, and names the rows.
+
+Weights are trained in the type they have; on a GPU the forward pass runs in bfloat16 autocast. Left out: sharding a
+model over several devices (every process holds the whole).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmops.errors import StepError
+from llmops.models.packed_rows import use_packed_attention
+from llmops.models.token_loss import next_token_loss
+from llmops.train.checkpoint import Checkpoints, Saved
+from llmops.train.ranks import add_up, add_up_gradients, rank_and_size
+from llmops.train.rows import Step, TrainingSet, order, share, shrunk, to_device, tokens_of
+from llmops.train.schedule import Schedule, make_optimizer, rate_factor
+from llmops.train.stop import NOMINAL_WATTS, Stopping
+
+__all__ = ["Fit", "Hooks", "Loss", "Progress", "fit", "mean_loss"]
+
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # -> the SUM of the loss over the batch
+Progress = Callable[[int, int, str], None]  # done, total, what to print beside the bar
+
+
+@dataclass
+class Fit:
+    """What a training left behind: steps taken, tokens seen (padding apart) and trained on, the loss of every step.
+
+    `wall_s` counts every attempt up to the checkpoint the next one went on from. `looks`: (step, held-out loss per
+    token). `events`: what a reader of the row should know.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    held_out_tokens: int = 0
+    wall_s: float = 0.0
+    held_out_s: float = 0.0
+    energy_j: float = 0.0
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    looks: list[tuple[int, float]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells and asks. All may be left out.
+
+    after_step: runs after every optimizer step (masks are kept by it). before_pass: sees every batch before the
+    forward pass. log: (step, figures) for curves and trackers. place: names a row, for people. spent: joules of this
+    attempt so far, or None where nobody knows.
+    """
+
+    after_step: Callable[[], None] | None = None
+    before_pass: Callable[[Mapping[str, Tensor]], None] | None = None
+    progress: Progress | None = None
+    log: Callable[[int, Mapping[str, float]], None] | None = None
+    place: Callable[[int], str] = lambda index: f"row {index + 1}"
+    spent: Callable[[], float | None] = lambda: None
+
+
+def fit(model: nn.Module, rows: TrainingSet, schedule: Schedule, *, seed: int, loss: Loss = next_token_loss,
+        hooks: Hooks = Hooks(), checkpoints: Checkpoints | None = None,  # noqa: B008 - frozen
+        held_out: TrainingSet | None = None, stopping: Stopping | None = None,
+        rate_scale: Callable[[str], float] | None = None) -> Fit:
+    """Train the parameters that require a gradient, in place.
+
+    held_out: rows whose loss is looked at as `stopping` says (and kept in `Fit.looks`); without it `stopping` is not
+    used. With `stopping` the weights of the best look are what is left in the model. Raises StepError when the loss
+    is not finite or one row does not fit into memory, StoreError when a checkpoint cannot be written.
+    """
+    loop = _Loop(model, rows, schedule, seed, loss, hooks, checkpoints, held_out, stopping, rate_scale)
+    was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    model.config.use_cache = False
+    try:
+        with use_packed_attention(model) if rows.packed else nullcontext():
+            return loop.run()
+    finally:
+        model.config.use_cache = use_cache
+        model.train(was_training)
+
+
+def mean_loss(model: nn.Module, rows: TrainingSet, loss: Loss = next_token_loss, *, batch_size: int = 8) -> float:
+    """Loss per unit of weight (nats per trained token) over all of `rows`, without a gradient."""
+    mode, (rank, size) = model.training, rank_and_size()
+    device = next(model.parameters()).device
+    total = torch.zeros(1, dtype=torch.float64)
+    model.eval()
+    with torch.no_grad(), _autocast(device):
+        for at in range(0, len(rows), batch_size):
+            indices = list(range(len(rows)))[at:at + batch_size][rank::size]
+            if indices:
+                total += float(loss(model, to_device(rows.batch(indices), device)))
+    model.train(mode)
+    return float(add_up(total)) / max(1, sum(rows.weights))
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+class _Loop:
+    """One training under way."""
+
+    def __init__(self, model: nn.Module, rows: TrainingSet, schedule: Schedule, seed: int, loss: Loss, hooks: Hooks,
+                 checkpoints: Checkpoints | None, held_out: TrainingSet | None, stopping: Stopping | None,
+                 rate_scale: Callable[[str], float] | None) -> None:
+        self.model, self.rows, self.schedule, self.loss, self.hooks = model, rows, schedule, loss, hooks
+        self.checkpoints, self.stopping = checkpoints, stopping if held_out is not None else None
+        self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.device = next(model.parameters()).device
+        self.steps = order(rows, schedule, seed)
+        self.optimizer = make_optimizer(self.trained.items(), schedule, schedule.learning_rate, rate_scale)
+        self.held_out = self._affordable(held_out) if held_out is not None and self.stopping is not None else None
+        self.rank, self.size = rank_and_size()
+        self.halvings = 0
+        self.best: dict[str, Tensor] = {}
+        self.done = Fit()
+        torch.manual_seed(seed)
+
+    # ------------------------------------------------------------------------------------------------- the walk
+
+    def run(self) -> Fit:
+        first = self._resume()
+        self.began, self.before_s, self.before_j = time.perf_counter(), self.done.wall_s, self.done.energy_j
+        self.tokens_before = self.done.tokens
+        self.model.train()
+        for number in range(first, len(self.steps)):
+            self._set_rate(number)
+            value, norm = self._step(self.steps[number], number)
+            if self.hooks.after_step is not None:
+                self.hooks.after_step()
+            step = number + 1
+            self.done.steps = step
+            self.done.loss.append((step, value))
+            stop = self._look(step)
+            self._tell(step, value, norm)
+            last = stop or step == len(self.steps)
+            if self.checkpoints is not None and self.rank == 0 and (last or self.checkpoints.due(step)):
+                self._save(step, stop)
+            if stop:
+                break
+        self._clock()
+        self._take_best()
+        return self.done
+
+    def _step(self, step: Step, number: int) -> tuple[float, float]:
+        """One optimizer step: (loss per unit of weight, norm of the gradient)."""
+        while True:
+            try:
+                return self._try(step, number)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            self._halve(step, number, reason)  # outside the handler: the traceback holds the activations
+
+    def _try(self, step: Step, number: int) -> tuple[float, float]:
+        weight = max(1, sum(self.rows.weights[index] for one in step for index in one))
+        passes = share(shrunk(step, self.halvings), self.rank, self.size)
+        values: list[Tensor] = []
+        tokens = 0
+        for indices in passes:
+            batch = self.rows.batch(indices)
+            tokens += tokens_of(batch)
+            batch = to_device(batch, self.device)
+            if self.hooks.before_pass is not None:
+                self.hooks.before_pass(batch)
+            with _autocast(self.device):
+                value = self.loss(self.model, batch) / weight
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]
+            values.append(value.detach().double())
+        found = torch.stack(values).cpu() if values else torch.zeros(1, dtype=torch.float64)
+        self._refuse("loss", found, passes, number)
+        add_up_gradients(self.trained.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.max_grad_norm)
+        self._refuse("gradient", norm.detach().cpu().reshape(1), [[index for one in step for index in one]], number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = add_up(torch.tensor([float(found.sum()), float(tokens)], dtype=torch.float64))
+        self.done.tokens += int(counts[1])
+        self.done.trained_tokens += weight
+        return float(counts[0]), float(norm)
+
+    def _refuse(self, what: str, values: Tensor, passes: Step, number: int) -> None:
+        """Stop before a weight is touched when one of `values` is not finite; each belongs to one of `passes`."""
+        for value, indices in zip(values.tolist(), passes, strict=False):
+            if not math.isfinite(value):
+                raise StepError(f"the {what} became {value} at optimizer step {number + 1}, on the batch of "
+                                f"{_few([self.hooks.place(index) for index in indices])}; expected a finite number; "
+                                "lower the learning rate, or look at these rows with `llmops data show`")
+
+    def _halve(self, step: Step, number: int, reason: str) -> None:
+        largest = max(len(one) for one in shrunk(step, self.halvings))
+        if largest == 1:
+            longest = max((index for one in step for index in one), key=lambda index: self.rows.lengths[index])
+            raise StepError(f"memory ran out at optimizer step {number + 1} with one row in a forward pass "
+                            f"({reason}); the longest row of the step is {self.hooks.place(longest)} with "
+                            f"{self.rows.lengths[longest]:,} tokens: lower max_length, or set gradient_checkpointing: "
+                            "true")
+        self.halvings += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.done.events.append(f"memory ran out at step {number + 1} ({reason}): forward passes cut to at most "
+                                f"{(largest + 1) // 2} rows, accumulation doubled; the gradient is the same")
+        self.done.events = self.done.events[-20:]
+
+    def _set_rate(self, number: int) -> None:
+        rate = self.schedule.learning_rate * rate_factor(number, len(self.steps), self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+
+    # --------------------------------------------------------------------------------------- looking and stopping
+
+    def _affordable(self, held_out: TrainingSet) -> TrainingSet:
+        """As many held-out rows as the share of the training between two looks pays for."""
+        assert self.stopping is not None
+        mean = sum(self.rows.lengths[index] for step in self.steps for one in step for index in one) / len(self.steps)
+        frozen = len(self.trained) < sum(1 for _ in self.model.parameters())
+        budget = self.stopping.share * self.stopping.every * mean * (2 if frozen else 3)
+        tokens = count = 0
+        while count < len(held_out) and (count == 0 or tokens + held_out.lengths[count] <= budget):
+            tokens += held_out.lengths[count]
+            count += 1
+        return held_out.first(count)
+
+    def _look(self, step: int) -> bool:
+        """Take the held-out loss where it is due; whether to stop here."""
+        if self.stopping is None or self.held_out is None or not self.stopping.due(step, len(self.steps)):
+            return False
+        began, state = time.perf_counter(), torch.get_rng_state()
+        value = mean_loss(self.model, self.held_out, self.loss, batch_size=self.schedule.batch_size)
+        torch.set_rng_state(state)
+        self.done.held_out_tokens += sum(self.held_out.lengths)
+        self.done.held_out_s += time.perf_counter() - began
+        self.done.looks.append((step, value))
+        best = self.stopping.best
+        if best is None or value < best.loss:
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.trained.items()}
+        self._clock()
+        stop = self.stopping.see(step, value, self.done.energy_j) and step < len(self.steps)
+        if stop:
+            self.done.events.append(self.stopping.reason())
+        return stop
+
+    def _take_best(self) -> None:
+        best = self.stopping.best if self.stopping is not None else None
+        if best is None or best.step == self.done.steps:
+            return
+        with torch.no_grad():
+            for name, tensor in self.best.items():
+                self.trained[name].copy_(tensor)
+        self.done.events.append(f"kept the weights of step {best.step}, where the held-out loss was lowest "
+                                f"({best.loss:.4f})")
+
+    # ------------------------------------------------------------------------------------- what is told and kept
+
+    def _clock(self) -> None:
+        """Time and energy so far. Where energy is not known, time at a nominal power stands in for stopping."""
+        here = time.perf_counter() - self.began
+        self.done.wall_s = self.before_s + here
+        spent = self.hooks.spent()
+        self.done.energy_j = self.before_j + (here * NOMINAL_WATTS if spent is None else spent)
+
+    def _tell(self, step: int, value: float, norm: float) -> None:
+        if self.hooks.progress is None and self.hooks.log is None:
+            return
+        self._clock()
+        here = max(1e-9, time.perf_counter() - self.began)
+        rate = (self.done.tokens - self.tokens_before) / here
+        figures = {"loss": value, "grad_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"],
+                   "tokens_per_s": rate, "tokens": float(self.done.tokens)}
+        text = f"loss {value:.3f}, {rate:,.0f} tokens/s"
+        if self.hooks.spent() is not None:
+            figures |= {"energy_j": self.done.energy_j, "joules_per_token": self.done.energy_j / self.done.tokens}
+            text += f", {_joules(self.done.energy_j)}, {1000 * figures['joules_per_token']:.3g} mJ/token"
+        if self.done.looks and self.done.looks[-1][0] == step:
+            figures["held_out_loss"] = self.done.looks[-1][1]
+        if self.hooks.progress is not None:
+            self.hooks.progress(step, len(self.steps), text)
+        if self.hooks.log is not None:
+            self.hooks.log(step, figures)
+
+    def _save(self, step: int, stopped: bool) -> None:
+        assert self.checkpoints is not None
+        self._clock()
+        done = {key: value for key, value in vars(self.done).items()}
+        stopping = self.stopping.as_state() if self.stopping is not None else None
+        state = {"done": done, "halvings": self.halvings, "stopping": stopping, "stopped": stopped,
+                 "steps": len(self.steps)}
+        self.checkpoints.save(step, Saved(self.trained, self.optimizer.state_dict()["state"], state, self.best))
+
+    def _resume(self) -> int:
+        """Go on from the newest checkpoint, if there is one; the number of the first step to do."""
+        found = self.checkpoints.latest() if self.checkpoints is not None else None
+        if found is None:
+            return 0
+        step, saved = found
+        if saved.state["steps"] != len(self.steps) or saved.trained.keys() != self.trained.keys():
+            self.done.events.append("a checkpoint of another training lay here and was not used")
+            return 0
+        with torch.no_grad():
+            for name, tensor in saved.trained.items():
+                self.trained[name].copy_(tensor)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved.optimizer})
+        self.done = Fit(**saved.state["done"])
+        self.done.loss = [(int(at), value) for at, value in self.done.loss]
+        self.done.looks = [(int(at), value) for at, value in self.done.looks]
+        self.done.events.append(f"went on from the checkpoint of step {step}")
+        self.halvings, self.best = saved.state["halvings"], saved.best
+        if self.stopping is not None and saved.state["stopping"] is not None:
+            self.stopping.restore(saved.state["stopping"])
+        return len(self.steps) if saved.state["stopped"] else step
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text \
+        or "out of memory" in text or "not enough memory" in text
+
+
+def _few(rows: list[str]) -> str:
+    return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def _joules(value: float) -> str:
+    return f"{value / 1000:,.2f} kJ" if value >= 1000 else f"{value:,.0f} J"
