@@ -13,13 +13,14 @@ from typing import Any
 
 from llmops.measure.sensors import Sensor
 
-__all__ = ["environment"]
+__all__ = ["cpu_model", "environment", "gpus"]
 
 PACKAGES = ("llmops", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "compressed-tensors",
             "triton", "codecarbon", "nvidia-ml-py", "numpy")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the processor calls itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -51,7 +52,8 @@ def _gpu(nvml: Any, handle: Any) -> dict[str, Any]:
     return facts
 
 
-def _gpus() -> dict[str, Any]:
+def gpus() -> dict[str, Any]:
+    """The CUDA devices that torch sees, the driver, and what NVML tells of each."""
     import torch
 
     from llmops.measure.nvml import visible_uuids
@@ -85,7 +87,7 @@ def environment(device: Any = "cpu", sensor: Sensor | None = None) -> dict[str, 
     import torch
 
     group: dict[str, Any] = {
-        "device": str(device), "cpu": _cpu_model(), "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "device": str(device), "cpu": cpu_model(), "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "hardware_threads": os.cpu_count(), "ram_bytes": int(psutil.virtual_memory().total),
         "threads": torch.get_num_threads(), "os": platform.platform(), "python": sys.version.split()[0],
         "versions": _versions(),
@@ -93,7 +95,7 @@ def environment(device: Any = "cpu", sensor: Sensor | None = None) -> dict[str, 
     with contextlib.suppress(OSError, AttributeError):
         group["load_average_1m"] = round(os.getloadavg()[0], 2)
     group |= {name: group["versions"].get(name) for name in ("llmops", "torch", "transformers")}
-    group |= _gpus() if str(device).startswith("cuda") else {"gpu": [], "driver": None}
+    group |= gpus() if str(device).startswith("cuda") else {"gpu": [], "driver": None}
     if sensor is not None:
         group |= {"sensor": sensor.name, "sensor_provenance": sensor.provenance, "sensor_method": sensor.method,
                   "sensor_update_period_s": sensor.update_period_s, "sensors_skipped": dict(sensor.skipped)}

@@ -13,7 +13,8 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["decoder_layers", "is_ignored", "linear_layers", "renumber_layers", "text_config"]
+__all__ = ["decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
+           "resize_depth", "text_config"]
 
 #: Config keys that hold one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "attn_layer_types", "no_rope_layers", "layers_block_type", "block_types")
@@ -91,6 +92,11 @@ def renumber_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, kept)
     return model
+
+
+def resize_depth(config: Any, layers: int) -> None:
+    """Make a config say that only the first `layers` decoder layers are there, per-layer entries included."""
+    _slice_config(config, list(range(layers)), int(config.num_hidden_layers))
 
 
 def _check_positional(config: Any) -> None:

@@ -12,7 +12,8 @@ size, V the vocabulary, L the layers kept.
       lora          4 bytes a parameter + 16 bytes an adapter parameter + activations
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
-                    attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient
+                    attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
+                    of which no more than a chunk is held at once (a distillation holds all of them)
     tokens          rows x epochs x max_length (an upper bound: rows are padded to their batch's longest, or cut)
 """
 
@@ -35,8 +36,9 @@ from llmops.quantity import Quantity
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
 
-__all__ = ["Estimate", "estimate", "row_count"]
+__all__ = ["Estimate", "estimate", "row_count", "training_memory"]
 
+CHUNK_BYTES = 64_000_000  # of float32 logits that a loss holds at once; the rest is computed chunk by chunk
 _MOST_COUNTED = 256_000_000  # bytes of a text file whose lines are counted
 
 
@@ -115,16 +117,25 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
     options = variant.options
     if isinstance(options, Training):
         length = min(options.max_length, dims.context or options.max_length)
-        tokens = options.batch_size * length
-        activations = tokens * (2 * 34 * dims.hidden * layers + 12 * dims.vocab)
-        if isinstance(options, Lora):
-            return float(4 * count + 16 * _adapter(options, dims, layers) + activations)
-        teacher = 0.0
-        if isinstance(options, Logits):
-            teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
-        return 16.0 * count + activations + teacher
+        return training_memory(recipe, variant, dims, options.batch_tokens or options.batch_size * length)
     layer = 8.0 * dims.linear_parameters
     return width * count + layer + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0)
+
+
+def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:
+    """Peak bytes of a training step with `tokens` tokens in a forward pass."""
+    options = variant.options
+    layers = _layers(recipe, variant.parent, dims)
+    count = dims.parameters(layers)
+    kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
+    logits = min(12.0 * tokens * dims.vocab, 12.0 * CHUNK_BYTES)
+    activations = tokens * 2 * 34 * dims.hidden * kept + logits
+    if isinstance(options, Lora):
+        return 4.0 * count + 16 * _adapter(options, dims, layers) + activations
+    teacher = 0.0
+    if isinstance(options, Logits):
+        teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
+    return 16.0 * count + activations + teacher
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:

@@ -39,7 +39,7 @@ class Saved:
     """What a checkpoint holds. `state`: anything JSON can hold."""
 
     trained: dict[str, Tensor]
-    optimizer: dict[str, Any]  # as `torch.optim.Optimizer.state_dict()["state"]`
+    optimizer: dict[Any, dict[str, Any]]  # as `torch.optim.Optimizer.state_dict()["state"]`
     state: dict[str, Any]
     best: dict[str, Tensor] = field(default_factory=dict)
 
@@ -129,8 +129,8 @@ def _flat(state: Mapping[Any, Mapping[str, Any]]) -> tuple[dict[str, Tensor], di
     return tensors, numbers
 
 
-def _nested(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {}
+def _nested(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    state: dict[Any, dict[str, Any]] = {}
     for key, value in {**tensors, **numbers}.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value

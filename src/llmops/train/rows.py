@@ -75,7 +75,8 @@ def order(rows: TrainingSet, schedule: Schedule, seed: int) -> list[Step]:
     A pass holds `batch_size` rows, or with `batch_tokens` as many as that many tokens allow. Where rows are padded,
     rows of like length share a pass, so that little of it is padding.
     """
-    draw, steps = random.Random(seed), []
+    draw = random.Random(seed)
+    steps: list[Step] = []
     epochs = schedule.epochs if schedule.max_steps is None else float("inf")
     done = 0.0
     while done < epochs and (schedule.max_steps is None or len(steps) < schedule.max_steps):

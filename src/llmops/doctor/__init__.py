@@ -1,0 +1,13 @@
+"""`llmops doctor`: is this machine fit, and will this recipe go through? Answered before hours are spent on it."""
+
+from llmops.doctor.checklist import Check, exit_code, render
+from llmops.doctor.machine import examine
+
+__all__ = ["Check", "examine", "exit_code", "rehearse", "render"]
+
+
+def rehearse(path: str, sets: tuple[str, ...] = (), say: object = None) -> list[Check]:
+    """Rehearse the recipe at `path` on a two-layer twin of its model; see `llmops.doctor.rehearsal`."""
+    from llmops.doctor.rehearsal import rehearse as run
+
+    return run(path, sets, say)  # type: ignore[arg-type]
