@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from llmops.errors import LlmopsError, ModelError
@@ -128,7 +127,7 @@ class _Seen:
         """The same autocast for the head: a wrapper's forward may have set it, and it is over by now."""
         if self.hidden is None or self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.hidden.device.type, dtype=self.autocast)
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast)  # type: ignore[no-any-return]
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, _Seen]:
@@ -153,7 +152,7 @@ def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return _run(model, batch)[0]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def can_split(model: nn.Module, batch: Mapping[str, Any]) -> bool | str:
     """True when head(last_hidden) are the model's own logits on four tokens of the batch; otherwise why not.
 
@@ -191,7 +190,7 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
 
     chunk: rows of logits at a time, at most; fewer where V is large, so that they stay under 64 MB in float32.
     parameters: what the head is made of; when one requires a gradient, chunks run again in backward. Raises
-    LlmopsError when the head has such a parameter and it is not among them; a second derivative raises RuntimeError.
+    LlmopsError when the head has such a parameter that is not among them, and in backward under create_graph.
     """
     if not len(targets):
         return hidden.sum(1).float()  # empty, and still a child of `hidden`
@@ -211,7 +210,7 @@ def _chunk_log_probs(h: Tensor, y: Tensor, head: Callable[[Tensor], Tensor]) -> 
     return torch.log_softmax(head(h), dim=-1, dtype=torch.float32).gather(1, y[:, None])[:, 0]
 
 
-class _FrozenHead(torch.autograd.Function):
+class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
     """Log-probabilities (N,) whose Jacobian with respect to each token's own hidden row is kept from the forward."""
 
     @staticmethod
@@ -234,8 +233,10 @@ class _FrozenHead(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: the kept Jacobian has no history
+            raise LlmopsError("a second derivative of log-probabilities under a frozen head was asked for; expected "
+                              "one backward without create_graph; use full logits")
         jacobian, = ctx.saved_tensors
         return jacobian * grad[:, None].to(jacobian.dtype), None, None, None
 
