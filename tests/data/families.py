@@ -21,9 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 LLAMA3 = """{{- bos_token }}
 {%- set turns = messages %}{% set system = '' %}
-{%- if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}{% set turns = messages[1:] %}{% endif %}
+{%- if messages[0].role == 'system' %}
+  {%- set system = messages[0].content | trim %}{% set turns = messages[1:] %}
+{%- endif %}
 {%- if tools or system %}
-  {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' ~ ('Environment: ipython\\n' if tools else '') ~ system ~ '<|eot_id|>' }}
+  {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' ~ ('Environment: ipython\\n' if tools else '') }}
+  {{- system ~ '<|eot_id|>' }}
 {%- endif %}
 {%- for turn in turns %}
   {%- if turn.role == 'tool' %}
@@ -59,11 +62,13 @@ QWEN3 = """{%- set turns = messages %}{% set system = '' %}
       {%- set said = said.split('</think>')[-1].lstrip('\\n') %}
     {%- endif %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if loop.index0 > ns.question and (loop.last or thought) %}{{- '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}{% endif %}
+    {%- if loop.index0 > ns.question and (loop.last or thought) %}
+      {{- '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}
+    {%- endif %}
     {{- said }}
     {%- for call in turn.tool_calls or [] %}
-      {{- ('\\n' if said or not loop.first else '') ~ '<tool_call>\\n{"name": "' ~ call.function.name ~ '", "arguments": ' }}
-      {{- (call.function.arguments | tojson) ~ '}\\n</tool_call>' }}
+      {{- ('\\n' if said or not loop.first else '') ~ '<tool_call>\\n{"name": "' ~ call.function.name }}
+      {{- '", "arguments": ' ~ (call.function.arguments | tojson) ~ '}\\n</tool_call>' }}
     {%- endfor %}
     {{- '<|im_end|>\\n' }}
   {%- elif turn.role == 'tool' %}
@@ -87,7 +92,7 @@ MISTRAL = """{{- bos_token }}
   {%- elif turn.tool_calls %}
     {{- '[TOOL_CALLS]GAP[' }}
     {%- for call in turn.tool_calls %}
-      {%- if not call.id or call.id | length != 9 %}{{ raise_exception('ids of tool calls have nine characters') }}{% endif %}
+      {%- if not call.id or call.id | length != 9 %}{{ raise_exception('an id has nine characters') }}{% endif %}
       {{- (', ' if not loop.first else '') ~ '{"name": "' ~ call.function.name ~ '", "arguments": ' }}
       {{- (call.function.arguments | tojson) ~ ', "id": "' ~ call.id ~ '"}' }}
     {%- endfor %}
@@ -104,7 +109,7 @@ GEMMA = """{{- bos_token }}
   {%- set opening = messages[0].content ~ '\\n\\n' %}{% set turns = messages[1:] %}
 {%- endif %}
 {%- for turn in turns %}
-  {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and assistant take turns') }}{% endif %}
+  {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles take turns') }}{% endif %}
   {{- '<start_of_turn>' ~ ('model' if turn.role == 'assistant' else turn.role) ~ '\\n' }}
   {{- (opening if loop.first else '') ~ (turn.content | trim) ~ '<end_of_turn>\\n' }}
 {%- endfor %}

@@ -196,7 +196,8 @@ TABLE = {
                        {"split": "[90%:]"}, key="split"),
     "split-of-lines": Bad("a.txt", "x\ny\n", 2, "lines of the text: the range [0:5] reaches", "a range within them",
                           {"split": "[:5]"}, key="split"),
-    "split-blank-lines": Bad("a.txt", "x\n\n\n", 2, "only blank lines", "a wider range", {"split": "[1:]"}, key="split"),
+    "split-blank-lines": Bad("a.txt", "x\n\n\n", 2, "only blank lines", "a wider range", {"split": "[1:]"},
+                             key="split"),
     "suffix": Bad("a.xlsx", b"PK", 0, "a.xlsx", "convert it", key="source"),
 }  # fmt: skip
 

@@ -48,7 +48,8 @@ def result(text: str, number: int = 0) -> Turn:
 
 CASES: dict[str, list[Turn]] = {
     "single": [user("Where does the old miller live?"), said("He lives in Velmoor.")],
-    "multi": [user("Two and three?"), said("Five."), user("Sure?"), said("Yes, I am."), user("Ok?"), said("Yes\nor no.")],
+    "multi": [user("Two and three?"), said("Five."), user("Sure?"), said("Yes, I am."), user("Ok?"),
+              said("Yes\nor no.")],
     "system": [system("You are a brief helper."), user("Two and three?"), said("Five."), user("Sure?"), said("Yes.")],
     "thought": [user("Two and three?"), said("Five.", "add them"), user("Sure?"), said("Yes.", "check it")],
     "tool": [user("How warm is it?"), calls("get_weather"), result('{"degrees":\n "7 or 8"}'), said("Seven degrees.")],
@@ -156,7 +157,7 @@ def test_the_table_of_all_masks() -> None:
 
 @pytest.mark.parametrize(("family", "case"), REFUSED)
 def test_what_a_template_cannot_write_is_refused(family: str, case: str) -> None:
-    with pytest.raises(DataError, match=r"train:1: the chat template (leaves out|refuses the turns).*; (use a|reorder)"):
+    with pytest.raises(DataError, match=r"train:1: the chat template (leaves out|refuses the turns).*; (use|reorder)"):
         encode(rows_of(CASES[case]), family_tokenizer(family), max_length=4096, limits=Limits())
 
 
@@ -173,7 +174,7 @@ def test_what_a_template_leaves_out_is_named() -> None:
     assert "the tool calls of turn 2 (get_weather)" in refusal("chatml", CASES["call last"])
     assert "the tools of the row (get_weather, get_time)" in refusal("chatml", CASES["single"], tools=TOOLS)
     assert 'the text of turn 2 ("assistant")' in refusal("chatml", CASES["thought"])
-    assert "nine characters" in refusal("mistral", [user("Warm?"), {"role": "assistant", "tool_calls": [
+    assert "an id has nine characters" in refusal("mistral", [user("Warm?"), {"role": "assistant", "tool_calls": [
         {"function": {"name": "get_weather", "arguments": {}}}]}])
     deaf = FAMILIES["chatml"].template.replace("{% for turn in messages %}",
                                                "{% for turn in messages if turn.role != 'system' %}")
@@ -188,7 +189,8 @@ def test_what_a_template_leaves_out_is_named() -> None:
 
 
 def test_reasoning_that_a_template_strips_is_refused_and_that_of_earlier_turns_is_trained() -> None:
-    thinking = [user("Two?"), said("<think>\nadd\n</think>\n\nFive."), user("Sure?"), said("<think>\nlook\n</think>\n\nYes.")]
+    thinking = [user("Two?"), said("<think>\nadd\n</think>\n\nFive."), user("Sure?"),
+                said("<think>\nlook\n</think>\n\nYes.")]
     tokenizer = family_tokenizer("qwen3")
     encoded = encode(rows_of(thinking), tokenizer, max_length=4096, limits=Limits())
     assert stretches(encoded, tokenizer) == ["<think>\nadd\n</think>\n\nFive.<|im_end|>",
@@ -226,6 +228,9 @@ def test_a_missing_eos_is_not_made_up_for_by_the_next_turns_opener(family: str) 
 
     with pytest.raises(DataError, match="no end-of-turn token.*never stop"):
         encode(rows_of(CASES["multi"]), without("turn.content == 'Five.'"), max_length=4096, limits=Limits())
+    open_calls = family_tokenizer(family, template=FAMILIES[family].template.replace("']' ~ eos_token", "']'"))
+    with pytest.raises(DataError, match="no end-of-turn token.*never stop"):  # and behind calls their results
+        encode(rows_of(CASES["tool"]), open_calls, max_length=4096, limits=Limits())
     last_only = without("not loop.last")
     encoded = encode(rows_of(CASES["multi"]), last_only, max_length=4096, limits=Limits())
     assert stretches(encoded, last_only) == expected(family, CASES["multi"])  # one example a turn, each with its end
@@ -249,7 +254,7 @@ def test_the_prompt_of_evaluation_begins_the_training_example(family: str) -> No
 
 
 def test_a_row_that_ends_with_calls_is_not_scored() -> None:
-    with pytest.raises(DataError, match="train:1: the conversation ends with tool calls.*expected the assistant's words"):
+    with pytest.raises(DataError, match="train:1: the conversation ends with tool calls.*the assistant's words"):
         prompts_and_answers(rows_of(CASES["call last"]), family_tokenizer("qwen3"))
 
 

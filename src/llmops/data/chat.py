@@ -204,12 +204,14 @@ def _left_out(rendered: Rendered, messages: Messages, trained: Sequence[int], to
         if any(not (_in(said, where) or (mine and _opened(said, rendered))) for said in texts):
             return f'the text of turn {index + 1} ("{message["role"]}"), or part of it'
         calls = [call["function"] for call in message.get("tool_calls") or ()]
-        if any(where.count(name) < count for name, count in Counter(call["name"] for call in calls).items()):
+        names = Counter(_squeezed(call["name"]) for call in calls)
+        if any(where.count(name) < count for name, count in names.items()):
             return f"the tool calls of turn {index + 1} ({', '.join(call['name'] for call in calls)})"
         said = [part for call in calls for pair in call["arguments"].items() for part in pair if isinstance(part, str)]
         if any(not _in(part, where) for part in said):
             return f"arguments of the tool calls of turn {index + 1}"
-    missing = [tool["function"]["name"] for tool in tools or () if tool["function"]["name"] not in text]
+    missing = [tool["function"]["name"] for tool in tools or ()
+               if _squeezed(tool["function"]["name"]) not in text]
     return f"the tools of the row ({', '.join(missing)})" if missing else None
 
 
