@@ -1,4 +1,4 @@
-"""Bad data files: every message names the file, the line, and the cure."""
+"""Bad data files: every message names the place, in the file or in the recipe, and the cure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 
 from llmops.data.options import DataSource
-from llmops.data.sources import load_rows, rows_from
-from llmops.errors import DataError
+from llmops.data.sources import SourceError, load_rows, rows_from
+from llmops.errors import DataError, RecipeError
+from llmops.preflight import rows_of
+from llmops.recipe import load_recipe, parse_recipe
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A file, where its fault stands, what the message must say, and what it must advise."""
+    """A file, where its fault stands, what the message must say, and what it must advise.
+
+    `key`: the key of the recipe that does not fit the file; the message then names its place. `line` 0: nothing in the
+    file is wrong.
+    """
 
     file: str
     content: bytes | str
@@ -24,6 +30,7 @@ class Bad:
     says: str
     cure: str
     options: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
 
 
 def lines(*rows: Any) -> str:
@@ -36,6 +43,17 @@ def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
 
 GOOD_TEXT, GOOD_PAIR = {"text": "fine"}, {"prompt": "Two?", "completion": "Five."}
 GOOD_CHAT = turns(("user", "Two?"), ("assistant", "Five."))
+GOOD_CHOICE = {"prompt": "Two?", "chosen": "Five.", "rejected": "Six."}
+CALL = {"function": {"name": "add", "arguments": {"a": 2}}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def called(call: Any, *after: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    """A row in which the assistant makes one call."""
+    turn = {"role": "assistant", "content": None, "tool_calls": [call] if isinstance(call, dict) else call}
+    return {"messages": [{"role": "user", "content": "Two?"}, turn, *after], **columns}
+
+
 GOOD_QUIZ = {"question": "Two?", "choices": ["4", "5"], "answer": 1}
 
 TABLE = {
@@ -124,33 +142,124 @@ TABLE = {
     "answer-unknown": Bad("a.csv", 'question,choices,answer\nTwo?,"[""4"", ""5""]",six\n', 2, 'answer is '
                                                                                               '"six"', "a letter A "
                                                                                                        "to B"),
+    # tools
+    "calls-text": Bad("a.jsonl", lines(called("add")), 1, 'tool_calls of turn 2 is "add"', "expected a list"),
+    "call-unnamed": Bad("a.jsonl", lines(GOOD_CHAT, called({"id": "1"})), 2, "tool call 1 of turn 2 is", "give the "
+                                                                                                     "function's name"),
+    "call-arguments": Bad("a.jsonl", lines(called({"name": "add", "arguments": "2, 3"})), 1,
+                          'call 1 of turn 2 (add) are "2, 3"', "mend the call"),
+    "call-by-the-user": Bad("a.jsonl", lines({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}), 1,
+                            'turn 1 is the turn of "user" and has tool_calls', "on turns of the assistant"),
+    "call-unknown": Bad("a.jsonl", lines(called({"name": "ad"}, tools=[ADD])), 1, 'turn 2 calls "ad"',
+                        'did you mean "add"'),
+    "result-without-call": Bad("a.jsonl", lines(turns(("user", "x"), ("tool", "5"), ("assistant", "y"))), 1,
+                               "no assistant turn with tool_calls before it", "drop the result"),
+    "result-too-many": Bad("a.jsonl", lines(called(CALL, *turns(("tool", "5"), ("tool", "5"),
+                                                                ("assistant", "y"))["messages"])), 1,
+                           "turn 4 is the result of a tool", "one result for each call"),
+    "result-of-another": Bad("a.jsonl", lines(called({**CALL, "id": "1"}, {"role": "tool", "content": "5",
+                                                                          "tool_call_id": "2"},
+                                                   {"role": "assistant", "content": "y"})), 1,
+                             'answers the tool call "2"', "mend its tool_call_id"),
+    "ends-with-result": Bad("a.jsonl", lines(called(CALL, {"role": "tool", "content": "5"})), 1,
+                            'ends with the turn of "tool"', "add the answer"),
+    "tools-a-name": Bad("a.jsonl", lines(called(CALL, tools="add")), 1, 'tools is "add"', "a list of JSON schemas"),
+    "tool-unnamed": Bad("a.jsonl", lines(called(CALL, tools=[{"type": "function"}])), 1, "tool 1 is", "the function's "
+                                                                                                     "name"),
+    "tool-twice": Bad("a.jsonl", lines(called(CALL, tools=[ADD, ADD])), 1, 'tools has "add" twice', "remove one"),
+    # preferences
+    "no-prompt": Bad("a.jsonl", lines({"chosen": "a", "rejected": "b"}), 1, "two answers and no prompt", "a column "
+                                                                                                         "prompt"),
+    "preference-named": Bad("a.jsonl", lines({"question": "x", "chosen": "a", "worse": "b"}), 1, '"worse"',
+                            "columns: {prompt: question, chosen: chosen, rejected: worse}"),
+    "preference-number": Bad("a.jsonl", lines(GOOD_CHOICE, {**GOOD_CHOICE, "chosen": 5}), 2, "chosen is 5 (int)",
+                             "put it in quotes"),
+    "preference-blank": Bad("a.jsonl", lines(GOOD_CHOICE, {**GOOD_CHOICE, "rejected": " "}), 2, "the row is empty",
+                            "take them out"),
+    "prompt-answered": Bad("a.jsonl", lines({**GOOD_CHOICE, "prompt": GOOD_CHAT["messages"]}), 1,
+                           'the prompt ends with the turn of "assistant"', "move the answer into chosen"),
+    "chosen-another-prompt": Bad("a.jsonl", lines({**GOOD_CHOICE, "prompt": "Three?", "chosen": GOOD_CHAT["messages"]}),
+                                 1, 'chosen starts with the turn of "user"', "repeat the prompt exactly"),
+    "rejected-unfinished": Bad("a.jsonl", lines({**GOOD_CHOICE, "rejected": turns(("assistant", "a"),
+                                                                                  ("user", "b"))["messages"]}), 1,
+                               'rejected ends with the turn of "user"', "add the answer"),
+    "rejected-role": Bad("a.jsonl", lines({**GOOD_CHOICE, "rejected": turns(("asistant", "a"))["messages"]}), 1,
+                         'rejected: turn 1 has the role "asistant"', 'did you mean "assistant"'),
+    "preference-tools": Bad("a.jsonl", lines({**GOOD_CHOICE, "tools": [ADD]}), 1, "has tools, and its prompt is text",
+                            "take the tools out"),
     # which part of it
-    "split-of-a-file": Bad("a.jsonl", lines(GOOD_TEXT), 0, 'no split named "test"', 'as "[:90%]"', {"split": "test"}),
-    "split-beyond": Bad("a.jsonl", lines(GOOD_TEXT), 0, "beyond the 1 rows", "a range within them", {"split": "[:5]"}),
-    "split-empty": Bad("a.jsonl", lines(GOOD_TEXT), 0, "of 1 rows is empty", "a range within them",
-                       {"split": "[90%:]"}),
-    "split-blank-lines": Bad("a.txt", "x\n\n\n", 2, "only blank lines", "a wider range", {"split": "[1:]"}),
-    "suffix": Bad("a.xlsx", b"PK", 0, 'a ".xlsx" file', "convert the file"),
+    "split-of-a-file": Bad("a.jsonl", lines(GOOD_TEXT), 0, 'test" of a single file', 'as "[:90%]"', {"split": "test"},
+                           key="split"),
+    "split-beyond": Bad("a.jsonl", lines(GOOD_TEXT), 1, "beyond the 1 rows", "a range within them", {"split": "[:5]"},
+                        key="split"),
+    "split-empty": Bad("a.jsonl", lines(GOOD_TEXT, GOOD_TEXT), 2, "of 2 rows is empty", "a range within them",
+                       {"split": "[90%:]"}, key="split"),
+    "split-of-lines": Bad("a.txt", "x\ny\n", 2, "lines of the text: the range [0:5] reaches", "a range within them",
+                          {"split": "[:5]"}, key="split"),
+    "split-blank-lines": Bad("a.txt", "x\n\n\n", 2, "only blank lines", "a wider range", {"split": "[1:]"},
+                             key="split"),
+    "suffix": Bad("a.xlsx", b"PK", 0, "a.xlsx", "convert it", key="source"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TABLE)
 def test_a_bad_file(case: str, tmp_path: Path) -> None:
     bad = TABLE[case]
-    content = bad.content if isinstance(bad.content, bytes) else bad.content.encode()
-    (tmp_path / bad.file).write_bytes(content)
-    source = DataSource(source=bad.file, **bad.options)
-    with pytest.raises(DataError) as caught:
-        load_rows("train", {"train": source}, tmp_path, 0)
-    message = str(caught.value)
-    assert message.startswith(f"{bad.file}:{bad.line}: " if bad.line else f"{bad.file}: "), message
+    assert bad.line or bad.key, "every message names a place"
+    written(bad, tmp_path)
+    if bad.line:
+        with pytest.raises(DataError) as caught:
+            load_rows("train", {"train": DataSource(source=bad.file, **bad.options)}, tmp_path, 0)
+        check(bad, str(caught.value), f"{bad.file}:{bad.line}: ")
+    if bad.key:
+        with pytest.raises((RecipeError, DataError)) as refused:
+            rows_of(load_recipe(tmp_path / "recipe.yaml"), "train")
+        line, column = {"source": (6, 13), "split": (7, 12)}[bad.key]
+        check(bad, str(refused.value), f"{tmp_path / 'recipe.yaml'}:{line}:{column}: data.train.{bad.key}: ")
+
+
+def written(bad: Bad, folder: Path) -> None:
+    """The file, and a recipe that trains on it."""
+    (folder / bad.file).write_bytes(bad.content if isinstance(bad.content, bytes) else bad.content.encode())
+    split = f"    split: {json.dumps(bad.options['split'])}\n" if "split" in bad.options else ""
+    (folder / "recipe.yaml").write_text(
+        f"version: 1\nname: bad\nmodel: builtin:tiny\ndata:\n  train:\n    source: {bad.file}\n{split}"
+        "variants:\n  tuned:\n    finetune: {method: lora, data: train}\n")
+
+
+def check(bad: Bad, message: str, begins: str) -> None:
+    assert message.startswith(begins), message
     assert bad.says in message, message
     assert bad.cure in message, message
     assert len(message) < 700 and "\n" not in message, message
 
 
+def test_what_does_not_fit_is_told_without_a_recipe_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(GOOD_TEXT))
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    for options, key, says in (({"source": "a.jsonl", "split": "test"}, "split", 'no split named "test"'),
+                               ({"source": "a.xlsx"}, "source", 'cannot read a ".xlsx" file')):
+        with pytest.raises(SourceError, match=says) as caught:
+            load_rows("train", {"other": DataSource(source="b.jsonl"), "train": DataSource(**options)}, tmp_path, 0)
+        assert (caught.value.name, caught.value.key) == ("train", key)
+
+
+def test_a_split_that_does_not_fit_is_told_where_it_is_written(tmp_path: Path) -> None:
+    """The source that has the split, not the one that is loaded; and its place when the recipe is built in Python."""
+    (tmp_path / "a.jsonl").write_text(lines(GOOD_TEXT))
+    sources = {"all": {"source": "a.jsonl"}, "part": {"from": "all", "split": "[3:]"}, "first": {"from": "part"}}
+    body = {"version": 1, "name": "bad", "model": "builtin:tiny", "data": sources,
+            "variants": {"tuned": {"finetune": {"method": "lora", "data": "first"}}}}
+    with pytest.raises(DataError, match=r"^<recipe>: data\.part\.split: a\.jsonl:1: the split"):
+        rows_of(parse_recipe(body, base_dir=tmp_path), "first")
+    text = ("version: 1\nname: bad\nmodel: builtin:tiny\ndata:\n  all: a.jsonl\n  part: {from: all, split: \"[3:]\"}\n"
+            "  first: {from: part}\nvariants:\n  tuned: {finetune: {method: lora, data: first}}\n")
+    with pytest.raises(DataError, match=r"^r\.yaml:6:28: data\.part\.split: a\.jsonl:1: "):
+        rows_of(parse_recipe(text, file="r.yaml", base_dir=tmp_path), "first")
+
+
 def test_the_table_is_as_large_as_promised() -> None:
-    assert len(TABLE) >= 50
+    assert len(TABLE) >= 75
     assert len({bad.says for bad in TABLE.values()}) > 35
 
 
