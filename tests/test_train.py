@@ -75,5 +75,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
 
 def test_after_step_runs_after_every_optimizer_step():
     net, calls = model(), []
-    fit(net, token_rows(examples(), pad_id=0), Schedule(epochs=1, batch_size=4), seed=0, hooks=Hooks(after_step=lambda: calls.append(1)))
+    fit(net, token_rows(examples(), pad_id=0), Schedule(epochs=1, batch_size=4), seed=0,
+        hooks=Hooks(after_step=lambda: calls.append(1)))
     assert len(calls) == 2

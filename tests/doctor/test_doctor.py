@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.runs import TUNED, recipe, workplace
 
 from llmops.doctor import examine, exit_code, rehearse, render
 from llmops.doctor.checklist import Checklist
@@ -15,7 +16,6 @@ from llmops.doctor.rehearsal import rehearsed
 from llmops.errors import RecipeError, StoreError
 from llmops.models.twin import make_twin
 from llmops.recipe import load_recipe
-from tests.runs import TUNED, recipe, workplace
 
 ROOT = Path(__file__).parent.parent.parent
 

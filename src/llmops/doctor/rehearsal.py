@@ -68,7 +68,7 @@ def _look_at_data(recipe: Recipe, found: Checklist) -> dict[str, list[int]]:
     seen: dict[tuple[str, int], list[int]] = {}
     for name, variant in recipe.variants.items():
         options = variant.options
-        if not isinstance(options, Training) or options.method == "dpo":
+        if not isinstance(options, Training) or variant.method == "dpo":
             continue
         key = options.data, options.max_length
         if key not in seen:
@@ -102,7 +102,7 @@ def rehearsed(recipe: Recipe, twin: Path) -> dict[str, Any]:
     variants = {name: _step(recipe.variants[name]) for name in chosen}
     data = {name: _source(source, recipe.base_dir) for name, source in recipe.data.items()}
     train = next((variant.options.data for variant in recipe.variants.values()
-                  if isinstance(variant.options, Training) and variant.options.method != "dpo"), None)
+                  if isinstance(variant.options, Training) and variant.method != "dpo"), None)
     if train is None:
         data[train := f"{OWN}facts"] = {"source": "builtin:facts", "split": "train", "samples": ROWS}
     data[f"{OWN}text"] = {"source": "builtin:world", "split": "test", "samples": 8}
