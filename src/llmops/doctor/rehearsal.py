@@ -30,7 +30,6 @@ ROWS = 24  # of every data source
 LENGTH = 128
 MOST_VARIANTS = 10
 OWN = "doctor-"  # what the doctor's own variants begin with
-MOST_COUNTED_ROWS = 20_000  # whose lengths are looked at for the longest batch
 
 
 def rehearse(path: str, sets: Sequence[str] = (), say: Callable[[Check], None] | None = None) -> list[Check]:
@@ -57,28 +56,37 @@ def rehearse(path: str, sets: Sequence[str] = (), say: Callable[[Check], None] |
 
 def _look_at_data(recipe: Recipe, found: Checklist) -> dict[str, list[int]]:
     """A check per training data; the lengths of its rows by the variant that trains on it."""
+    from llmops.data.pairs import encode_pairs
     from llmops.data.render import encode
-    from llmops.data.sources import load_rows
     from llmops.models.builtin import locate
     from llmops.models.load import load_tokenizer
+    from llmops.preflight import preflight_report, rows_of
+    from llmops.runner import plan
 
+    for entry in preflight_report(plan(recipe, runs=recipe.base_dir / "no-such-runs")):
+        found.add(f"data {entry['data']}", "ok" if entry["terminator_trained"] else "note",
+                  f"{entry['rows']:,} rows, {entry['tokens']:,} tokens, {entry['trained_tokens']:,} trained, "
+                  f"{entry['dropped']:,} dropped, {entry['truncated']:,} cut; terminator "
+                  f"{'trained' if entry['terminator_trained'] else 'not trained'}, template "
+                  f"{entry['template_hash'][:12]}", "a model tuned on text without an end never stops by itself")
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
     lengths: dict[str, list[int]] = {}
-    seen: dict[tuple[str, int], list[int]] = {}
+    seen: dict[tuple[str, int, bool], list[int]] = {}
     for name, variant in recipe.variants.items():
         options = variant.options
-        if not isinstance(options, Training) or variant.method == "dpo":
+        if not isinstance(options, Training):
             continue
-        key = options.data, options.max_length
+        key = options.data, options.max_length, variant.method == "dpo"
         if key not in seen:
-            rows = load_rows(options.data, recipe.data, recipe.base_dir, recipe.seed)
-            encoded = encode(rows, tokenizer, max_length=options.max_length, limits=recipe.data[options.data].limits)
-            seen[key] = [len(example["input_ids"]) for example in encoded.examples[:MOST_COUNTED_ROWS]]
-            report = encoded.report
-            found.add(f"data {options.data}", "ok",
-                      f"{report['rows']:,} rows, {report['tokens']:,} tokens, {report['trainable_tokens']:,} trained "
-                      f"(terminators included), {report['dropped']:,} dropped, {report['truncated']:,} cut")
+            rows, limits = rows_of(recipe, options.data), recipe.data[options.data].limits
+            if key[2]:
+                pairs = encode_pairs(rows, tokenizer, max_length=options.max_length, limits=limits)
+                examples = [{"input_ids": better["input_ids"] + worse["input_ids"]}
+                            for better, worse in zip(pairs.chosen, pairs.rejected, strict=True)]
+            else:
+                examples = encode(rows, tokenizer, max_length=options.max_length, limits=limits).examples
+            seen[key] = [len(example["input_ids"]) for example in examples]
         lengths[name] = seen[key]
     return lengths
 
