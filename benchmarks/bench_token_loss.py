@@ -3,8 +3,8 @@
 Forward and backward from the last hidden states (N, D) down to their gradient, with a third of the positions trained;
 with a head that is trained, down to its weight as well. The contenders of a shape are timed in turn, round after round,
 so that a machine that slows down slows all of them; times are medians. Memory is what one forward and backward adds to
-the peak resident size of a fresh process that runs nothing else. float32. Takes about
-ten minutes on one thread and 4 GB; --quick takes one.
+the peak resident size of a fresh process that runs nothing else. float32. Takes ten minutes on one thread and 4 GB;
+--quick takes one.
 """
 
 from __future__ import annotations
