@@ -30,7 +30,15 @@ from llmops.errors import LlmopsError
 from llmops.methods.finetune.lora import add_lora
 from llmops.models import token_loss
 from llmops.models.packed_rows import pack, row_of, use_packed_attention
-from llmops.models.token_loss import can_split, head_of, last_hidden, next_token_loss, pair_log_probs, token_log_probs
+from llmops.models.token_loss import (
+    can_split,
+    head_of,
+    last_hidden,
+    next_token_loss,
+    pair_log_probs,
+    sum_log_probs,
+    token_log_probs,
+)
 
 IGNORED = -100
 LENGTHS = (48, 7, 1, 33, 40)
@@ -123,6 +131,27 @@ def test_no_trained_token_and_one(count, what):
     given.backward()
     assert given.item() == pytest.approx(wanted.item(), rel=1e-5) and (given.item() == 0) == (count == 0)
     assert_same(gradients(model), reference)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_the_sum_is_that_of_the_log_probs(chunk, trained):
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(23, 16, requires_grad=True), torch.randint(97, (23,))
+    matrix = nn.Linear(16, 97).requires_grad_(trained)
+    over = [hidden, *([matrix.weight, matrix.bias] if trained else [])]
+    named = list(matrix.parameters())
+    wanted = token_log_probs(hidden, targets, matrix, parameters=named).sum()
+    reference = torch.autograd.grad(wanted * 3, over)
+    given = sum_log_probs(hidden, targets, matrix, chunk=chunk, parameters=named)
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(given * 3, over, retain_graph=True), reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(LlmopsError, match="second derivative"):
+        torch.autograd.grad(given, hidden, create_graph=True)
+    if trained:
+        with pytest.raises(LlmopsError, match="does not name"):
+            sum_log_probs(hidden, targets, matrix, parameters=[matrix.bias])
 
 
 @pytest.mark.parametrize("trained", [False, True])
