@@ -46,8 +46,8 @@ def preflight(plan: Plan) -> list[str]:
     Raises DataError, ModelError when the tokenizer cannot be loaded.
     """
     found = _check(plan, {stage.variant for stage in plan.stages if not stage.built})
-    return [f"data {use.data}: " + ", ".join(f"{count:,} {what}" for what, count in report.items() if count)
-            for use, _, report, _ in found]
+    return [f"data {use.data}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in report.items()
+                                             if count and what != "longest") for use, _, report, _ in found]
 
 
 def preflight_report(plan: Plan) -> list[dict[str, Any]]:

@@ -185,6 +185,9 @@ TABLE = {
                                'rejected ends with the turn of "user"', "add the answer"),
     "rejected-role": Bad("a.jsonl", lines({**GOOD_CHOICE, "rejected": turns(("asistant", "a"))["messages"]}), 1,
                          'rejected: turn 1 has the role "asistant"', 'did you mean "assistant"'),
+    "rejected-call": Bad("a.jsonl", lines({
+        "prompt": [{"role": "user", "content": "x"}], "chosen": "y", "tools": [ADD],
+        "rejected": called({"name": "sub"})["messages"][1:]}), 1, 'turn 2 calls "sub"', "expected one of add"),
     "preference-tools": Bad("a.jsonl", lines({**GOOD_CHOICE, "tools": [ADD]}), 1, "has tools, and its prompt is text",
                             "take the tools out"),
     # which part of it

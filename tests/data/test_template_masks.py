@@ -272,12 +272,14 @@ def test_the_template_hash_changes_with_what_a_conversation_becomes() -> None:
     assert template_hash(base) == template_hash(family_tokenizer("llama3")) and len(template_hash(base)) == 64
     other_end = family_tokenizer("llama3")
     other_end.eos_token = "<|eom_id|>"
+    another_end = family_tokenizer("llama3")
+    another_end.add_tokens(["<|done|>"], special_tokens=True)
     several = family_tokenizer("llama3")
     several.chat_template = {"default": FAMILIES["llama3"].template, "tool_use": FAMILIES["qwen3"].template}
     none = family_tokenizer("llama3")
     none.chat_template = None
-    changed = [family_tokenizer("llama3", template=FAMILIES["llama3"].template + " "), other_end, several, none,
-               family_tokenizer("llama3", adds_bos=False)]
+    changed = [family_tokenizer("llama3", template=FAMILIES["llama3"].template + " "), other_end,
+               another_end, several, none, family_tokenizer("llama3", adds_bos=False)]
     hashes = [template_hash(base), *(template_hash(tokenizer) for tokenizer in changed)]
     assert len(set(hashes)) == len(hashes)
 
