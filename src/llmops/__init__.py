@@ -26,14 +26,15 @@ from llmops.errors import (
 if TYPE_CHECKING:
     from llmops.api import apply, load
     from llmops.ledger import Ledger
-    from llmops.runner import plan, run
+    from llmops.planner import plan
+    from llmops.runner import run
 
 __version__ = "0.1.0"
 
 __all__ = ["DataError", "Ledger", "LlmopsError", "ModelError", "RecipeError", "StepError", "StoreError", "__version__",
            "apply", "load", "plan", "run"]
 
-_HOMES = {"run": "llmops.runner", "plan": "llmops.runner", "load": "llmops.api", "apply": "llmops.api",
+_HOMES = {"run": "llmops.runner", "plan": "llmops.planner", "load": "llmops.api", "apply": "llmops.api",
           "Ledger": "llmops.ledger"}
 
 

@@ -1,5 +1,9 @@
 """The command line: parse, call, print, exit. Logic lives below.
 
+A command is a function of plain arguments, whose docstring is its help, and an entry in COMMANDS: its name, the
+function, what it takes. It returns the exit code, or nothing for 0. Nothing heavy is imported here: each command
+imports what it calls, so that `validate` and `plan` answer at once.
+
 Exit codes: 0 done, 1 no variant meets the goals, 2 the recipe or the call is wrong, 3 a step failed (the others went
 on), 130 interrupted (what was finished is kept).
 """
@@ -7,111 +11,63 @@ on), 130 interrupted (what was finished is kept).
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperGroup
+from typing import Any
 
 from llmops import __version__
 from llmops.errors import LlmopsError, unknown
+from llmops.parser import Argument, Command, Program, at_least
+from llmops.startup import at_once
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "PROGRAM", "main"]
 
-
-class _Guarded(TyperGroup):
-    """Errors of ours are printed without a traceback; an interrupt keeps the state and says so."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except LlmopsError as error:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-            raise typer.Exit(130) from None
+SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config.fish"}
 
 
-app = typer.Typer(
-    name="llmops", cls=_Guarded, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="One recipe fine-tunes, prunes, quantizes and distills an LLM, reloads every variant from disk, and writes "
-         "down what each costs and is worth.")
-recipes_app = typer.Typer(no_args_is_help=True, help="List and copy the recipes that come with llmops.")
-data_app = typer.Typer(no_args_is_help=True, help="Look at data as the model will see it.")
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(data_app, name="data")
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a packaged one.")]
-SetOption = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="PATH=VALUE", help="Override a value, as variants.tuned.finetune.rank=8; may be repeated.")]
-RunsOption = Annotated[str | None, typer.Option("--runs", metavar="DIR", envvar="LLMOPS_RUNS",
-                                                help="Where runs lie (default: runs).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
-WideOption = Annotated[bool, typer.Option("--wide", help="Every column.")]
-RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Name of a run (default: the latest).")]
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"llmops {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                               help="Print the version and exit.")] = False) -> None:
-    pass
-
-
-@app.command()
-def tune(recipe: RecipeArgument, sets: SetOption = None, runs: RunsOption = None, as_json: JsonOption = False,
-         quiet: QuietOption = False, wide: WideOption = False) -> None:
+def tune(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool, quiet: bool, wide: bool) -> int:
     """Build, reload and score every variant of RECIPE, and print the table. A second run does no work."""
     from llmops.progress import Watcher
     from llmops.runner import run
 
-    result = run(_recipe_path(recipe), sets=sets or (), runs=runs, watcher=Watcher(quiet))
+    result = run(_recipe_path(recipe), sets=sets, runs=runs, watcher=Watcher(quiet))
     if as_json:
         _print_json(result.rows)
     else:
         _print_rows(result.rows, wide=wide)
         print(f"report: {_short(result.folder / 'report.html')}\nlog:    {_short(result.folder / 'log.txt')}")
-    raise typer.Exit(result.exit_code)
+    return result.exit_code
 
 
-@app.command()
-def plan(recipe: RecipeArgument, sets: SetOption = None, runs: RunsOption = None, as_json: JsonOption = False) -> None:
+@at_once()
+def plan(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool) -> None:
     """Print what `tune` would do: the tree, what is done already, and what the rest needs. Loads no model."""
+    from llmops.planner import plan as make
     from llmops.recipe.show import render
-    from llmops.runner import plan as make
 
-    planned = make(_recipe_path(recipe), sets=sets or (), runs=runs)
+    planned = make(_recipe_path(recipe), sets=sets, runs=runs)
     if as_json:
         _print_json(planned.as_json())
     else:
         print(render(planned, colour=sys.stdout.isatty()))
 
 
-@app.command()
-def validate(recipe: RecipeArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
+@at_once()
+def validate(recipe: str, sets: Sequence[str], as_json: bool) -> None:
     """Check RECIPE: every problem with its line, what was expected, and the nearest match. Loads no model."""
     from llmops.recipe import load_recipe
 
-    parsed = load_recipe(_recipe_path(recipe), sets or ())
+    parsed = load_recipe(_recipe_path(recipe), sets)
     if as_json:
         _print_json({"valid": True, "name": parsed.name, "variants": list(parsed.variants)})
     else:
         print(f"{recipe}: valid; {len(parsed.variants)} variants: {', '.join(parsed.variants)}")
 
 
-@app.command()
-def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The reference of all options instead.")] = False,
-           ) -> None:
+@at_once()
+def schema(markdown: bool) -> None:
     """Print the JSON Schema of recipes, for editors and other tools."""
     if markdown:
         from llmops.recipe.reference import markdown as reference
@@ -123,25 +79,19 @@ def schema(markdown: Annotated[bool, typer.Option("--markdown", help="The refere
         _print_json(json_schema())
 
 
-@app.command()
-def compare(run: RunArgument = None, variants: Annotated[list[str] | None, typer.Argument(
-            metavar="[VARIANT]...", help="The variants to hold side by side (default: all).")] = None,
-            against: Annotated[str | None, typer.Option("--against", help="The variant the others are held against "
-                                                                          "(default: their parents)")] = None,
-            runs: RunsOption = None, as_json: JsonOption = False,
-            wide: WideOption = False) -> None:
+def compare(run: str | None, variants: Sequence[str], against: str | None, runs: str | None, as_json: bool,
+            wide: bool) -> None:
     """Print the table of a finished RUN, or chosen VARIANTs side by side with paired differences and intervals."""
     from llmops.compare import compare_run
 
-    rows, shown = compare_run(runs, run, variants or (), against, as_json=as_json)
+    rows, shown = compare_run(runs, run, variants, against, as_json=as_json)
     if shown is not None:
         _print_json(shown) if as_json else _console().print(shown)
     else:
         _print_json(rows) if as_json else _print_rows(rows, wide=wide)
 
 
-@app.command()
-def report(run: RunArgument = None, runs: RunsOption = None) -> None:
+def report(run: str | None, runs: str | None) -> None:
     """Write the page of a finished RUN again, and the cards of its variants, from the ledger alone."""
     from llmops.compare import rows_of
     from llmops.runner import publish
@@ -152,15 +102,14 @@ def report(run: RunArgument = None, runs: RunsOption = None) -> None:
     print(_short(result.folder / "report.html"))
 
 
-@app.command()
-def why(recipe: RecipeArgument, variant: Annotated[str, typer.Argument(help="A variant of the recipe.")],
-        sets: SetOption = None, runs: RunsOption = None, as_json: JsonOption = False) -> None:
+@at_once()
+def why(recipe: str, variant: str, sets: Sequence[str], runs: str | None, as_json: bool) -> None:
     """Tell why VARIANT would be built again: which part of its key changed since the last build."""
-    from llmops.recipe.keys import why as explain
-    from llmops.runner import plan as make
+    from llmops.planner import plan as make
+    from llmops.recipe.changes import why as explain
     from llmops.store import Store
 
-    planned, store = make(_recipe_path(recipe), sets=sets or (), runs=runs), Store(runs)
+    planned, store = make(_recipe_path(recipe), sets=sets, runs=runs), Store(runs)
     names = [stage.variant for stage in planned.stages]
     if variant not in names:
         raise LlmopsError(unknown("variant", variant, names))
@@ -169,8 +118,7 @@ def why(recipe: RecipeArgument, variant: Annotated[str, typer.Argument(help="A v
     _print_json(answer) if as_json else print("\n".join(answer["lines"]))
 
 
-@recipes_app.command("list")
-def recipes_list(as_json: JsonOption = False) -> None:
+def recipes_list(as_json: bool) -> None:
     """The packaged recipes, with what each shows."""
     from llmops.recipes_folder import packaged
 
@@ -182,32 +130,100 @@ def recipes_list(as_json: JsonOption = False) -> None:
             print(f"{entry['name']:22} {entry['title']}")
 
 
-@recipes_app.command("copy")
-def recipes_copy(name: Annotated[str, typer.Argument(help="Name of a packaged recipe.")],
-                 to: Annotated[str | None, typer.Argument(help="File to write (default: NAME.yaml here).")] = None,
-                 force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False) -> None:
+def recipes_copy(name: str, to: str | None, force: bool) -> None:
     """Copy a packaged recipe, to change it."""
     from llmops.recipes_folder import copy
 
     print(copy(name, Path(to) if to else None, force=force))
 
 
-@data_app.command("show")
-def data_show(recipe: RecipeArgument,
-              name: Annotated[str | None, typer.Argument(metavar="[DATA]", help="Name under `data:` (default: the "
-                                                         "first that a step trains on).")] = None,
-              samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many rows.")] = 3,
-              sets: SetOption = None, as_json: JsonOption = False) -> None:
+def data_show(recipe: str, source: str | None, samples: int, sets: Sequence[str], as_json: bool) -> None:
     """Print rows of DATA as the model sees them, the tokens that carry the loss in colour, and what was left out."""
     from llmops.data_view import data_view
 
-    shown = data_view(_recipe_path(recipe), name, samples, sets or (), as_json=as_json)
+    shown = data_view(_recipe_path(recipe), source, samples, sets, as_json=as_json)
     _print_json(shown) if as_json else _console().print(shown)
 
 
-def main() -> None:
-    """Entry point of the `llmops` command."""
-    app()
+def completion(shell: str) -> None:
+    """Print what makes SHELL (bash, zsh or fish) complete llmops; its first line says where it goes."""
+    if shell not in SHELLS:
+        raise LlmopsError(unknown("shell", shell, SHELLS))
+    from argcomplete.shell_integration import shellcode
+
+    load = "llmops completion fish | source" if shell == "fish" else f'eval "$(llmops completion {shell})"'
+    print(f"# completion of llmops: put this line into {SHELLS[shell]}:  {load}")
+    print(shellcode(["llmops"], shell=shell))
+
+
+RECIPE: Argument = ("recipe",), {"metavar": "RECIPE", "help": "A recipe file, or the name of a packaged one."}
+SET: Argument = ("--set",), {
+    "dest": "sets", "metavar": "PATH=VALUE", "action": "append", "default": [],
+    "help": "Override a value, as variants.tuned.finetune.rank=8; may be repeated."}
+RUNS: Argument = ("--runs",), {"metavar": "DIR", "help": "Where runs lie (default: $LLMOPS_RUNS, or runs)."}
+JSON: Argument = ("--json",), {"dest": "as_json", "action": "store_true", "help": "Print JSON for a machine to read."}
+QUIET: Argument = ("-q", "--quiet"), {"action": "store_true", "help": "No progress on standard error."}
+WIDE: Argument = ("--wide",), {"action": "store_true", "help": "Every column."}
+RUN: Argument = ("run",), {"metavar": "RUN", "nargs": "?", "help": "Name of a run (default: the latest)."}
+
+COMMANDS: dict[str, Command] = {
+    "tune": (tune, RECIPE, SET, RUNS, JSON, QUIET, WIDE),
+    "plan": (plan, RECIPE, SET, RUNS, JSON),
+    "validate": (validate, RECIPE, SET, JSON),
+    "schema": (schema, (("--markdown",), {"action": "store_true", "help": "The reference of all options instead."})),
+    "compare": (compare, RUN,
+                (("variants",), {"metavar": "VARIANT", "nargs": "*",
+                                 "help": "The variants to hold side by side (default: all)."}),
+                (("--against",), {"metavar": "VARIANT", "help": "The variant the others are held against (default: "
+                                                                "their parents)."}),
+                RUNS, JSON, WIDE),
+    "report": (report, RUN, RUNS),
+    "why": (why, RECIPE, (("variant",), {"metavar": "VARIANT", "help": "A variant of the recipe."}), SET, RUNS, JSON),
+    "recipes list": (recipes_list, JSON),
+    "recipes copy": (recipes_copy, (("name",), {"metavar": "NAME", "help": "Name of a packaged recipe."}),
+                     (("to",), {"metavar": "TO", "nargs": "?", "help": "File to write (default: NAME.yaml here)."}),
+                     (("--force",), {"action": "store_true", "help": "Write over what is there."})),
+    "data show": (data_show, RECIPE,
+                  (("source",), {"metavar": "DATA", "nargs": "?", "help": "Name under `data:` (default: the first that "
+                                                                          "a step trains on)."}),
+                  (("-n", "--samples"), {"metavar": "N", "type": at_least(1), "default": 3,
+                                         "help": "How many rows (default: 3)."}), SET, JSON),
+    "completion": (completion, (("shell",), {"metavar": "SHELL", "help": "bash, zsh or fish."})),
+}
+GROUPS = {"recipes": "List and copy the recipes that come with llmops.",
+          "data": "Look at data as the model will see it."}
+ABOUT = ("One recipe fine-tunes, prunes, quantizes and distills an LLM, reloads every variant from disk, and writes "
+         "down what each costs and is worth.")
+PROGRAM = Program("llmops", ABOUT, __version__, COMMANDS, GROUPS)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point of the `llmops` command; returns the exit code. words: default, those of the process."""
+    if "_ARGCOMPLETE" in os.environ:
+        PROGRAM.complete({"recipe": _recipes, "name": _recipes, "shell": lambda **_: SHELLS})
+    try:
+        code = PROGRAM.run(sys.argv[1:] if words is None else words)
+        sys.stdout.flush()
+        return code
+    except LlmopsError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `llmops plan recipe.yaml | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _recipes(prefix: str = "", **_: Any) -> list[str]:
+    """What a shell offers for a recipe: the packaged names and the YAML files."""
+    from argcomplete.completers import FilesCompleter
+
+    from llmops.recipes_folder import packaged
+
+    return [*packaged(), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def _recipe_path(given: str) -> Path:
@@ -251,4 +267,4 @@ def _short(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from llmops import __version__
 from llmops.errors import LlmopsError
 from llmops.ledger import SCHEMA, Ledger
+from llmops.planner import as_recipe, plan
 from llmops.progress import Watcher, log
 from llmops.quantity import Quantity, weakest
-from llmops.recipe import Recipe, load_recipe, parse_recipe
+from llmops.recipe import Recipe
 from llmops.recipe.plan import Plan, Stage, make_plan
 from llmops.report.verdict import judge
 from llmops.store import Store
@@ -58,14 +59,6 @@ class Result:
         return 1 if any(row["goals"] for row in self.rows) and self.winner is None else 0
 
 
-def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (),
-         runs: str | Path | None = None) -> Plan:
-    """What `run` would do: the stages in order, which of them are done, and what the rest needs. Loads no model."""
-    parsed, store = _parsed(recipe, sets), Store(runs)
-    rows = store.ledger().rows() if (store.runs / "ledger.db").exists() else []
-    return make_plan(parsed, store.builds, rows)
-
-
 def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (), runs: str | Path | None = None,
         watcher: Watcher | None = None) -> Result:
     """Do everything the recipe asks for that is not done yet, and return the rows.
@@ -73,7 +66,7 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] 
     recipe: a path, a mapping as the file would hold it, or a Recipe. runs: where runs lie (default `$LLMOPS_RUNS`, or
     `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why.
     """
-    parsed, store = _parsed(recipe, sets), Store(runs)
+    parsed, store = as_recipe(recipe, sets), Store(runs)
     watcher = watcher or Watcher(quiet=True)
     ledger = store.ledger()
     walk = _Walk(make_plan(parsed, store.builds, ledger.rows()), store, ledger, watcher)
@@ -292,12 +285,6 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             found["storage_dtype"] = (f"int{weights['num_bits']} g{size} "
                                       f"{'symmetric' if weights['symmetric'] else 'asymmetric'}")
     return found
-
-
-def _parsed(recipe: Recipe | Mapping[str, Any] | str | Path, sets: Sequence[str]) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    return parse_recipe(recipe, sets=sets) if isinstance(recipe, Mapping) else load_recipe(recipe, sets)
 
 
 def _named(error: Exception) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.errors import StoreError
-from llmops.ledger import Ledger
+
+if TYPE_CHECKING:
+    from llmops.ledger import Ledger
 
 __all__ = ["RUNS_VARIABLE", "Store"]
 
@@ -44,6 +46,8 @@ class Store:
         return self.runs / run
 
     def ledger(self) -> Ledger:
+        from llmops.ledger import Ledger  # brings SQLite, which a plan without a ledger does not need
+
         return Ledger(self.runs / "ledger.db")
 
     def manifest(self, key: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llmops.data.locate import Located, locate, named
 from llmops.data.options import DataSource
+from llmops.data.world_size import WORLD_VERSION
 from llmops.errors import DataError
 
 __all__ = ["fingerprint", "unpinned"]
@@ -37,8 +38,6 @@ def unpinned(name: str, sources: Mapping[str, DataSource], base_dir: Path) -> bo
 
 def _content(where: Located, source: DataSource) -> list[str]:
     if where.what == "builtin":
-        from llmops.data.world import WORLD_VERSION
-
         return [where.label, f"version {WORLD_VERSION}"]
     if where.path is None:
         return [where.label, source.revision or "unpinned"]

@@ -29,15 +29,13 @@ from functools import lru_cache
 from typing import Any
 
 from llmops.data import world_grammar as g
+from llmops.data.world_size import SIZES
 
 WORLD_SEED = 20261123
-WORLD_VERSION = 1
 
 PEOPLE = 1500
 TREASURES = 80
 SPLITS = ("train", "validation", "test")
-#: Number of questions of ``facts`` per split.
-SIZES = {"train": 4000, "validation": 500, "test": 600}
 #: One text in this many belongs to the held-out prose.
 _HOLDOUT = 16
 

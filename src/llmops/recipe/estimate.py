@@ -27,6 +27,7 @@ from typing import Any
 from llmops.data.locate import locate, named
 from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
+from llmops.data.world_size import SIZES
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Lora, Training
@@ -193,8 +194,6 @@ def row_count(name: str, sources: Mapping[str, DataSource], base_dir: Path) -> t
 def _rows_of(source: DataSource, base_dir: Path) -> tuple[int | None, str]:
     where, split = locate(source, base_dir), parse_split(source.split)
     if where.what == "builtin":
-        from llmops.data.world import SIZES
-
         if where.label == "builtin:world":
             return None, "builtin:world is as long as `samples` says"
         return SIZES.get(split.name or "train"), ""

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +38,7 @@ class FileHashes:
                  trace: TracebackType | None) -> None:
         if not self._changed or self._memory is None or not self._memory.parent.is_dir():
             return
-        scratch = self._memory.with_name(f".{self._memory.name}.{uuid.uuid4().hex[:8]}")
+        scratch = self._memory.with_name(f".{self._memory.name}.{os.urandom(4).hex()}")
         with contextlib.suppress(OSError):
             scratch.write_text(json.dumps(self._known), encoding="utf-8")
             os.replace(scratch, self._memory)

@@ -119,9 +119,9 @@ def package_version(name: str) -> str:
     wanted = name.lower().replace("-", "_")
     for place in sys.path:
         with contextlib.suppress(OSError):
-            for entry in os.listdir(place or "."):
+            for entry in (entry for entry in os.listdir(place or ".") if entry.endswith(".dist-info")):
                 package, _, version = entry.removesuffix(".dist-info").rpartition("-")
-                if entry.endswith(".dist-info") and package.lower().replace("-", "_").replace(".", "_") == wanted:
+                if package.lower().replace("-", "_").replace(".", "_") == wanted:
                     return version
     from importlib import metadata
 

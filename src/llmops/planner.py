@@ -1,0 +1,28 @@
+"""What a run would do, worked out without loading a model. Imports little, so that `llmops plan` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmops.recipe import Recipe, load_recipe, parse_recipe
+from llmops.recipe.plan import Plan, make_plan
+from llmops.store import Store
+
+__all__ = ["as_recipe", "plan"]
+
+
+def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (),
+         runs: str | Path | None = None) -> Plan:
+    """What `run` would do: the stages in order, which of them are done, and what the rest needs. Loads no model."""
+    parsed, store = as_recipe(recipe, sets), Store(runs)
+    rows = store.ledger().rows() if (store.runs / "ledger.db").exists() else []
+    return make_plan(parsed, store.builds, rows)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, sets: Sequence[str] = ()) -> Recipe:
+    """A recipe as it is, or read from a mapping or a file. Raises RecipeError when it is wrong."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(recipe, sets=sets) if isinstance(recipe, Mapping) else load_recipe(recipe, sets)
