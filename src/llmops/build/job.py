@@ -1,0 +1,80 @@
+"""What a step is given and what it gives back: `(job, options) -> Work` is the shape of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops.data.options import DataSource
+from llmops.data.render import calibration_tokens
+from llmops.data.sources import Rows
+from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models import parity
+from llmops.quantity import Quantity
+from llmops.train import Checkpoints, Progress
+
+__all__ = ["MASKING", "Job", "Work", "bar", "calibrated", "calibration"]
+
+MASKING = ("prune:magnitude", "prune:wanda")  # steps whose zeros every later training has to keep
+
+
+@dataclass
+class Job:
+    """What every step needs beside its options: its parent in memory, data by name, seed, and a place to report to."""
+
+    model: Any
+    tokenizer: Any
+    storage: torch.dtype
+    chain: list[str]
+    rows: Callable[[str], Rows]
+    limits: Callable[[str], DataSource]
+    seed: int
+    teacher: Callable[[str], Any] | None = None
+    base_source: str = ""
+    progress: Progress | None = None
+    checkpoints: Checkpoints | None = None
+    spent: Callable[[], float | None] = lambda: None
+    log: Callable[[int, Mapping[str, float]], None] | None = None
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return any(step in MASKING for step in self.chain)
+
+
+@dataclass
+class Work:
+    """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost."""
+
+    model: Any
+    save: Callable[[Path], None]
+    expected: parity.Expected = field(default_factory=parity.Expected)
+    tokens: int = 0
+    flops: Quantity = field(default_factory=lambda: Quantity.null("FLOP", "nothing was trained"))
+    loss: list[tuple[int, float]] = field(default_factory=list)
+    looks: list[tuple[int, float]] = field(default_factory=list)
+    data: dict[str, int] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+
+def calibration(job: Job, data: str, length: int) -> Tensor:
+    """(samples, length) token ids of the calibration data."""
+    source, rows = job.limits(data), job.rows(data)
+    length = min(length, job.model.config.max_position_embeddings)
+    return calibration_tokens(rows, job.tokenizer, samples=source.samples or 128, length=length, seed=job.seed)
+
+
+def calibrated(tokens: Tensor) -> str:
+    """The event that says on what."""
+    return f"calibrated on {tokens.shape[0]} crops of {tokens.shape[1]} tokens"
+
+
+def bar(job: Job) -> Callable[[int, int], None] | None:
+    """The job's progress without a text."""
+    progress = job.progress
+    return (lambda done, total: progress(done, total, "")) if progress is not None else None

@@ -1,0 +1,213 @@
+"""The steps that train: which parameters, which loss, and what is saved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmops.build.job import Job, Work
+from llmops.data.render import Encoded, encode
+from llmops.errors import StepError
+from llmops.methods.distill.logits import distill_loss
+from llmops.methods.distill.options import Logits
+from llmops.methods.finetune.lora import add_lora, merge_lora, zero_masks
+from llmops.methods.finetune.neftune import noisy_embeddings
+from llmops.methods.finetune.options import Full, Lora, Training
+from llmops.models import parity
+from llmops.models.packed_rows import use_packed_attention
+from llmops.models.save import save_adapter, save_dense
+from llmops.models.token_loss import next_token_loss
+from llmops.quantity import Quantity
+from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
+from llmops.train.finder import find_rate
+
+__all__ = ["Trained", "full_step", "logits_step", "lora_step", "run_fit", "trainable", "training_rows", "work_of"]
+
+SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step trains on and holds out, with what became of its rows and a name for each."""
+
+    train: TrainingSet
+    held_out: TrainingSet | None
+    report: dict[str, int]
+    place: Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that is done: what the loop says, on what, and the events that belong into the row."""
+
+    done: Fit
+    rows: Rows
+    events: list[str]
+
+
+def lora_step(job: Job, options: Lora) -> Work:
+    """Low-rank adapters on a frozen model, merged or kept apart."""
+    rows = training_rows(job, options)
+    model = trainable(job.model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    adapted = add_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout,
+                       targets=options.targets, seed=job.seed, keep_zeros=job.keeps_zeros)
+    done = run_fit(job, options, adapted, rows)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    done.events.append(f"{trained:,} parameters trained (rank {options.rank})")
+    if options.merge:
+        plain = merge_lora(adapted)
+        save: Callable[[Path], None] = partial(save_dense, plain, job.tokenizer, dtype=job.storage)
+        return work_of(job, plain, save, done, backward=1.0)
+    save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source)
+    return work_of(job, adapted, save, done, backward=1.0)
+
+
+def full_step(job: Job, options: Full) -> Work:
+    """Every weight is trained."""
+    return _train_all(job, options, next_token_loss)
+
+
+def logits_step(job: Job, options: Logits) -> Work:
+    """Every weight of the student is trained towards the teacher's distribution."""
+    if job.teacher is None:
+        raise StepError("distillation needs a teacher; name one with `teacher:`")
+    teacher = trainable(job.teacher(options.teacher))
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+
+    def loss(student: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        kept = batch["labels"][:, 1:] != IGNORED
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.no_grad():
+            taught = teacher(**inputs).logits[:, :-1][kept]
+        return distill_loss(student(**inputs).logits[:, :-1][kept], taught, batch["labels"][:, 1:][kept],
+                            temperature=options.temperature, direction=options.loss, hard_weight=options.hard_weight)
+
+    with use_packed_attention(teacher) if options.packing else nullcontext():
+        work = _train_all(job, options, loss)
+    forward = 2.0 * sum(p.numel() for p in teacher.parameters()) * work.tokens
+    if work.flops.value is not None:
+        work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
+                              f"{work.flops.method}, and 2 x the teacher's parameters x tokens")
+    return work
+
+
+def _train_all(job: Job, options: Training, loss: Loss) -> Work:
+    rows = training_rows(job, options)
+    model = trainable(job.model)
+    masks = zero_masks(model) if job.keeps_zeros else {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    modules = dict(model.named_modules())
+
+    def keep_zeros() -> None:
+        with torch.no_grad():
+            for name, mask in masks.items():
+                modules[name].weight.mul_(mask)
+
+    done = run_fit(job, options, model, rows, loss, keep_zeros if masks else None)
+    return work_of(job, model, partial(save_dense, model, job.tokenizer, dtype=job.storage), done, backward=2.0)
+
+
+# ------------------------------------------------------------------------------------------ what they have in common
+
+
+def trainable(model: Any) -> Any:
+    """The model in float32: gradients and the optimizer's steps are lost in 16 bit."""
+    return model.float()
+
+
+def training_rows(job: Job, options: Training) -> Rows:
+    """The rows of a step, and those it holds out, as the loop wants them."""
+    encoded = _encoded(job, options, options.data)
+    place = partial(_place, job.rows(options.data).place, encoded.origin)
+    pad, packed, stop = job.tokenizer.pad_token_id, options.packing, options.stop
+    if stop is None:
+        return Rows(token_rows(encoded.examples, pad_id=pad, packed=packed), None, encoded.report, place)
+    if stop.data is not None:
+        held = _encoded(job, options, stop.data).examples
+        return Rows(token_rows(encoded.examples, pad_id=pad, packed=packed),
+                    token_rows(held, pad_id=pad, packed=packed), encoded.report, place)
+    draw = torch.Generator().manual_seed(job.seed + SEED_OF_SPLIT)
+    shuffled = torch.randperm(len(encoded.examples), generator=draw).tolist()
+    count = max(1, round(stop.holdout * len(shuffled)))
+    if count >= len(shuffled):
+        raise StepError(f'data "{options.data}" has {len(shuffled)} row to train on, and `stop` holds out {count}; '
+                        "expected at least two; give more rows, or name held-out data with `stop: {data: ...}`")
+    kept, out = sorted(shuffled[count:]), shuffled[:count]
+    return Rows(token_rows([encoded.examples[index] for index in kept], pad_id=pad, packed=packed),
+                token_rows([encoded.examples[index] for index in out], pad_id=pad, packed=packed),
+                {**encoded.report, "held_out": count},
+                partial(_place, job.rows(options.data).place, [encoded.origin[index] for index in kept]))
+
+
+def _place(place: Callable[[int], str], origin: list[int], index: int) -> str:
+    return place(origin[index])
+
+
+def _encoded(job: Job, options: Training, data: str) -> Encoded:
+    length = min(options.max_length, job.model.config.max_position_embeddings)
+    return encode(job.rows(data), job.tokenizer, max_length=length, limits=job.limits(data).limits,
+                  progress=job.progress)
+
+
+def schedule_of(options: Training, rate: float) -> Schedule:
+    """The options as the loop knows them."""
+    return Schedule(options.epochs, options.max_steps, rate, options.schedule, options.warmup, options.batch_size,
+                    options.batch_tokens, options.accumulate, options.weight_decay, options.max_grad_norm,
+                    options.optimizer)
+
+
+def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = next_token_loss,
+            after_step: Callable[[], None] | None = None,
+            rate_scale: Callable[[str], float] | None = None) -> Trained:
+    """Train `model` on `rows` as the options say: a learning rate first where it is `auto`, then the loop."""
+    events: list[str] = []
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if any(not p.requires_grad for p in model.parameters()):
+            model.enable_input_require_grads()
+    rate = options.learning_rate
+    if rate == "auto":
+        found = find_rate(model, rows.train, schedule_of(options, 1.0), seed=job.seed, loss=loss, rate_scale=rate_scale)
+        rate, events = found.rate, [found.describe()]
+    stop = options.stop
+    stopping = Stopping(stop.patience, stop.min_gain, stop.min_gain_per_kilojoule, stop.every,
+                        stop.share) if stop is not None else None
+    noise = noisy_embeddings(model, options.neftune_alpha)
+    hooks = Hooks(after_step, noise.see if noise is not None else None, job.progress, job.log, rows.place, job.spent)
+    with noise if noise is not None else nullcontext():
+        done = fit(model, rows.train, schedule_of(options, rate), seed=job.seed, loss=loss, hooks=hooks,
+                   checkpoints=job.checkpoints, held_out=rows.held_out, stopping=stopping, rate_scale=rate_scale)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return Trained(done, rows, events)
+
+
+def work_of(job: Job, model: Any, save: Callable[[Path], None], trained: Trained, *, backward: float) -> Work:
+    """What a training step gives back. backward: cost of the backward pass in forward passes (1 where weights are
+    frozen, 2 where they are trained)."""
+    done = trained.done
+    parameters = sum(p.numel() for p in model.parameters())
+    flops = Quantity(2 * parameters * ((1 + backward) * done.tokens + done.held_out_tokens), "FLOP", "estimated",
+                     f"{2 * (1 + backward):g} x parameters x tokens (Kaplan et al. 2020, attention scores left out)")
+    expected = parity.Expected(sparsity=_zero_share(job.model) if job.keeps_zeros else None)
+    events = [f"{done.steps} steps, {done.tokens:,} tokens in {done.wall_s:.1f} s", *trained.events, *done.events]
+    if done.looks:
+        events.append(f"looking at the held-out loss took {done.held_out_s / max(1e-9, done.wall_s):.1%} of the time")
+    return Work(model, save, expected, done.tokens, flops, done.loss, done.looks,
+                {**trained.rows.report, "steps": done.steps}, events)
+
+
+def _zero_share(model: nn.Module) -> float:
+    zeros, total = parity.sparsity(model)
+    return zeros / max(1, total)
