@@ -186,6 +186,7 @@ class _Walk:
         manifest = self.store.manifest(stage.key) if stage.variant != "base" else {}
         row["environment"] = environment(meter.device, meter.sensor)
         row["transform"] |= _storage(manifest, self.store.build(stage.key))
+        row["transform"] |= {"merge": manifest["merge"]} if manifest.get("merge") else {}
         row["parity"] = manifest.get("parity")
         if manifest and not manifest["parity"]["ok"]:
             wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]
@@ -284,6 +285,10 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             size = weights["group_size"] if weights["strategy"] == "group" else "row"
             found["storage_dtype"] = (f"int{weights['num_bits']} g{size} "
                                       f"{'symmetric' if weights['symmetric'] else 'asymmetric'}")
+    record = folder / "base.json"
+    if record.exists():
+        base = json.loads(record.read_text(encoding="utf-8"))
+        found["storage_dtype"] = f"adapter on {base['quant']} g{base['blocksize']}"
     return found
 
 

@@ -31,7 +31,7 @@ from llmops.measure.cost import break_even
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
 from llmops.models.load import load
-from llmops.models.parity import sparsity
+from llmops.models.parity import count_parameters, sparsity
 from llmops.quantity import Quantity
 from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
@@ -207,7 +207,8 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
 
     size = row["size"]
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    parameters = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+    four_bit = any(hasattr(getattr(module, "weight", None), "quant_state") for module in model.modules())
+    parameters = count_parameters(model)
     zeros, linear = sparsity(model)
     resident = memory.weights_bytes(model)
     size["parameters"] = Quantity.measured(parameters, "parameters", "counted in the loaded model").as_dict()
@@ -223,7 +224,7 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
                           Quantity.null("B", "the base lies in the hub's cache")).as_dict()
     row["transform"]["compute_dtype"] = str(model.dtype).removeprefix("torch.")
     kernels = sorted({module.kernel for module in packed})
-    row["transform"]["kernel"] = ", ".join(kernels) if kernels else "torch"
+    row["transform"]["kernel"] = ", ".join(kernels) if kernels else "bitsandbytes" if four_bit else "torch"
 
 
 def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:

@@ -25,7 +25,12 @@ MASKING = ("prune:magnitude", "prune:wanda")  # steps whose zeros every later tr
 
 @dataclass
 class Job:
-    """What every step needs beside its options: its parent in memory, data by name, seed, and a place to report to."""
+    """What every step needs beside its options: its parent in memory, data by name, seed, and a place to report to.
+
+    base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
+    None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
+    in the type it is stored in, for steps that change the one in memory and need both.
+    """
 
     model: Any
     tokenizer: Any
@@ -36,6 +41,10 @@ class Job:
     seed: int
     teacher: Callable[[str], Any] | None = None
     base_source: str = ""
+    revision: str | None = None
+    parent_key: str | None = None
+    device: torch.device | None = None
+    parent: Callable[[], Any] | None = None
     progress: Progress | None = None
     checkpoints: Checkpoints | None = None
     spent: Callable[[], float | None] = lambda: None
@@ -48,7 +57,10 @@ class Job:
 
 @dataclass
 class Work:
-    """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost."""
+    """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost.
+
+    merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each.
+    """
 
     model: Any
     save: Callable[[Path], None]
@@ -60,6 +72,7 @@ class Work:
     data: dict[str, int] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+    merge: list[dict[str, Any]] = field(default_factory=list)
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:

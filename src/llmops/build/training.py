@@ -1,4 +1,4 @@
-"""The steps that train: which parameters, which loss, and what is saved of it."""
+"""The steps that train every weight, and what all steps that train have in common; adapters are in `lora.py`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from llmops.data.render import Encoded, encode
 from llmops.errors import StepError
 from llmops.methods.distill.logits import distill_loss
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.lora import add_lora, merge_lora, zero_masks
+from llmops.methods.finetune.lora import zero_masks
 from llmops.methods.finetune.neftune import noisy_embeddings
-from llmops.methods.finetune.options import Full, Lora, Training
+from llmops.methods.finetune.options import Full, Training
 from llmops.models import parity
 from llmops.models.packed_rows import use_packed_attention
-from llmops.models.save import save_adapter, save_dense
+from llmops.models.save import save_dense
 from llmops.models.token_loss import next_token_loss
 from llmops.quantity import Quantity
 from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
 from llmops.train.finder import find_rate
 
-__all__ = ["Trained", "full_step", "logits_step", "lora_step", "run_fit", "trainable", "training_rows", "work_of"]
+__all__ = ["Trained", "full_step", "logits_step", "run_fit", "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 
@@ -50,25 +50,6 @@ class Trained:
     done: Fit
     rows: Rows
     events: list[str]
-
-
-def lora_step(job: Job, options: Lora) -> Work:
-    """Low-rank adapters on a frozen model, merged or kept apart."""
-    rows = training_rows(job, options)
-    model = trainable(job.model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapted = add_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout,
-                       targets=options.targets, seed=job.seed, keep_zeros=job.keeps_zeros)
-    done = run_fit(job, options, adapted, rows)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    done.events.append(f"{trained:,} parameters trained (rank {options.rank})")
-    if options.merge:
-        plain = merge_lora(adapted)
-        save: Callable[[Path], None] = partial(save_dense, plain, job.tokenizer, dtype=job.storage)
-        return work_of(job, plain, save, done, backward=1.0)
-    save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source)
-    return work_of(job, adapted, save, done, backward=1.0)
 
 
 def full_step(job: Job, options: Full) -> Work:
@@ -121,9 +102,14 @@ def _train_all(job: Job, options: Training, loss: Loss) -> Work:
 # ------------------------------------------------------------------------------------------ what they have in common
 
 
-def trainable(model: Any) -> Any:
-    """The model in float32: gradients and the optimizer's steps are lost in 16 bit."""
-    return model.float()
+def trainable(model: Any, *, frozen: bool = False) -> Any:
+    """The model in float32: gradients and the optimizer's steps are lost in 16 bit.
+
+    frozen: its weights are only run, what is trained is added to them. On a GPU, which multiplies in 16 bit, they then
+    stay in the type they are stored in: half the memory, and no copy for every forward pass.
+    """
+    device = next(iter(model.parameters())).device
+    return model if frozen and device.type == "cuda" else model.float()
 
 
 def training_rows(job: Job, options: Training) -> Rows:
@@ -193,14 +179,17 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
     return Trained(done, rows, events)
 
 
-def work_of(job: Job, model: Any, save: Callable[[Path], None], trained: Trained, *, backward: float) -> Work:
+def work_of(job: Job, model: Any, save: Callable[[Path], None], trained: Trained, *, backward: float,
+            expected: parity.Expected | None = None) -> Work:
     """What a training step gives back. backward: cost of the backward pass in forward passes (1 where weights are
-    frozen, 2 where they are trained)."""
+    frozen, 2 where they are trained). expected: what is promised of the folder; default: weights as dense as its
+    parent's, in the type the parent is stored in."""
     done = trained.done
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = parity.count_parameters(model)
     flops = Quantity(2 * parameters * ((1 + backward) * done.tokens + done.held_out_tokens), "FLOP", "estimated",
                      f"{2 * (1 + backward):g} x parameters x tokens (Kaplan et al. 2020, attention scores left out)")
-    expected = parity.Expected(sparsity=_zero_share(job.model) if job.keeps_zeros else None)
+    if expected is None:
+        expected = parity.Expected(sparsity=_zero_share(job.model) if job.keeps_zeros else None, dtype=job.storage)
     events = [f"{done.steps} steps, {done.tokens:,} tokens in {done.wall_s:.1f} s", *trained.events, *done.events]
     if done.looks:
         events.append(f"looking at the held-out loss took {done.held_out_s / max(1e-9, done.wall_s):.1%} of the time")

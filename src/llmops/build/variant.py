@@ -20,12 +20,13 @@ from torch import Tensor
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda_step
 from llmops.build.job import Job, Work
-from llmops.build.training import full_step, logits_step, lora_step
+from llmops.build.lora import lora_step, qlora_step
+from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
 from llmops.models import parity
 from llmops.models.builtin import locate
-from llmops.models.load import load, merged
+from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
 from llmops.quantity import Quantity
@@ -37,7 +38,8 @@ from llmops.train import Checkpoints, Progress
 __all__ = ["STEPS", "apply_step", "build", "source_of", "versions"]
 
 STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
-    ("finetune", "lora"): lora_step, ("finetune", "full"): full_step, ("distill", "logits"): logits_step,
+    ("finetune", "lora"): lora_step, ("finetune", "qlora"): qlora_step, ("finetune", "full"): full_step,
+    ("distill", "logits"): logits_step,
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step}
 
@@ -71,7 +73,7 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
-            "looks": work.looks, "attempts": spent.attempts,
+            "looks": work.looks, "merge": work.merge, "attempts": spent.attempts,
             "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
                      "flops": work.flops.as_dict(),
                      "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
@@ -92,7 +94,7 @@ def source_of(variant: str, recipe: Recipe, store: Store, keys: Mapping[str, str
 def versions() -> dict[str, str]:
     """Versions of the packages that make a build what it is."""
     found = {}
-    for package in ("llmops", "torch", "transformers", "peft", "accelerate", "compressed-tensors", "triton"):
+    for package in ("llmops", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "compressed-tensors", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -110,16 +112,24 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
             cache[name] = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
         return cache[name]
 
-    def open_model(name: str) -> tuple[Any, Any]:
+    def open_model(name: str, device: str = runtime.device) -> tuple[Any, Any]:
         return load(source_of(name, recipe, store, keys), base_dir=recipe.base_dir, revision=recipe.model.revision,
-                    dtype="stored", device=runtime.device, trust_remote_code=recipe.model.trust_remote_code)
+                    dtype="stored", device=device, trust_remote_code=recipe.model.trust_remote_code)
 
-    model, tokenizer = open_model(variant.parent)
+    def parent() -> Any:
+        return merged(open_model(variant.parent, "cpu")[0])
+
+    on_cpu = variant.method == "qlora"  # goes to the device layer by layer, in 4 bits
+    model, tokenizer = open_model(variant.parent, "cpu" if on_cpu else runtime.device)
     model = merged(model)
     chain = store.manifest(keys[variant.parent])["chain"] if variant.parent != "base" else []
     base = locate(str(source_of(variant.parent, recipe, store, keys)), recipe.base_dir)
+    from_base = variant.parent == "base"
     return Job(model, tokenizer, model.dtype, chain, rows, lambda name: recipe.data[name], recipe.seed,
-               lambda name: merged(open_model(name)[0]), base, progress)
+               teacher=lambda name: merged(open_model(name)[0]), base_source=base,
+               revision=recipe.model.revision if from_base else None,
+               parent_key=None if from_base else keys[variant.parent], device=pick_device(runtime.device),
+               parent=parent, progress=progress)
 
 
 def _probe(job: Job, recipe: Recipe, rows: int = 4, length: int = 64) -> Tensor:

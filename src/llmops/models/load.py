@@ -1,8 +1,10 @@
 """Load a model and its tokenizer from the built-in one, a folder or the hub, as it will be run.
 
-A folder of ours is one of three kinds, told apart by what lies in it: dense weights, packed integers
-(compressed-tensors `pack-quantized`, which come back as `PackedLinear` and are never expanded), or a PEFT adapter
-beside the model it belongs to. Weights are safetensors or the load is refused: a pickle runs code.
+A folder of ours is one of four kinds, told apart by what lies in it: dense weights, packed integers
+(compressed-tensors `pack-quantized`, which come back as `PackedLinear` and are never expanded), a PEFT adapter beside
+the model it belongs to, or an adapter with the record of the 4-bit base it was trained on (`base.json`), which is made
+again from the weights that it names and from no others. Weights are safetensors or the load is refused: a pickle runs
+code.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def load(source: str | Path, *, base_dir: Path | None = None, revision: str | No
     where = pick_device(device)
     try:
         if folder is not None and (folder / "adapter_config.json").exists():
-            model = _load_adapter(folder, dtype, device, kernel, trust_remote_code)
+            model = _load_adapter(folder, dtype, where, kernel, trust_remote_code)
         elif folder is not None and _is_packed(folder):
             from llmops.models.quantized import load_quantized
 
@@ -88,8 +90,17 @@ def hush() -> None:
 
 
 def merged(model: Any) -> Any:
-    """The plain model, with an adapter folded in if it carries one."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    """The plain model, with an adapter folded in if it carries one.
+
+    A base in 4 bits is written out in the type it computes in: what the adapter was trained on, not rounded again.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+        from llmops.models.nf4 import dense
+
+        return dense(model, model.dtype)
+    return model.merge_and_unload()
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -106,29 +117,37 @@ def _is_packed(folder: Path) -> bool:
     return bool(quantization.get("format") == "pack-quantized")
 
 
-def _load_adapter(folder: Path, dtype: str, device: str, kernel: str, trust_remote_code: bool) -> nn.Module:
+def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, trust_remote_code: bool) -> nn.Module:
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").exists():
         raise ModelError(f"{folder}: holds no adapter_model.safetensors; expected a PEFT adapter saved as safetensors "
                          "(other formats can run code when they are loaded, and are refused)")
-    model, _ = load(_adapter_base(folder), dtype=dtype, device=device, kernel=kernel,
-                    trust_remote_code=trust_remote_code)
+    source, revision = _adapter_base(folder)
+    four_bit = (folder / "base.json").exists()
+    model, _ = load(source, revision=revision, dtype="stored" if four_bit else dtype,
+                    device="cpu" if four_bit else str(device), kernel=kernel, trust_remote_code=trust_remote_code)
+    model = merged(model)
+    if four_bit:
+        from llmops.models.nf4 import rebuild
+
+        wanted = computed_in(dtype, str(model.dtype), device)
+        model = rebuild(folder, model, compute=DTYPES.get(wanted, model.dtype), device=device)
     adapted: nn.Module = PeftModel.from_pretrained(model, folder)
     return adapted
 
 
-def _adapter_base(folder: Path) -> str:
-    """The model an adapter belongs to: the build beside it in the store, else what the adapter itself names."""
+def _adapter_base(folder: Path) -> tuple[str, str | None]:
+    """(model, revision) that an adapter belongs to: the build beside it in the store, else what it names itself."""
     manifest = folder / "llmops.json"
     if manifest.exists():
         parent = json.loads(manifest.read_text(encoding="utf-8")).get("parent_key")
         if parent and (folder.parent / parent).is_dir():
-            return str(folder.parent / parent)
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named:
+            return str(folder.parent / parent), None
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if not config.get("base_model_name_or_path"):
         raise ModelError(f"{folder}: its adapter_config.json names no base model; set base_model_name_or_path")
-    return str(named)
+    return str(config["base_model_name_or_path"]), config.get("revision")
 
 
 def _cannot_load(source: str, folder: Path | None, error: Exception) -> str:

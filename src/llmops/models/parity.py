@@ -5,13 +5,16 @@ stop token lost, an adapter merged onto the wrong base, a "quantized" folder tha
 from disk and held against a snapshot of the model in memory:
 
 - the next-token distributions on a probe, KL(memory || disk), mean and max over tokens;
-- the bytes of the chat template, and the stop tokens;
-- the bits, the sparsity and the number of layers that the step asked for, counted in the weights themselves.
+- the bytes of the chat template with their SHA-256, and the stop tokens;
+- the data type, the bits, the sparsity and the number of layers that the step asked for, counted in the weights
+  themselves; for an adapter, its rank, and the data type of the 4-bit base it was trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +24,26 @@ from torch import Tensor, nn
 
 from llmops.quantity import Quantity
 
-__all__ = ["KL_MEAN_LIMIT", "Expected", "Snapshot", "check", "snapshot", "sparsity"]
+__all__ = ["KL_MEAN_LIMIT", "Expected", "Snapshot", "check", "count_parameters", "divergence", "log_probabilities",
+           "snapshot", "sparsity"]
 
 KL_MEAN_LIMIT = 0.01  # nats a token: rounding to 16 bit and another op's summation order stay well below it
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the step promised: bits of the packed weights, fraction of zeros in the pruned layers, decoder layers."""
+    """What the step promised: bits of the packed weights, fraction of zeros in the pruned layers, decoder layers.
+
+    dtype: of the weights on disk. adapter_rank: of a PEFT folder. base: (data type, double quantization) of the 4-bit
+    base under an adapter.
+    """
 
     bits: int | None = None
     sparsity: float | None = None
     layers: int | None = None
+    dtype: torch.dtype | None = None
+    adapter_rank: int | None = None
+    base: tuple[str, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,30 +58,55 @@ class Snapshot:
 
 def snapshot(model: Any, tokenizer: Any, probe: Tensor) -> Snapshot:
     """probe: (rows, length) token ids."""
-    return Snapshot(probe, _log_probabilities(model, probe), _template(tokenizer), _stops(model, tokenizer))
+    return Snapshot(probe, log_probabilities(model, probe), _template(tokenizer), _stops(model, tokenizer))
 
 
 def check(before: Snapshot, model: Any, tokenizer: Any, folder: Path, expected: Expected) -> dict[str, Any]:
     """The `parity` group of a row: {"ok", "kl_mean", "kl_max", "checks": [{"name", "ok", "detail"}]}."""
-    log_q = _log_probabilities(model, before.probe)
-    kl = (before.log_p.exp() * (before.log_p - log_q)).sum(-1).clamp_min(0)
-    mean, worst = float(kl.mean()), float(kl.max())
+    log_q = log_probabilities(model, before.probe)
+    mean, worst = divergence(before.log_p, log_q)
+    template, wanted = _template(tokenizer), _hash(before.template)
     checks = [_entry("logits", bool(torch.isfinite(log_q).all()) and mean <= KL_MEAN_LIMIT,
                      f"mean KL {mean:.2e} nats a token, at most {KL_MEAN_LIMIT}"),
-              _entry("template", _template(tokenizer) == before.template, "bytes of the chat template are the same"),
+              _entry("template", template == before.template,
+                     f"chat template sha256 {wanted} in memory, {_hash(template)} on disk"),
               _entry("stop tokens", _stops(model, tokenizer) == before.stops,
                      f"{before.stops} in memory, {_stops(model, tokenizer)} on disk")]
     checks += _promised(model, folder, expected)
-    how = f"KL(memory || disk) on {len(kl)} probe tokens"
+    count = len(log_q)
+    how = f"KL(memory || disk) on {count} probe tokens"
     return {"ok": all(entry["ok"] for entry in checks), "checks": checks,
-            "kl_mean": Quantity.measured(mean, "nats", how, n=len(kl)).as_dict(),
-            "kl_max": Quantity.measured(worst, "nats", how, n=len(kl)).as_dict()}
+            "kl_mean": Quantity.measured(mean, "nats", how, n=count).as_dict(),
+            "kl_max": Quantity.measured(worst, "nats", how, n=count).as_dict()}
+
+
+def log_probabilities(model: Any, rows: Iterable[Tensor]) -> Tensor:
+    """(tokens, vocabulary) on the CPU: next-token log-probabilities after each token of `rows`, each (length,)."""
+    device = next(iter(model.parameters())).device
+    with torch.inference_mode():
+        found = [model(input_ids=row[None].to(device)).logits[0].float().log_softmax(-1).cpu() for row in rows]
+    return torch.cat(found)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> tuple[float, float]:
+    """(mean, max) over tokens of KL(p || q) in nats. log_p, log_q: (tokens, vocabulary)."""
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    return float(kl.mean()), float(kl.max())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, a packed weight counted as the dense one it stands for."""
+    packed = [module for module in model.modules() if hasattr(module, "packed_tensors")]
+    held = {id(module._parameters["weight"]) for module in packed if "weight" in module._parameters}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
+    return dense + sum(int(module.in_features) * int(module.out_features) for module in packed)
 
 
 def sparsity(model: nn.Module) -> tuple[int, int]:
-    """(zeros, weights) of the linear layers that are not the output head."""
+    """(zeros, weights) of the dense linear layers that are not the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+               and not hasattr(module, "packed_tensors")]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 
 
@@ -96,15 +132,12 @@ def _entry(name: str, ok: bool, detail: str) -> dict[str, Any]:
     return {"name": name, "ok": ok, "detail": detail}
 
 
-def _log_probabilities(model: Any, probe: Tensor) -> Tensor:
-    device = next(iter(model.parameters())).device
-    with torch.inference_mode():
-        rows = [model(input_ids=row[None].to(device)).logits[0].float().log_softmax(-1).cpu() for row in probe]
-    return torch.cat(rows)
-
-
 def _template(tokenizer: Any) -> str:
     return json.dumps(tokenizer.chat_template, sort_keys=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _stops(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -57,9 +57,10 @@ def save_dense(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> 
     tokenizer.save_pretrained(folder)
 
 
-def save_adapter(adapted: Any, tokenizer: Any, folder: Path, base: str) -> None:
-    """A PEFT adapter in `folder`; `base` is the model it belongs to."""
-    adapted.peft_config["default"].base_model_name_or_path = base
+def save_adapter(adapted: Any, tokenizer: Any, folder: Path, base: str, revision: str | None = None) -> None:
+    """A PEFT adapter in `folder`; `base` (with `revision`, of a hub id) is the model it belongs to."""
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base, revision
     adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)  # "auto" asks the hub
     (folder / "README.md").unlink(missing_ok=True)  # ours is written from the row
     tokenizer.save_pretrained(folder)

@@ -8,8 +8,8 @@ from typing import Any
 from llmops.data.options import DataSource
 from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Lora
-from llmops.methods.prune.options import Depth
+from llmops.methods.finetune.options import Adapters, Lora, Qlora
+from llmops.methods.prune.options import Depth, Magnitude, Wanda
 from llmops.methods.quantize.options import Rtn
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
 from llmops.recipe.names import refer
@@ -68,8 +68,8 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_groups(problems, trail, options, dims)
         if isinstance(options, Logits):
             _check_teacher(problems, trail, variant)
-        if isinstance(options, Lora) and not isinstance(options.targets, str):
-            _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
+        if isinstance(options, Adapters):
+            _check_adapters(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
 
@@ -96,7 +96,12 @@ def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: 
                             "expected 16- or 32-bit weights: start from the model it was made of")
     if parent is None or parent.kind != "quantize":
         return
-    if variant.kind == "quantize":
+    if isinstance(variant.options, Adapters):
+        problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
+                            f"change; expected a variant in 16 bit: for adapters on a 4-bit base, method: qlora from "
+                            f"{shown(parent.parent)}, which rounds it itself; otherwise fine-tune from "
+                            f"{shown(parent.parent)} and quantize the result")
+    elif variant.kind == "quantize":
         problems.add(trail, f"given {shown(parent.name)}, which is quantized already; expected a variant in 16 bit: "
                             f"start from {shown(parent.parent)}, as it does")
     else:
@@ -104,6 +109,49 @@ def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: 
         problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
                             f"change; expected a variant in 16 bit: {verb} from {shown(parent.parent)} and quantize "
                             "the result")
+
+
+def _pruned_ancestor(variants: Mapping[str, Variant], name: str) -> str | None:
+    """The nearest variant from `name` up whose step left single zeros, which everything after it has to keep."""
+    while name in variants:
+        if isinstance(variants[name].options, Magnitude | Wanda):
+            return name
+        name = variants[name].parent
+    return None
+
+
+def _check_adapters(problems: Problems, trail: Trail, options: Adapters, pruned: str | None,
+                    dims: Dims | None) -> None:
+    """Adapters whose parent has zeros, starts that need another base or rank, and names of layers."""
+    if pruned is not None:
+        masked = "expected adapters that can be masked: "
+        why = f"after {shown(pruned)}, whose zeros have to stay"
+        if isinstance(options, Qlora):
+            problems.add((*trail, "method"), f"given qlora {why}; {masked}method: lora, and quantize the result")
+        if options.dora:
+            problems.add((*trail, "dora"), f"given true {why} (DoRA rescales whole rows); {masked}leave dora out, "
+                                           "rslora can stay")
+        if isinstance(options, Lora) and not options.merge:
+            problems.add((*trail, "merge"), f"given false {why}: an adapter apart is a plain PEFT one, which fills them; "
+                                            "expected merge: true, which masks what is folded in")
+        if options.init == "pissa":
+            problems.add((*trail, "init"), f"given pissa {why} (its frozen rest is dense); {masked}init: default")
+    if options.init == "loftq" and not isinstance(options, Qlora):
+        problems.add((*trail, "init"), "given loftq with method: lora, whose base is not rounded; expected method: "
+                                       "qlora with it, or init: pissa or default")
+    if isinstance(options, Qlora) and "loftq_iterations" in options.model_fields_set and options.init != "loftq":
+        problems.add((*trail, "loftq_iterations"), f"given loftq_iterations with init: {options.init}, which makes no "
+                     "turns; expected init: loftq beside it: add that, or remove loftq_iterations", key=True)
+    if not isinstance(options.targets, str):
+        _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
+    if options.init != "default" and dims is not None and dims.family in LLAMA_LIKE:
+        ends = {name.rsplit(".", 1)[-1] for name in options.targets}
+        fit = min((min(shape) for name, shape in dims.linear_shapes().items()
+                   if options.targets == "all-linear" or name.rsplit(".", 1)[-1] in ends), default=options.rank)
+        if options.rank > fit:
+            problems.add((*trail, "rank"), f"given {options.rank} with init: {options.init}, which takes that many "
+                                           f"singular directions of every weight; expected at most {fit}, the smaller "
+                                           "side of the smallest layer", key="rank" not in options.model_fields_set)
 
 
 def _check_pattern(problems: Problems, trail: Trail, pattern: str, sparsity: float, ignore: Sequence[str],

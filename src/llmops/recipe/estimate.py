@@ -10,6 +10,7 @@ size, V the vocabulary, L the layers kept.
     memory          weights in fp32 for everything that trains on the CPU's terms (the worst case)
       full, logits  16 bytes a parameter (weight, gradient, two Adam moments, fp32) + activations (+ the teacher)
       lora          4 bytes a parameter + 16 bytes an adapter parameter + activations
+      qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -30,7 +31,7 @@ from llmops.data.splits import parse_split
 from llmops.data.world_size import SIZES
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Lora, Training
+from llmops.methods.finetune.options import Adapters, Qlora, Training
 from llmops.methods.prune.options import Depth
 from llmops.methods.quantize.options import Rtn
 from llmops.quantity import Quantity
@@ -88,7 +89,7 @@ def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
     width = bytes_per_weight(recipe.runtime.dtype, dims)
     options = variant.options if variant is not None else None
-    if isinstance(options, Lora) and not options.merge:
+    if isinstance(options, Adapters) and options.merge in (False, "apart"):
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
     if not isinstance(options, Rtn):
@@ -102,7 +103,7 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
     return dense
 
 
-def _adapter(options: Lora, dims: Dims, layers: int) -> int:
+def _adapter(options: Adapters, dims: Dims, layers: int) -> int:
     """Parameters of the adapters: r x (in + out) for every target, in every layer."""
     shapes = {name.rsplit(".", 1)[-1]: shape for name, shape in dims.linear_shapes().items()}
     chosen = list(shapes) if options.targets == "all-linear" else [name.rsplit(".", 1)[-1] for name in options.targets]
@@ -131,12 +132,21 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
     logits = min(12.0 * tokens * dims.vocab, 12.0 * CHUNK_BYTES)
     activations = tokens * 2 * 34 * dims.hidden * kept + logits
-    if isinstance(options, Lora):
-        return 4.0 * count + 16 * _adapter(options, dims, layers) + activations
+    if isinstance(options, Adapters):
+        width = bytes_per_weight(recipe.runtime.dtype, dims)
+        base = _four_bit(dims, layers, width, options) if isinstance(options, Qlora) else 4.0 * count
+        return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
     if isinstance(options, Logits):
         teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
     return 16.0 * count + activations + teacher
+
+
+def _four_bit(dims: Dims, layers: int, width: int, options: Qlora) -> float:
+    """Bytes of a base in 4 bits with a scale for every 64 weights (Dettmers et al. 2023, section 3), the rest dense."""
+    linear = layers * dims.linear_parameters
+    bits = 4 + (8 / 64 + 32 / (64 * 256) if options.double_quant else 32 / 64)
+    return linear * bits / 8 + float(width * (dims.parameters(layers) - linear))
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:

@@ -121,19 +121,28 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _flat(state: Mapping[Any, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
-               if isinstance(value, Tensor)}
-    numbers = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
-               if not isinstance(value, Tensor)}
+def _flat(state: Mapping[Any, Any], path: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and plain numbers of a state by their path, `index.name`; the 8-bit optimizers have a level more."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            inner = _flat(value, f"{path}{key}.")
+            tensors |= inner[0]
+            numbers |= inner[1]
+        else:
+            (tensors if isinstance(value, Tensor) else numbers)[f"{path}{key}"] = value
     return tensors, numbers
 
 
 def _nested(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
     state: dict[Any, dict[str, Any]] = {}
-    for key, value in {**tensors, **numbers}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+    for path, value in {**tensors, **numbers}.items():
+        index, *inner, name = path.split(".")
+        place = state.setdefault(int(index), {})
+        for key in inner:
+            place = place.setdefault(key, {})
+        place[name] = value
     return state
 
 

@@ -55,8 +55,16 @@ def _sgd(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=rate, momentum=0.9)
 
 
-def _bitsandbytes(name: str) -> Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]:
+def _bitsandbytes(name: str, devices: tuple[str, ...]) -> Callable[[list[dict[str, Any]], float],
+                                                                   torch.optim.Optimizer]:
+    """A maker of one of bitsandbytes' optimizers. devices: those it runs on."""
+
     def make(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+        device = groups[0]["params"][0].device.type
+        if device not in devices:
+            small = "adamw_8bit or adamw" if device in EIGHT_BIT else "adamw"
+            raise StepError(f"given an optimizer ({name}) that does not run on {device}; expected a device of "
+                            f"{', '.join(devices)}: use optimizer: {small}")
         try:
             import bitsandbytes
         except ImportError as error:
@@ -68,11 +76,13 @@ def _bitsandbytes(name: str) -> Callable[[list[dict[str, Any]], float], torch.op
     return make
 
 
+EIGHT_BIT = ("cpu", "cuda", "xpu")  # devices that bitsandbytes has 8-bit optimizers for
+PAGED = ("cuda", "xpu")  # and those with memory that can leave them
 #: name in a recipe -> (parameter groups, peak learning rate) -> optimizer. The 8-bit ones keep their two moments in
 #: blocks of 8 bits (Dettmers et al. 2021, arXiv 2110.02861); paged: they may leave the GPU when it is full.
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
-    "adamw": _adamw, "sgd": _sgd, "adamw_8bit": _bitsandbytes("AdamW8bit"),
-    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"), "lion_8bit": _bitsandbytes("Lion8bit")}
+    "adamw": _adamw, "sgd": _sgd, "adamw_8bit": _bitsandbytes("AdamW8bit", EIGHT_BIT),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit", PAGED), "lion_8bit": _bitsandbytes("Lion8bit", EIGHT_BIT)}
 
 
 def make_optimizer(named: Iterable[tuple[str, Tensor]], schedule: Schedule, rate: float,

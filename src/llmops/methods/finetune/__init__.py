@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["add_lora", "lora_delta", "masked_lora_linear", "merge_lora", "zero_masks"]
+__all__ = ["adapted_weight", "add_lora", "lora_delta", "lora_plus_scale", "masked_lora_linear", "merge_lora",
+           "zero_masks"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["Finetune", "Full", "Lora", "Stop", "Training"]
+__all__ = ["Adapters", "Finetune", "Full", "Lora", "Qlora", "Stop", "Training"]
 
 
 class Stop(Options):
@@ -53,16 +53,46 @@ class Training(Options):
     stop: Stop | None = Field(None, description="stop early; without it the last step's weights are kept")
 
 
-class Lora(Training):
-    """Low-rank adapters (Hu et al. 2021), through PEFT."""
+class Adapters(Training):
+    """What LoRA and QLoRA share: size, scale, place and start of the adapters."""
 
-    method: Literal["lora"]
     rank: int = Field(16, ge=1, le=4096, description="rank r of the adapters")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of the linear layers that get an adapter, or all-linear (lm_head excepted)")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023), so that a high rank "
+                                            "learns as fast as a low one")
+    dora: bool = Field(False, description="train the length of each weight row apart from its direction (Liu et al. "
+                                          "2024); more time a step")
+    init: Literal["default", "pissa", "loftq"] = Field(
+        "default", description="default: the adapters add nothing at first (Hu et al. 2021). pissa: they hold the "
+                               "largest singular directions of the weight (Meng et al. 2024). loftq: they make up for "
+                               "the rounding of a 4-bit base (Li et al. 2023; only with method: qlora)")
+    lora_plus_ratio: float = Field(0.0, ge=0, le=1000, description="learning rate of B over that of A (LoRA+, Hayou "
+                                                                   "et al. 2024); 0: one rate for both, 16 is usual")
+
+
+class Lora(Adapters):
+    """Low-rank adapters (Hu et al. 2021), through PEFT."""
+
+    method: Literal["lora"]
     merge: bool = Field(True, description="fold the adapters into the weights; false keeps a PEFT adapter folder")
+
+
+class Qlora(Adapters):
+    """Low-rank adapters on a base that is held in 4 bits (Dettmers et al. 2023), through bitsandbytes."""
+
+    method: Literal["qlora"]
+    quant: Literal["nf4", "fp4"] = Field("nf4", description="data type of the base: 4-bit normal float, or 4-bit float")
+    double_quant: bool = Field(True, description="round the scales of the blocks to 8 bits too, which saves 0.37 bits "
+                                                 "a weight")
+    loftq_iterations: int = Field(5, ge=1, le=100, description="alternating steps of init: loftq")
+    merge: Literal["dequantized", "original", "apart"] = Field(
+        "dequantized", description="what is kept. dequantized: the adapters folded into the base they were trained on, "
+                                   "written out in 16 bits. original: folded into the 16-bit base, which they have not "
+                                   "seen. apart: a PEFT folder that records its 4-bit base. All three are measured "
+                                   "against what was trained")
 
 
 class Full(Training):
@@ -71,4 +101,4 @@ class Full(Training):
     method: Literal["full"]
 
 
-Finetune = Annotated[Lora | Full, Field(discriminator="method")]
+Finetune = Annotated[Lora | Qlora | Full, Field(discriminator="method")]
