@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import LlmopsError, unknown
+from llmops.preflight import rows_of
 from llmops.recipe import Recipe, load_recipe
 
 __all__ = ["data_view"]
@@ -18,9 +19,9 @@ def data_view(path: Path, name: str | None, samples: int, sets: Sequence[str] = 
     Without a name: the first data that a step trains on, else the first there is. Raises what loading and masking
     the data raise.
     """
+    from llmops.data.pairs import encode_pairs
     from llmops.data.render import encode
     from llmops.data.show import show, show_json
-    from llmops.data.sources import load_rows
     from llmops.models.builtin import locate
     from llmops.models.load import load_tokenizer
 
@@ -32,12 +33,13 @@ def data_view(path: Path, name: str | None, samples: int, sets: Sequence[str] = 
         raise LlmopsError(f"{path}: names no data; add a source under `data:`")
     if name not in recipe.data:
         raise LlmopsError(unknown("data", name, recipe.data))
-    rows = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
+    rows = rows_of(recipe, name)
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
-    encoded = None
+    encoded: Any = None
     if rows.kind != "choices":
-        encoded = encode(rows, tokenizer, max_length=lengths.get(name, 1024), limits=recipe.data[name].limits)
+        encoder: Any = encode_pairs if rows.kind == "preference" else encode
+        encoded = encoder(rows, tokenizer, max_length=lengths.get(name, 1024), limits=recipe.data[name].limits)
     return (show_json if as_json else show)(rows, tokenizer, encoded, samples)
 
 

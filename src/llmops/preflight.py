@@ -1,22 +1,43 @@
 """Everything that can be refused before a weight is loaded, once a run has work to do.
 
 The recipe has been validated by then; this reads the data itself: rows that cannot be read, training rows that stand in
-a scored split, a template that drops the terminator, rows with nothing to train on. Found here they cost a second
-(exit 2, nothing done); found by the step they would cost the steps before it.
+a scored split, a template that drops the terminator, rows with nothing to train on, rows of one answer for a step that
+compares two. Found here they cost a second (exit 2, nothing done); found by the step they would cost the steps before
+it. `preflight_report` is the same proof as figures, for each data and length that a step trains on.
+
+It takes the tokenizer, and with it transformers and torch (`AutoTokenizer` imports both), but no weight.
 """
 
 from __future__ import annotations
 
-from llmops.data.sources import Rows, load_rows
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmops.data.sources import Rows, SourceError, load_rows
 from llmops.errors import DataError
 from llmops.methods.finetune.options import Training
 from llmops.models.builtin import locate
 from llmops.recipe.plan import Plan
+from llmops.recipe.schema import Recipe
+from llmops.recipe.source import parse
 
-__all__ = ["KINDS", "preflight"]
+__all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
 
 #: the kinds of rows each score can read
 KINDS = {"exact_match": ("messages", "prompt_completion"), "multiple_choice": ("choices",)}
+#: the kinds of rows a training step can read
+TRAINED = ("messages", "prompt_completion", "text")
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Data as steps train on it: once for each length and each way of training."""
+
+    data: str
+    max_length: int
+    pairs: bool
+    variants: tuple[str, ...]
 
 
 def preflight(plan: Plan) -> list[str]:
@@ -24,11 +45,63 @@ def preflight(plan: Plan) -> list[str]:
 
     Raises DataError, ModelError when the tokenizer cannot be loaded.
     """
+    found = _check(plan, {stage.variant for stage in plan.stages if not stage.built})
+    return [f"data {use.data}: " + ", ".join(f"{count:,} {what}" for what, count in report.items() if count)
+            for use, _, report, _ in found]
+
+
+def preflight_report(plan: Plan) -> list[dict[str, Any]]:
+    """Figures of every data set that a step of the plan trains on, whether or not the step is done.
+
+    data, kind, variants, max_length, rows, examples (or pairs), tokens, trained_tokens, dropped, truncated, longest
+    (tokens of the longest row, before any cut), terminator_trained (every example that was not cut ends its trained
+    part with a token that ends a turn), template_hash, and what else `encode` counts. Raises as `preflight`.
+    """
+    entries: list[dict[str, Any]] = []
+    for use, rows, report, proof in _check(plan, {stage.variant for stage in plan.stages}):
+        counts = {"trained_tokens" if key == "trainable_tokens" else key: count for key, count in report.items()}
+        entries.append({"data": use.data, "kind": rows.kind, "variants": list(use.variants),
+                        "max_length": use.max_length, **counts, **proof})
+    return entries
+
+
+def report_text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """`preflight_report` for a terminal: a line for each data set and two indented ones."""
+    lines: list[str] = []
+    for entry in entries:
+        made = "pairs" if "pairs" in entry else "examples"
+        share = entry["trained_tokens"] / entry["tokens"] if entry["tokens"] else 0.0
+        lines += [f"data {entry['data']} ({entry['kind']}) for {', '.join(entry['variants'])}: {entry['rows']:,} rows, "
+                  f"{entry[made]:,} {made}, {entry['tokens']:,} tokens, {entry['trained_tokens']:,} trained "
+                  f"({share:.1%})",
+                  f"  longest row {entry['longest']:,} tokens (max_length {entry['max_length']:,}); "
+                  f"{entry['dropped']:,} dropped, {entry['truncated']:,} truncated"
+                  + "".join(f", {entry[key]:,} {key.replace('_', ' ')}" for key in
+                            ("identical", "same_after_cut", "answers_cut", "turn_by_turn", "system_folded")
+                            if entry.get(key)),
+                  f"  terminator trained: {'yes' if entry['terminator_trained'] else 'NO'}; "
+                  f"template {entry['template_hash'][:12]}"]
+    return "\n".join(lines) if lines else "no step trains on data"
+
+
+def rows_of(recipe: Recipe, name: str) -> Rows:
+    """The rows of a recipe's data; what its own line has wrong is told with the line and column of the recipe."""
+    try:
+        return load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
+    except SourceError as error:
+        place: Any = recipe.file
+        if recipe.text:
+            place = parse(recipe.text, recipe.file).place(("data", error.name, error.key))
+        raise DataError(f"{place}: data.{error.name}.{error.key}: {error}") from error
+
+
+def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, int], dict[str, Any]]]:
+    """(use, rows, what encoding counted, what it proved) of the data that `variants` train on."""
     recipe, loaded = plan.recipe, dict[str, Rows]()
 
     def rows(name: str) -> Rows:
         if name not in loaded:
-            loaded[name] = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
+            loaded[name] = rows_of(recipe, name)
         return loaded[name]
 
     scored = []
@@ -41,20 +114,59 @@ def preflight(plan: Plan) -> list[str]:
         if kinds is not None and rows(name).kind not in kinds:
             raise DataError(f'{entry.id}: data "{name}" holds rows of kind {rows(name).kind}; {entry.metric} needs '
                             f"{' or '.join(kinds)}; rename its columns with `columns:`, or name other data")
-    trained = {variant.options.data: variant.options for stage in plan.stages if not stage.built
-               for variant in [recipe.variants[stage.variant]] if isinstance(variant.options, Training)}
-    return [_check_training(plan, rows(name), scored, options) for name, options in trained.items()]
-
-
-def _check_training(plan: Plan, rows: Rows, scored: list[Rows], options: Training) -> str:
+    uses = _uses(recipe, variants)
+    if not uses:
+        return []
     from llmops.data.leak import check_leak
-    from llmops.data.render import encode
     from llmops.models.load import load_tokenizer
 
-    recipe = plan.recipe
-    for test in scored:
-        check_leak(rows, test)
+    for use in uses:
+        _check_kind(use, rows(use.data))
+    for train in dict.fromkeys(use.data for use in uses):
+        for test in scored:
+            check_leak(rows(train), test)
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
-    report = encode(rows, tokenizer, max_length=options.max_length, limits=recipe.data[rows.name].limits).report
-    return f"data {rows.name}: " + ", ".join(f"{count:,} {what}" for what, count in report.items() if count)
+    return [(use, rows(use.data), *_proved(use, rows(use.data), recipe, tokenizer)) for use in uses]
+
+
+def _uses(recipe: Recipe, variants: set[str]) -> list[_Use]:
+    """What `variants` train on, in the order of the recipe."""
+    found: dict[tuple[str, int, bool], list[str]] = {}
+    for name, variant in recipe.variants.items():
+        options = variant.options
+        if name in variants and isinstance(options, Training):
+            key = (options.data, options.max_length, getattr(options, "method", None) == "dpo")
+            found.setdefault(key, []).append(name)
+    return [_Use(*key, variants=tuple(names)) for key, names in found.items()]
+
+
+def _check_kind(use: _Use, rows: Rows) -> None:
+    """Raise DataError when the rows are not what the steps train on."""
+    if rows.kind in (("preference",) if use.pairs else TRAINED):
+        return
+    needs = "preference (prompt, chosen, rejected)" if use.pairs else " or ".join(TRAINED)
+    cure = ("train on the chosen answers with `columns: {prompt: prompt, completion: chosen}`, or use method dpo"
+            if rows.kind == "preference" else "rename its columns with `columns:`, or name other data")
+    raise DataError(f'variant {", ".join(use.variants)}: data "{use.data}" holds rows of kind {rows.kind}; the step '
+                    f"trains on {needs}; {cure}")
+
+
+def _proved(use: _Use, rows: Rows, recipe: Recipe, tokenizer: Any) -> tuple[dict[str, int], dict[str, Any]]:
+    """What encoding counts, and what of the masks is proved."""
+    from llmops.data.chat import template_hash, terminators
+    from llmops.data.pairs import encode_pairs
+    from llmops.data.render import IGNORED, encode
+
+    limits = recipe.data[use.data].limits
+    if use.pairs:
+        pairs = encode_pairs(rows, tokenizer, max_length=use.max_length, limits=limits)
+        report, examples = pairs.report, [*pairs.chosen, *pairs.rejected]
+    else:
+        encoded = encode(rows, tokenizer, max_length=use.max_length, limits=limits)
+        report, examples = encoded.report, encoded.examples
+    stops = terminators(tokenizer)
+    last = [next(label for label in reversed(example["labels"]) if label != IGNORED) for example in examples
+            if len(example["input_ids"]) < use.max_length]
+    return report, {"terminator_trained": bool(last) and all(token in stops for token in last),
+                    "template_hash": template_hash(tokenizer)}

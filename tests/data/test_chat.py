@@ -52,7 +52,7 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-#: Gemma's refuses system turns: see test_a_refused_role_names_the_row_and_the_templates_reason.
+#: Gemma's refuses system turns: see test_a_system_turn_that_the_template_refuses_moves_into_the_users.
 CASES = [(family, name) for family in ("llama3", "chatml", "mistral", "gemma", "marked") for name in CONVERSATIONS
          if (family, name) != ("gemma", "system")]
 
@@ -147,10 +147,27 @@ def test_terminators_are_those_that_end_a_turn() -> None:
         assert not {tokenizer.bos_token_id, tokenizer.pad_token_id} & terminators(tokenizer)
 
 
+def test_a_system_turn_that_the_template_refuses_moves_into_the_users() -> None:
+    tokenizer = make_tokenizer("gemma")
+    rows = message_rows(CONVERSATIONS["system"], CONVERSATIONS["single"])
+    result = encode(rows, tokenizer, max_length=4096, limits=Limits())
+    assert tokenizer.decode(result.examples[0]["input_ids"]).startswith(
+        "<bos><start_of_turn>user\nYou are brief.\n\nTwo and three?<end_of_turn>\n<start_of_turn>model\n")
+    assert trained(result.examples[0], tokenizer) == ["They make five.<end_of_turn>", "Yes.<end_of_turn>"]
+    assert result.report["system_folded"] == 1
+    (asked, _) = prompts_and_answers(rows, tokenizer)
+    assert result.examples[0]["input_ids"][:len(asked.input_ids)] == asked.input_ids
+
+
 def test_a_refused_role_names_the_row_and_the_templates_reason() -> None:
-    with pytest.raises(DataError, match="train, row 1: the chat template refuses the turns system, user.*no system "
-                                        "turns"):
-        encoded(CONVERSATIONS["system"], make_tokenizer("gemma"))
+    picky = make_tokenizer("gemma", template=FAMILIES["gemma"][0].replace("'system'", "'assistant'").replace(
+        "no system", "no assistant"))
+    with pytest.raises(DataError, match="train, row 1: the chat template refuses the turns user, assistant.*no "
+                                        "assistant turns"):
+        encoded(CONVERSATIONS["single"], picky)
+    never = make_tokenizer("gemma", template="{{ raise_exception('never') }}")
+    with pytest.raises(DataError, match=r"train, row 1: the chat template refuses the turns system, user \(never\)"):
+        encoded(CONVERSATIONS["system"], never)
 
 
 def test_two_bos_are_refused() -> None:

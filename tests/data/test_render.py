@@ -111,6 +111,7 @@ def test_rows_with_nothing_left_to_train_on_are_dropped_and_counted_up_to_the_li
     rows = message_rows(chat("Where does the old miller live? " * 9, "Far."), chat("Two?", "Five."))
     result = encode(rows, tokenizer, max_length=40, limits=LOOSE)
     assert result.report == {"rows": 2, "examples": 1, "dropped": 1, "truncated": 1, "turn_by_turn": 0,
+                             "system_folded": 0, "longest": 114,
                              "tokens": len(result.examples[0]["input_ids"]),
                              "trainable_tokens": sum(label != -100 for label in result.examples[0]["labels"])}
     assert result.origin == [1]

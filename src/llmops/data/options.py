@@ -8,13 +8,15 @@ from llmops.data.splits import parse_split
 from llmops.errors import nearest
 from llmops.options import Options
 
-__all__ = ["BUILTIN", "COLUMNS", "DataSource", "Limits"]
+__all__ = ["BUILTIN", "COLUMNS", "OPTIONAL", "DataSource", "Limits"]
 
 BUILTIN = ("builtin:facts", "builtin:choices", "builtin:study", "builtin:world")
 #: The columns that each kind of rows must have. `columns` maps these names to the names a file uses.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",),
-    "choices": ("question", "choices", "answer")}
+    "choices": ("question", "choices", "answer"), "preference": ("prompt", "chosen", "rejected")}
+#: Columns that a kind may have: the tools that a conversation can call.
+OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools",), "preference": ("tools",)}
 
 
 class Limits(Options):
@@ -48,12 +50,11 @@ class DataSource(Options):
     @field_validator("columns")
     @classmethod
     def _columns_are_known(cls, value: dict[str, str]) -> dict[str, str]:
-        known = [column for columns in COLUMNS.values() for column in columns]
+        known = list(dict.fromkeys(column for columns in (*COLUMNS.values(), *OPTIONAL.values()) for column in columns))
         for standard in value:
             if standard not in known:
                 raise ValueError(f'unknown standard column "{standard}"; expected {{standard: column of the file}} '
-                                 f'with '
-                                 f"standard one of {', '.join(known)}{nearest(standard, known)}")
+                                 f"with standard one of {', '.join(known)}{nearest(standard, known)}")
         return value
 
     @model_validator(mode="after")

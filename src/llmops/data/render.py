@@ -17,14 +17,23 @@ several rows into one example.
 from __future__ import annotations
 
 import random
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from llmops.data.chat import Rendered, conversation_text, has_template, prompt_text, render_chat, terminators
+from llmops.data.budget import enforce
+from llmops.data.chat import (
+    Rendered,
+    begins_with_bos,
+    conversation_text,
+    has_template,
+    prompt_text,
+    render_chat,
+    terminators,
+)
 from llmops.data.leak import check_leak
+from llmops.data.masks import IGNORED, Offsets, chat_labels, framed, plain_labels, refuse_double_bos, tokenize
 from llmops.data.options import Limits
 from llmops.data.sources import Rows
 from llmops.errors import DataError
@@ -35,9 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Encoded", "IGNORED", "Prompt", "calibration_tokens", "check_leak", "choice_examples", "collate", "encode",
            "prompts_and_answers", "text_stream"]
 
-IGNORED = -100  # the label that cross entropy leaves out
-Offsets = list[tuple[int, int]]
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -45,7 +51,8 @@ class Encoded:
 
     examples: {"input_ids": [...], "labels": [...]}, of equal length. report: rows, examples, dropped (nothing to
     train on), truncated (cut to max_length), tokens, trainable_tokens, turn_by_turn (rows cut into one example a
-    turn). origin: for each example the index of its row.
+    turn), system_folded (rows whose system text stands in the user's turn), longest (tokens of the longest row, before
+    any cut). origin: for each example the index of its row.
     """
 
     examples: list[dict[str, list[int]]]
@@ -80,24 +87,24 @@ def encode(rows: Rows, tokenizer: Any, *, max_length: int, limits: Limits,
     when a template drops the terminator of a turn, when a text begins with two BOS, when nothing at all is left to
     train on, and when more rows are dropped or cut than `limits` allows.
     """
-    if rows.kind == "choices":
-        raise DataError(f"{rows.name}: its rows have question, choices and answer, which can be scored but not "
-                        f"trained on; "
-                        "expected messages, prompt+completion or text; map them, as "
-                        "`columns: {prompt: question, completion: answer}`")
-    stops, bos = terminators(tokenizer), _bos(tokenizer)
+    _refuse_kind(rows)
+    stops, bos = terminators(tokenizer), begins_with_bos(tokenizer)
     pieces: Counter[int] = Counter()
     examples: list[dict[str, list[int]]] = []
     origin: list[int] = []
     longer: dict[int, int] = {}  # row -> its tokens
+    longest, folded = 0, set[int]()
     for draft, ids, offsets in _tokenized(rows, tokenizer, progress):
         pieces[draft.row] += 1
         place = rows.place(draft.row)
-        labels = _plain_labels(draft.rendered.spans, ids, offsets) if draft.plain else _chat_labels(
+        if draft.rendered.folded:
+            folded.add(draft.row)
+        labels = plain_labels(draft.rendered.spans, ids, offsets) if draft.plain else chat_labels(
             draft.rendered, ids, offsets, stops, tokenizer, place)
         if draft.plain:
-            ids, labels = _framed(ids, labels, bos, tokenizer, rows.name)
-        _refuse_double_bos(ids, tokenizer, place)
+            ids, labels = framed(ids, labels, bos, tokenizer, rows.name)
+        refuse_double_bos(ids, tokenizer, place)
+        longest = max(longest, len(ids))
         if rows.kind != "text" and len(ids) > max_length:
             longer[draft.row] = len(ids)
         for window in _windows(ids, labels, max_length, every=rows.kind == "text"):
@@ -106,9 +113,22 @@ def encode(rows: Rows, tokenizer: Any, *, max_length: int, limits: Limits,
     report = {"rows": len(rows.rows), "examples": len(examples), "dropped": len(rows.rows) - len(set(origin)),
               "truncated": len(longer), "tokens": sum(len(example["input_ids"]) for example in examples),
               "trainable_tokens": sum(label != IGNORED for example in examples for label in example["labels"]),
-              "turn_by_turn": sum(count > 1 for count in pieces.values())}
-    _enforce(rows, report, limits, max_length, origin, longer)
+              "turn_by_turn": sum(count > 1 for count in pieces.values()), "system_folded": len(folded),
+              "longest": longest}
+    kept = set(origin)
+    enforce(rows, [index for index in range(len(rows.rows)) if index not in kept], longer, limits, max_length)
     return Encoded(examples, report, origin)
+
+
+def _refuse_kind(rows: Rows) -> None:
+    if rows.kind == "choices":
+        raise DataError(f"{rows.name}: its rows have question, choices and answer, which can be scored but not "
+                        "trained on; expected messages, prompt+completion or text; map them, as "
+                        "`columns: {prompt: question, completion: answer}`")
+    if rows.kind == "preference":
+        raise DataError(f"{rows.name}: its rows are preferences (prompt, chosen, rejected), which only method dpo "
+                        "trains on; expected messages, prompt+completion or text; use method dpo, or train on the "
+                        "chosen answers alone, as `columns: {prompt: prompt, completion: chosen}`")
 
 
 def _tokenized(rows: Rows, tokenizer: Any, progress: Callable[[int, int, str], None] | None,
@@ -117,7 +137,7 @@ def _tokenized(rows: Rows, tokenizer: Any, progress: Callable[[int, int, str], N
     for start in range(0, len(rows.rows), chunk):
         stop = min(start + chunk, len(rows.rows))
         drafts = [draft for index in range(start, stop) for draft in _drafts(rows, index, tokenizer)]
-        batch = _tokenize([draft.rendered.text for draft in drafts], tokenizer)
+        batch = tokenize([draft.rendered.text for draft in drafts], tokenizer)
         for draft, (ids, offsets) in zip(drafts, batch, strict=True):
             yield draft, ids, offsets
         if progress is not None:
@@ -130,126 +150,42 @@ def _drafts(rows: Rows, index: int, tokenizer: Any) -> list[_Draft]:
         return [_Draft(index, Rendered(row["text"], ((0, len(row["text"])),)), plain=True)]
     if rows.kind == "messages" or has_template(tokenizer):
         return [_Draft(index, rendered, plain=False)
-                for rendered in render_chat(_messages(rows, row, tokenizer), tokenizer, place)]
+                for rendered in render_chat(_messages(rows, row, tokenizer), tokenizer, place, _tools(rows, row))]
     prompt, answer = _pair(row)
     text = prompt + answer
     return [_Draft(index, Rendered(text, ((len(prompt), len(text)),)), plain=True)]
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(prompt, answer) of a row of kind prompt_completion or choices."""
+    """(prompt, answer) of a row of strings: kind prompt_completion, choices or preference."""
     if "choices" in row and "completion" not in row:
         return row["question"], row["choices"][row["answer"]]
-    return row["prompt"], row["completion"]
+    return row["prompt"], row["chosen"] if "chosen" in row and "completion" not in row else row["completion"]
 
 
 def _messages(rows: Rows, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
-    if rows.kind != "messages":
+    if not _conversations(rows, row):
         prompt, answer = _pair(row)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if not has_template(tokenizer):
-        raise DataError(f"{rows.name}: its rows are conversations, and the model's tokenizer has no chat template; "
-                        f"expected "
-                        "a chat model; use one, or map the rows to prompt and completion")
-    messages: list[dict[str, Any]] = row["messages"]
+        raise no_template(rows)
+    messages: list[dict[str, Any]] = row["messages"] if rows.kind == "messages" else [*row["prompt"], *row["chosen"]]
     return messages
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], Offsets]]:
-    """Ids, and for each the range of characters it stands for, without special tokens of the tokenizer's own."""
-    if not texts:
-        return []
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"the tokenizer ({type(tokenizer).__name__}) does not tell which characters a token stands "
-                        f"for, so no "
-                        "loss mask can be proved; expected a fast one (a tokenizer.json beside the model); convert it")
-    out = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-                    verbose=False)
-    return list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+def _tools(rows: Rows, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools of a conversation; a column of that name means nothing to rows of another kind."""
+    return row.get("tools") if _conversations(rows, row) else None
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    """[BOS] when the tokenizer begins plain text with it, else []."""
-    ids = tokenizer("x", verbose=False)["input_ids"]
-    return [ids[0]] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+def _conversations(rows: Rows, row: Mapping[str, Any]) -> bool:
+    return rows.kind == "messages" or (rows.kind == "preference" and not isinstance(row["prompt"], str))
 
 
-def _refuse_double_bos(ids: Sequence[int], tokenizer: Any, place: str) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is not None and bos != tokenizer.eos_token_id and list(ids[:2]) == [bos, bos]:
-        raise DataError(f"{place}: the text begins with two {tokenizer.bos_token}; expected one; the template or the "
-                        "tokenizer writes it already, so take it out of the data (or out of one of them)")
-
-
-def _covered(offsets: Offsets, span: tuple[int, int]) -> tuple[int, int]:
-    """(first, one past the last) token with a character in `span`; one of no width counts with what is before it."""
-    first = bisect_right(offsets, span[0], key=lambda offset: offset[1])
-    last = bisect_left(offsets, span[1], lo=first, key=lambda offset: offset[0])
-    while last < len(offsets) and offsets[last] == (span[1], span[1]):
-        last += 1
-    return first, last
-
-
-def _plain_labels(spans: Iterable[tuple[int, int]], ids: list[int], offsets: Offsets) -> list[int]:
-    labels = [IGNORED] * len(ids)
-    for span in spans:
-        first, last = _covered(offsets, span)
-        labels[first:last] = ids[first:last]
-    return labels
-
-
-def _framed(ids: list[int], labels: list[int], bos: list[int], tokenizer: Any,
-            name: str) -> tuple[list[int], list[int]]:
-    """BOS before (if the tokenizer has that habit), EOS behind. EOS is trained; the first token never is."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError(f"{name}: the tokenizer has no end-of-sequence token, so a model could not learn to stop; "
-                        f"expected "
-                        "`eos_token` in its tokenizer_config.json")
-    ids, labels = [*bos, *ids, eos], [*[IGNORED] * len(bos), *labels, eos]
-    return ids, [IGNORED, *labels[1:]]  # nothing predicts the first token
-
-
-def _chat_labels(rendered: Rendered, ids: list[int], offsets: Offsets, stops: frozenset[int], tokenizer: Any,
-                 place: str) -> list[int]:
-    """Labels on each assistant turn up to its terminator, which must be there."""
-    labels = [IGNORED] * len(ids)
-
-    def blank(token: int) -> bool:
-        return not rendered.text[slice(*offsets[token])].strip() and ids[token] not in stops
-
-    for span in rendered.spans:
-        first, last = _covered(offsets, span)
-        if first == last:
-            continue
-        end = _after_terminator(ids, blank, stops, first, last)
-        if end is None:
-            raise DataError(
-                f"{place}: the chat template ends an assistant turn with "
-                f"{rendered.text[max(span[0], span[1] - 24):span[1]]!r} and "
-                f"no end-of-turn token, so a model tuned on it would never stop; expected "
-                f"{tokenizer.eos_token or 'an eos token'} "
-                "or another special token right after the turn; add it to the template")
-        labels[first:end] = ids[first:end]
-    return labels
-
-
-def _after_terminator(ids: list[int], blank: Callable[[int], bool], stops: frozenset[int], first: int,
-                      last: int) -> int | None:
-    """Where the trained part [first, last) ends once it holds its terminator: the index after it, or None without one.
-
-    Blanks behind the terminator (a line break) are not trained. A terminator right after the part (templates whose
-    ``{% generation %}`` leaves it out) is taken in, with blanks before it.
-    """
-    end = last
-    while end > first and blank(end - 1):
-        end -= 1
-    if end > first and ids[end - 1] in stops:
-        return end
-    end = last
-    while end < len(ids) and blank(end):
-        end += 1
-    return end + 1 if end < len(ids) and ids[end] in stops else None
+def no_template(rows: Rows) -> DataError:
+    """The error for conversations where the model's tokenizer has no chat template."""
+    return DataError(f"{rows.name}: its rows are conversations, and the model's tokenizer has no chat template; "
+                     "expected a chat model; use one, or map the rows to prompt and completion")
 
 
 def _windows(ids: list[int], labels: list[int], max_length: int, every: bool) -> Iterable[dict[str, list[int]]]:
@@ -261,34 +197,6 @@ def _windows(ids: list[int], labels: list[int], max_length: int, every: bool) ->
             yield window
 
 
-def _enforce(rows: Rows, report: Mapping[str, int], limits: Limits, max_length: int, origin: Sequence[int],
-             longer: Mapping[int, int]) -> None:
-    total, kept = report["rows"], set(origin)
-    lost = [rows.place(index) for index in range(total) if index not in kept]
-    if not kept:
-        raise DataError(f"{rows.name}: none of its {total} rows has a token to train on at max_length {max_length}; "
-                        f"expected "
-                        f"an assistant's text in them ({_first(lost)}); raise max_length, or look with `llmops data "
-                        f"show`")
-    if len(lost) > limits.dropped * total:
-        raise DataError(f"{rows.name}: {len(lost)} of {total} rows have nothing to train on within max_length "
-                        f"{max_length} "
-                        f"({_first(lost)}); at most {limits.dropped:.1%} may be dropped; raise max_length, mend the "
-                        f"rows, "
-                        "or raise `limits: {dropped: ...}`")
-    if len(longer) > limits.truncated * total:
-        raise DataError(f"{rows.name}: {len(longer)} of {total} rows are longer than max_length {max_length} and "
-                        f"would be cut "
-                        f"({_first([rows.place(index) for index in longer])}; the longest has {max(longer.values())} "
-                        f"tokens); at "
-                        f"most {limits.truncated:.1%} may be; raise max_length, shorten them, or raise "
-                        "`limits: {truncated: ...}`")
-
-
-def _first(places: Sequence[str]) -> str:
-    return ", ".join(places[:3]) + (" ..." if len(places) > 3 else "")
-
-
 def prompts_and_answers(rows: Rows, tokenizer: Any) -> list[Prompt]:
     """For every row what a model is asked and what it should say: the last assistant turn, the completion, the right
     choice.
@@ -296,26 +204,32 @@ def prompts_and_answers(rows: Rows, tokenizer: Any) -> list[Prompt]:
     A conversation's prompt ends with the template's generation prompt. Raises DataError for rows of text, and as
     `encode`.
     """
-    if rows.kind == "text":
-        raise DataError(f"{rows.name}: its rows are plain text, which holds no question to answer; expected messages, "
-                        "prompt+completion or question+choices+answer; score text with `perplexity`")
+    if rows.kind in ("text", "preference"):
+        what = "plain text, which holds no question to answer" if rows.kind == "text" else (
+            "preferences, which have two answers and no right one")
+        raise DataError(f"{rows.name}: its rows are {what}; expected messages, prompt+completion or "
+                        "question+choices+answer; score text with `perplexity`")
     chat = rows.kind == "messages" or has_template(tokenizer)
     texts: list[str] = []
     answers: list[str] = []
     for index, row in enumerate(rows.rows):
         if chat:
             *before, last = _messages(rows, row, tokenizer)
-            texts.append(prompt_text(before, tokenizer, rows.place(index)))
+            if last.get("tool_calls"):
+                raise DataError(f"{rows.place(index)}: the conversation ends with tool calls, and no text to compare "
+                                "an answer with; expected the assistant's words last; add the turns up to them, or "
+                                "take the row out of what is scored")
+            texts.append(prompt_text(before, tokenizer, rows.place(index), _tools(rows, row)))
             answers.append(last["content"])
         else:
             prompt, answer = _pair(row)
             texts.append(prompt)
             answers.append(answer)
-    bos = [] if chat else _bos(tokenizer)
+    bos = [] if chat else begins_with_bos(tokenizer)
     prompts: list[Prompt] = []
-    for index, (ids, _) in enumerate(_tokenize(texts, tokenizer)):
+    for index, (ids, _) in enumerate(tokenize(texts, tokenizer)):
         prompts.append(Prompt([*bos, *ids], texts[index], answers[index], index))
-        _refuse_double_bos(prompts[-1].input_ids, tokenizer, rows.place(index))
+        refuse_double_bos(prompts[-1].input_ids, tokenizer, rows.place(index))
     return prompts
 
 
@@ -361,14 +275,14 @@ def text_stream(rows: Rows, tokenizer: Any, separator: str = "blank_line") -> li
 
 
 def _sequences(rows: Rows, tokenizer: Any) -> list[list[int]]:
-    """Every row as the ids a model meets it in."""
-    if rows.kind == "messages" or (rows.kind != "text" and has_template(tokenizer)):
-        texts = [conversation_text(_messages(rows, row, tokenizer), tokenizer, rows.place(index))
+    """Every row as the ids a model meets it in; of a preference the chosen side."""
+    if rows.kind != "text" and (has_template(tokenizer) or any(_conversations(rows, row) for row in rows.rows)):
+        texts = [conversation_text(_messages(rows, row, tokenizer), tokenizer, rows.place(index), _tools(rows, row))
                  for index, row in enumerate(rows.rows)]
-        return [ids for ids, _ in _tokenize(texts, tokenizer)]
+        return [ids for ids, _ in tokenize(texts, tokenizer)]
     texts = [row["text"] if rows.kind == "text" else "".join(_pair(row)) for row in rows.rows]
-    bos = _bos(tokenizer)
-    return [_framed(ids, ids, bos, tokenizer, rows.name)[0] for ids, _ in _tokenize(texts, tokenizer)]
+    bos = begins_with_bos(tokenizer)
+    return [framed(ids, ids, bos, tokenizer, rows.name)[0] for ids, _ in tokenize(texts, tokenizer)]
 
 
 def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int, seed: int) -> Tensor:
@@ -383,8 +297,7 @@ def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int,
     spare = len(stream) - samples * length
     if len(stream) < length:
         raise DataError(f"{rows.name}: its {len(rows.rows)} rows have {len(stream)} tokens, and one calibration crop "
-                        f"needs "
-                        f"{length}; use more rows (`samples`, or another `split`) or a shorter `length`")
+                        f"needs {length}; use more rows (`samples`, or another `split`) or a shorter `length`")
     draw = random.Random(seed)
     if spare >= 0:  # gaps of random size between crops, then the crops in random order
         gaps = sorted(draw.randint(0, spare) for _ in range(samples))

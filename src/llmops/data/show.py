@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from llmops.data.pairs import EncodedPairs
 from llmops.data.render import IGNORED, Encoded
 from llmops.data.sources import Rows
 
@@ -37,10 +38,10 @@ def _seen(character: str) -> str:
     return "\u2421" if code == 0x7F else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def show(rows: Rows, tokenizer: Any, encoded: Encoded | None, count: int) -> RenderableType:
+def show(rows: Rows, tokenizer: Any, encoded: Encoded | EncodedPairs | None, count: int) -> RenderableType:
     """The first `count` examples with their loss mask, a legend and the counts, for a rich console.
 
-    `encoded` None (rows that are not trained on, as choices): the rows themselves.
+    Of a preference both sides. `encoded` None (rows that are not trained on, as choices): the rows themselves.
     """
     parts: list[RenderableType] = []
     if encoded is None:
@@ -49,8 +50,10 @@ def show(rows: Rows, tokenizer: Any, encoded: Encoded | None, count: int) -> Ren
                                    for key, value in row.items())
             parts.append(_panel(body, rows.place(index)))
     else:
-        for example, origin in list(zip(encoded.examples, encoded.origin, strict=True))[:count]:
-            parts.append(_panel(_painted(example, tokenizer), rows.place(origin)))
+        for sides, origin in _examples(encoded, count):
+            body = Text("\n").join(Text.assemble((f"{side}\n" if side else "", "bold"), _painted(example, tokenizer))
+                                   for side, example in sides.items())
+            parts.append(_panel(body, rows.place(origin)))
         parts.append(Text.assemble("trained: ", ("like this", _STYLES[True, False]), "   special tokens: ",
                                    ("<trained>", _STYLES[True, True]), " ", ("<not trained>", _STYLES[False, True]),
                                    "   not trained: ", ("like this", _STYLES[False, False])))
@@ -59,20 +62,32 @@ def show(rows: Rows, tokenizer: Any, encoded: Encoded | None, count: int) -> Ren
     return Group(*parts)
 
 
-def show_json(rows: Rows, tokenizer: Any, encoded: Encoded | None, count: int) -> dict[str, Any]:
-    """The same as plain values: the samples' pieces {text, trained, special, tokens}, counts and special tokens."""
+def show_json(rows: Rows, tokenizer: Any, encoded: Encoded | EncodedPairs | None, count: int) -> dict[str, Any]:
+    """The same as plain values: the samples' pieces {text, trained, special, tokens}, counts and special tokens.
+
+    A sample of a preference holds such a sample under `chosen` and one under `rejected`.
+    """
     samples: list[dict[str, Any]] = []
     if encoded is None:
         samples = [{"row": index, "place": rows.place(index), "columns": row}
                    for index, row in enumerate(rows.rows[:count])]
     else:
-        for example, origin in list(zip(encoded.examples, encoded.origin, strict=True))[:count]:
-            pieces = [{"text": text, "trained": trained, "special": special, "tokens": len(ids)}
-                      for text, trained, special, ids in _pieces(example, tokenizer)]
-            samples.append({"row": origin, "place": rows.place(origin), **example, "pieces": pieces})
+        for sides, origin in _examples(encoded, count):
+            told = {side: {**example, "pieces": [
+                {"text": text, "trained": trained, "special": special, "tokens": len(ids)}
+                for text, trained, special, ids in _pieces(example, tokenizer)]} for side, example in sides.items()}
+            samples.append({"row": origin, "place": rows.place(origin), **told.get("", told)})
     return {"name": rows.name, "kind": rows.kind, "sha256": rows.sha256, "notes": dict(rows.notes),
             "report": dict(encoded.report) if encoded is not None else None, "samples": samples,
             "special_tokens": dict(tokenizer.special_tokens_map)}
+
+
+def _examples(encoded: Encoded | EncodedPairs, count: int) -> list[tuple[dict[str, dict[str, list[int]]], int]]:
+    """({side: example}, its row) of the first `count`; a side without a name where there is only one."""
+    if isinstance(encoded, EncodedPairs):
+        pairs = zip(encoded.chosen, encoded.rejected, encoded.origin, strict=True)
+        return [({"chosen": chosen, "rejected": rejected}, row) for chosen, rejected, row in pairs][:count]
+    return [({"": example}, row) for example, row in zip(encoded.examples, encoded.origin, strict=True)][:count]
 
 
 def _panel(body: Text, place: str) -> Panel:

@@ -24,11 +24,19 @@ from llmops.data.columns import Kind, kind_of, standard_row
 from llmops.data.fingerprint import fingerprint, unpinned
 from llmops.data.locate import Located, locate, named
 from llmops.data.options import DataSource
-from llmops.data.readers import Table, read_file
+from llmops.data.readers import READERS, Table, read_file
 from llmops.data.splits import Split, parse_split
 from llmops.errors import DataError, unknown
 
-__all__ = ["DataSource", "Kind", "Rows", "fingerprint", "load_rows", "rows_from", "unpinned"]
+__all__ = ["DataSource", "Kind", "Rows", "SourceError", "fingerprint", "load_rows", "rows_from", "unpinned"]
+
+
+class SourceError(DataError):
+    """What the recipe says of a source does not fit the file. `key` of the source `name` is where it says so."""
+
+    def __init__(self, message: str, name: str, key: str) -> None:
+        super().__init__(message)
+        self.name, self.key = name, key
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,33 @@ def load_rows(name: str, sources: Mapping[str, DataSource], base_dir: Path, seed
     """Read the source called `name`; paths count from `base_dir`, `seed` draws the order when `shuffle` is asked for.
 
     Raises DataError, with file and line, when the source is not there, a row is not what its kind needs, no row is
-    left, or more rows are empty than `limits.dropped` allows.
+    left, or more rows are empty than `limits.dropped` allows; SourceError when a split or a suffix does not fit.
     """
     *derived, root = named(name, sources)
+
+    def says(key: str, source: DataSource, message: str) -> SourceError:
+        return SourceError(message, next(each for each, known in sources.items() if known is source), key)
+
     where, split = locate(root, base_dir), parse_split(root.split)
-    kind, kept, empty = _checked(_read(root, where, split, seed), root, where.label)
+    try:
+        kind, kept, empty = _checked(_read(root, where, split, seed), root, where.label)
+    except _Misfit as error:
+        raise says(error.key, root, str(error)) from error
     read = len(kept.rows) + empty
     for source in (root, *reversed(derived)):
-        kept = _used(kept, source, seed, where.label)
+        try:
+            kept = _used(kept, source, seed, where.label)
+        except _Misfit as error:
+            raise says(error.key, source, str(error)) from error
     return _rows(name, kind, kept, {"read": read, "empty": empty, "used": len(kept.rows)})
+
+
+class _Misfit(DataError):
+    """A SourceError that does not know yet what its source is called."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def rows_from(name: str, rows: Sequence[Mapping[str, Any]]) -> Rows:
@@ -98,18 +124,22 @@ def _read(source: DataSource, where: Located, split: Split, seed: int) -> Table:
         return _builtin(source, where.label, split, seed)
     if where.what == "file" and where.path is not None:
         if split.name not in (None, "train"):
-            raise DataError(f'{where.label}: a single file has no split named "{split.name}"; expected a range of '
-                            f'it, as '
-                            '"[:90%]", or a folder with one file a split')
+            raise _Misfit("split", f'{where.label}: a single file has no split named "{split.name}"; expected a range '
+                                   'of it, as "[:90%]", or a folder with one file a split')
+        if where.path.suffix.lower() not in READERS:
+            raise _Misfit("source", f'{where.label}: cannot read a "{where.path.suffix or where.path.name}" file; '
+                                    f"expected one of {', '.join(READERS)}; convert the file, or give it the suffix of "
+                                    "what it holds")
         return read_file(where.path, where.label)
     if where.files:
         files = where.files
         default = "train" if "train" in files else next(iter(files)) if len(files) == 1 else None
         chosen = split.name or default
         if chosen is None:
-            raise DataError(f"{where.label}: the folder holds the splits {', '.join(files)}; choose one with `split`")
+            raise _Misfit("source", f"{where.label}: the folder holds the splits {', '.join(files)}; choose one with "
+                                    "`split`")
         if chosen not in files:
-            raise DataError(f"{where.label}: {unknown('split', chosen, files)} (the files of the folder)")
+            raise _Misfit("split", f"{where.label}: {unknown('split', chosen, files)} (the files of the folder)")
         return read_file(files[chosen], f"{where.label}/{files[chosen].name}")
     from llmops.data.hub import read_hub
 
@@ -155,6 +185,7 @@ def _few(places: Sequence[str]) -> str:
 def _used(table: Table, source: DataSource, seed: int, label: str) -> Table:
     """Shuffle, range, samples: in this order. A txt file is one row, and its range is one of lines."""
     rows, places = table.rows, table.places
+    end = places[-1]
     if source.shuffle:
         order = list(range(len(rows)))
         random.Random(seed).shuffle(order)
@@ -164,6 +195,7 @@ def _used(table: Table, source: DataSource, seed: int, label: str) -> Table:
     try:
         if by_lines and split.sliced:
             lines = re.findall(r"[^\n]*\n|[^\n]+", rows[0]["text"])
+            end = f"{label}:{int(places[0].rsplit(':', 1)[1]) + len(lines) - 1}"
             first, last = split.range(len(lines))
             rows = [{**rows[0], "text": "".join(lines[first:last])}]
             places = [f"{label}:{int(places[0].rsplit(':', 1)[1]) + first}"]
@@ -172,8 +204,8 @@ def _used(table: Table, source: DataSource, seed: int, label: str) -> Table:
             rows, places = rows[first:last], places[first:last]
     except ValueError as error:
         unit = "lines of the text" if by_lines else "rows"
-        raise DataError(f'{label}: the split "{source.split}" of its {unit}: {error}; choose a range within '
-                        f'them') from error
+        raise _Misfit("split", f'{end}: the split "{source.split}" of its {unit}: {error}; choose a range within '
+                               "them") from error
     if not rows[0].get("text", "x").strip():
-        raise DataError(f'{places[0]}: the split "{source.split}" holds only blank lines; choose a wider range')
+        raise _Misfit("split", f'{places[0]}: the split "{source.split}" holds only blank lines; choose a wider range')
     return Table(rows[:source.samples], places[:source.samples], by_lines)
