@@ -8,7 +8,7 @@ from typing import Any
 from llmops.data.options import DataSource
 from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Lora
+from llmops.methods.finetune.options import Dpo, Lora
 from llmops.methods.prune.options import Depth
 from llmops.methods.quantize.options import Rtn
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
@@ -68,7 +68,7 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_groups(problems, trail, options, dims)
         if isinstance(options, Logits):
             _check_teacher(problems, trail, variant)
-        if isinstance(options, Lora) and not isinstance(options.targets, str):
+        if isinstance(options, Lora | Dpo) and not isinstance(options.targets, str):
             _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)

@@ -23,7 +23,8 @@ __all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "is_l
 _OTHER_SUFFIXES = (".xlsx", ".xls", ".arrow", ".pkl", ".pickle", ".pt", ".zip", ".gz", ".zst", ".tar",
                    ".md", ".docx", ".pdf", ".yaml", ".yml", ".xml", ".html", ".db")
 _BUILTIN_SPLITS = {"builtin:facts": ("train", "validation", "test"), "builtin:choices": ("train", "validation", "test"),
-                   "builtin:study": ("train",), "builtin:world": ("train", "validation", "test")}
+                   "builtin:study": ("train",), "builtin:world": ("train", "validation", "test"),
+                   "builtin:preferences": ("train", "validation", "test")}
 
 
 def is_local(source: str, base_dir: Path) -> bool:

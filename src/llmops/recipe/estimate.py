@@ -9,7 +9,7 @@ size, V the vocabulary, L the layers kept.
                     (+ a zero point of `bits` bits where asymmetric); an unmerged adapter: r x (in + out) x 4 bytes
     memory          weights in fp32 for everything that trains on the CPU's terms (the worst case)
       full, logits  16 bytes a parameter (weight, gradient, two Adam moments, fp32) + activations (+ the teacher)
-      lora          4 bytes a parameter + 16 bytes an adapter parameter + activations
+      lora, dpo     4 bytes a parameter + 16 bytes an adapter parameter + activations (dpo: of both answers)
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient
@@ -28,7 +28,7 @@ from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Lora, Training
+from llmops.methods.finetune.options import Dpo, Lora, Training
 from llmops.methods.prune.options import Depth
 from llmops.methods.quantize.options import Rtn
 from llmops.quantity import Quantity
@@ -85,7 +85,7 @@ def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
     width = bytes_per_weight(recipe.runtime.dtype, dims)
     options = variant.options if variant is not None else None
-    if isinstance(options, Lora) and not options.merge:
+    if isinstance(options, Lora | Dpo) and not options.merge:
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
     if not isinstance(options, Rtn):
@@ -99,8 +99,9 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
     return dense
 
 
-def _adapter(options: Lora, dims: Dims, layers: int) -> int:
+def _adapter(options: Lora | Dpo, dims: Dims, layers: int) -> int:
     """Parameters of the adapters: r x (in + out) for every target, in every layer."""
+    assert options.rank is not None
     shapes = {name.rsplit(".", 1)[-1]: shape for name, shape in dims.linear_shapes().items()}
     chosen = list(shapes) if options.targets == "all-linear" else [name.rsplit(".", 1)[-1] for name in options.targets]
     return layers * options.rank * sum(sum(shapes[name]) for name in chosen if name in shapes)
@@ -115,9 +116,9 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
     options = variant.options
     if isinstance(options, Training):
         length = min(options.max_length, dims.context or options.max_length)
-        tokens = options.batch_size * length
+        tokens = options.batch_size * length * _sides(options)
         activations = tokens * (2 * 34 * dims.hidden * layers + 12 * dims.vocab)
-        if isinstance(options, Lora):
+        if isinstance(options, Lora) or (isinstance(options, Dpo) and options.rank is not None):
             return float(4 * count + 16 * _adapter(options, dims, layers) + activations)
         teacher = 0.0
         if isinstance(options, Logits):
@@ -125,6 +126,11 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
         return 16.0 * count + activations + teacher
     layer = 8.0 * dims.linear_parameters
     return width * count + layer + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0)
+
+
+def _sides(options: Training) -> int:
+    """Answers that a row of the training holds: a pair has two."""
+    return 2 if isinstance(options, Dpo) else 1
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
@@ -146,6 +152,7 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
         return Quantity.null("tokens", "the step reads no tokens" if getattr(options, "data", None) is None
                              else "the rows of its data are not known before they are read")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
+    length *= _sides(options)
     rows, why = row_count(options.data, recipe.data, recipe.base_dir)
     bounds = []
     if rows is not None:
