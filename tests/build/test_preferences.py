@@ -1,16 +1,16 @@
 """Training on pairs: the packed loss is that of each answer alone, killed runs go on bit for bit, zeros stay."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from tests.twins import twin
 
 from llmops.build.job import Job
-from llmops.build.preferences import PASS_TOKENS, Pairs, answer_log_probs, dpo_step, pair_loss, pair_rows
+from llmops.build.preferences import Pairs, answer_log_probs, dpo_step, pair_loss, pair_rows
 from llmops.build.variant import STEPS
-from llmops.data.options import DataSource
+from llmops.data.options import DataSource, Limits
+from llmops.data.pairs import encode_pairs
 from llmops.data.sources import rows_from
 from llmops.errors import DataError, StepError
 from llmops.methods.finetune.dpo import dpo_loss
@@ -49,7 +49,8 @@ def made(packed: bool = True) -> tuple[torch.nn.Module, Pairs]:
         ids = torch.randint(5, 512, (6 + number + size,), generator=draw).tolist()
         return {"input_ids": ids, "labels": [-100] * (6 + number) + ids[6 + number:]}
 
-    return model, Pairs([side(n, 4) for n in range(5)], [side(n, 2 + n) for n in range(5)], [0, 1, 2, 3], [4], 0, packed)
+    chosen, rejected = [side(n, 4) for n in range(5)], [side(n, 2 + n) for n in range(5)]
+    return model, Pairs(chosen, rejected, [0, 1, 2, 3], [4], 0, packed)
 
 
 def alone(model, side) -> float:
@@ -89,9 +90,13 @@ def test_the_loss_of_a_batch_is_the_sum_over_pairs_of_the_function_on_tensors(pa
 def test_passes_hold_every_pair_once_and_no_more_tokens_than_they_may(monkeypatch):
     model, pairs = made()
     whole = answer_log_probs(model, pairs, range(5))
-    monkeypatch.setattr("llmops.build.preferences.PASS_TOKENS", 40)
-    assert PASS_TOKENS > 40
+    monkeypatch.setattr("llmops.build.preferences.PASS_TOKENS", 60)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs, given: calls.append(given["input_ids"].numel()),
+                                    with_kwargs=True)
     torch.testing.assert_close(answer_log_probs(model, pairs, range(5)), whole, rtol=0, atol=1e-4)
+    sizes = [pairs.tokens(index) for index in range(5)]
+    assert sum(calls) == sum(sizes) and len(calls) > 1 and max(calls) <= max(60, *sizes)
 
 
 def test_the_loss_begins_at_log_two_and_the_margin_grows():
@@ -112,11 +117,9 @@ def test_the_reference_is_the_parent_and_not_what_is_trained():
     """The margin reported at the end is that of a fresh copy of the parent against the result."""
     given = job()
     work = dpo_step(given, options())
-    before, _ = twin("llama", torch.float32)
-    seen = job()
-    from llmops.build.preferences import _pairs
-
-    pairs = _pairs(seen, options())
+    before, tokenizer = twin("llama", torch.float32)
+    encoded = encode_pairs(rows_from("pairs", PAIRS), tokenizer, max_length=256, limits=Limits())
+    pairs = Pairs(encoded.chosen, encoded.rejected, list(range(12)), [], 0)
     now, then = (answer_log_probs(model, pairs, range(12)) for model in (work.model, before))
     margin = 0.1 * ((now[0] - then[0]) - (now[1] - then[1])).mean()
     assert work.data["reward_margin"] == pytest.approx(float(margin), abs=1e-4) and float(margin) > 0.01
@@ -182,7 +185,7 @@ def test_accumulation_equals_the_big_batch():
 
 def test_held_out_pairs_are_looked_at_and_named(tmp_path):
     work = dpo_step(job(), options(stop=Stop(holdout=0.25, every=1, share=1.0)))
-    assert work.data["held_out"] == 3 and work.data["pairs_looked_at"] == 9 and work.data["held_out_pairs_looked_at"] == 3
+    assert work.data["held_out"] == work.data["held_out_pairs_looked_at"] == 3 and work.data["pairs_looked_at"] == 9
     assert work.looks and work.looks[0][1] < 0.8 and "held_out_reward_margin" in work.data
     named = dpo_step(job(), options(stop=Stop(data="other", every=2, share=1.0)))
     assert named.data["pairs_looked_at"] == 12 and named.data["held_out_pairs_looked_at"] == 3
@@ -190,12 +193,10 @@ def test_held_out_pairs_are_looked_at_and_named(tmp_path):
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_what_is_saved_is_what_was_trained(tmp_path, merge):
-    work = dpo_step(job(base_source="", ), options(merge=merge)) if merge else None
-    if work is None:
-        given = job()
-        given.model.save_pretrained(tmp_path / "base")
-        given.tokenizer.save_pretrained(tmp_path / "base")
-        work = dpo_step(replace(given, base_source=str(tmp_path / "base")), options(merge=False))
+    given = job(base_source=str(tmp_path / "base"))
+    given.model.save_pretrained(tmp_path / "base")
+    given.tokenizer.save_pretrained(tmp_path / "base")
+    work = dpo_step(given, options(merge=merge))
     (tmp_path / "out").mkdir()
     work.save(tmp_path / "out")
     model, _ = load(tmp_path / "out", dtype="float32", device="cpu")
