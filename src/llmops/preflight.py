@@ -25,7 +25,8 @@ from llmops.recipe.source import parse
 __all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
 
 #: the kinds of rows each score can read
-KINDS = {"exact_match": ("messages", "prompt_completion"), "multiple_choice": ("choices",)}
+KINDS = {"exact_match": ("messages", "prompt_completion"), "multiple_choice": ("choices",),
+         "preference_accuracy": ("preference",)}
 #: the kinds of rows a training step can read
 TRAINED = ("messages", "prompt_completion", "text")
 

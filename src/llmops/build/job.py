@@ -69,7 +69,7 @@ class Work:
     flops: Quantity = field(default_factory=lambda: Quantity.null("FLOP", "nothing was trained"))
     loss: list[tuple[int, float]] = field(default_factory=list)
     looks: list[tuple[int, float]] = field(default_factory=list)
-    data: dict[str, int] = field(default_factory=dict)
+    data: dict[str, int | float] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     merge: list[dict[str, Any]] = field(default_factory=list)

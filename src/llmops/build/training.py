@@ -28,7 +28,8 @@ from llmops.quantity import Quantity
 from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
 from llmops.train.finder import find_rate
 
-__all__ = ["Trained", "full_step", "logits_step", "run_fit", "trainable", "training_rows", "work_of"]
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "run_fit", "train_all", "trainable",
+           "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 
@@ -54,7 +55,7 @@ class Trained:
 
 def full_step(job: Job, options: Full) -> Work:
     """Every weight is trained."""
-    return _train_all(job, options, next_token_loss)
+    return train_all(job, options, next_token_loss)
 
 
 def logits_step(job: Job, options: Logits) -> Work:
@@ -74,7 +75,7 @@ def logits_step(job: Job, options: Logits) -> Work:
                             temperature=options.temperature, direction=options.loss, hard_weight=options.hard_weight)
 
     with use_packed_attention(teacher) if options.packing else nullcontext():
-        work = _train_all(job, options, loss)
+        work = train_all(job, options, loss)
     forward = 2.0 * sum(p.numel() for p in teacher.parameters()) * work.tokens
     if work.flops.value is not None:
         work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
@@ -82,8 +83,9 @@ def logits_step(job: Job, options: Logits) -> Work:
     return work
 
 
-def _train_all(job: Job, options: Training, loss: Loss) -> Work:
-    rows = training_rows(job, options)
+def train_all(job: Job, options: Training, loss: Loss, rows: Rows | None = None) -> Work:
+    """Train every weight; the zeros of a pruned parent stay zero. rows: by default those of next-token prediction."""
+    rows = training_rows(job, options) if rows is None else rows
     model = trainable(job.model)
     masks = zero_masks(model) if job.keeps_zeros else {}
     for parameter in model.parameters():

@@ -21,6 +21,7 @@ from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
+from llmops.build.preferences import dpo_step
 from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
@@ -39,6 +40,7 @@ __all__ = ["STEPS", "apply_step", "build", "source_of", "versions"]
 
 STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): lora_step, ("finetune", "qlora"): qlora_step, ("finetune", "full"): full_step,
+    ("finetune", "dpo"): dpo_step,
     ("distill", "logits"): logits_step,
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step}

@@ -10,7 +10,8 @@ from llmops.options import Options
 
 __all__ = ["BUILTIN", "COLUMNS", "OPTIONAL", "DataSource", "Limits"]
 
-BUILTIN = ("builtin:facts", "builtin:choices", "builtin:study", "builtin:world")
+BUILTIN = ("builtin:facts", "builtin:choices", "builtin:study", "builtin:world",
+           "builtin:preferences")
 #: The columns that each kind of rows must have. `columns` maps these names to the names a file uses.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",),

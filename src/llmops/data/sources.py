@@ -162,7 +162,9 @@ def _builtin(source: DataSource, label: str, split: Split, seed: int) -> Table:
             raise DataError(f"{label}: {unknown('split', chosen, ['train'])}")
         rows = world.study()
     else:
-        rows = world.facts(chosen) if label == "builtin:facts" else world.choices(chosen)
+        tell = {"builtin:facts": world.facts, "builtin:choices": world.choices,
+                "builtin:preferences": world.preferences}[label]
+        rows = tell(chosen)
     return Table(rows, [f"{label}[{chosen}]:{number}" for number in range(1, len(rows) + 1)])
 
 

@@ -306,3 +306,15 @@ def choices(split: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def preferences(split: str) -> list[dict[str, Any]]:
+    """The same questions as ``facts(split)`` with two answers: the right one, and a wrong value of the same kind."""
+    rng = random.Random(f"preferences {WORLD_SEED} {split}")
+    rows: list[dict[str, Any]] = []
+    for fact in facts(split):
+        wrong = [value for value in world().values[fact["attribute"]] if value != fact["answer"]]
+        asked = fact["messages"][0]["content"]
+        rows.append({"prompt": asked, "chosen": fact["answer"], "rejected": _pick(rng, wrong),
+                     "attribute": fact["attribute"]})
+    return rows

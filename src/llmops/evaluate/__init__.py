@@ -3,6 +3,7 @@
     score.py            Item and Score, what every evaluator returns
     exact_match.py      greedy answers against reference answers
     multiple_choice.py  log-likelihood of every choice
+    preference_accuracy.py  which of two answers is the likelier
     perplexity.py       the windows of the GPTQ and Wanda papers, and sliding ones
     harness.py          tasks of lm-evaluation-harness
     statistics.py       intervals, paired bootstrap, exact McNemar, flips
@@ -39,6 +40,7 @@ def _evaluator(module: str) -> Evaluator:
 EVALUATORS: dict[str, Evaluator] = {
     "exact_match": _evaluator("exact_match"),
     "multiple_choice": _evaluator("multiple_choice"),
+    "preference_accuracy": _evaluator("preference_accuracy"),
     "perplexity": _evaluator("perplexity"),
     "harness": _evaluator("harness"),
 }

@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 
 from llmops.options import Options
 
-__all__ = ["EVALUATIONS", "Evaluation", "ExactMatch", "Harness", "MultipleChoice", "Perplexity"]
+__all__ = ["EVALUATIONS", "Evaluation", "ExactMatch", "Harness", "MultipleChoice", "Perplexity",
+           "PreferenceAccuracy"]
 
 
 class ExactMatch(Options):
@@ -40,6 +41,15 @@ class MultipleChoice(Options):
     batch_size: int = Field(64, ge=1)
 
 
+class PreferenceAccuracy(Options):
+    """The better of two answers is the likelier one."""
+
+    data: str = Field(description="name of the data with prompt, chosen, rejected")
+    length_normalized: bool = Field(False, description="divide an answer's log-probability by its tokens; summed ones "
+                                                       "favour short answers")
+    batch_size: int = Field(64, ge=1)
+
+
 class Perplexity(Options):
     """exp of the mean next-token loss. Without a stride: the windows of the GPTQ and Wanda papers."""
 
@@ -66,7 +76,8 @@ class Harness(Options):
 
 
 EVALUATIONS: dict[str, type[Options]] = {
-    "exact_match": ExactMatch, "multiple_choice": MultipleChoice, "perplexity": Perplexity, "harness": Harness}
+    "exact_match": ExactMatch, "multiple_choice": MultipleChoice, "preference_accuracy": PreferenceAccuracy,
+    "perplexity": Perplexity, "harness": Harness}
 
 
 class Evaluation(Options):
@@ -74,6 +85,7 @@ class Evaluation(Options):
 
     exact_match: ExactMatch | None = None
     multiple_choice: MultipleChoice | None = None
+    preference_accuracy: PreferenceAccuracy | None = None
     perplexity: Perplexity | None = None
     harness: Harness | None = None
 
@@ -82,8 +94,8 @@ class Evaluation(Options):
         return next(name for name in EVALUATIONS if getattr(self, name) is not None)
 
     @property
-    def options(self) -> ExactMatch | MultipleChoice | Perplexity | Harness:
-        options: ExactMatch | MultipleChoice | Perplexity | Harness = getattr(self, self.metric)
+    def options(self) -> ExactMatch | MultipleChoice | PreferenceAccuracy | Perplexity | Harness:
+        options: ExactMatch | MultipleChoice | PreferenceAccuracy | Perplexity | Harness = getattr(self, self.metric)
         return options
 
     @property

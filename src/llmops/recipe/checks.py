@@ -8,7 +8,7 @@ from typing import Any
 from llmops.data.options import DataSource
 from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Adapters, Lora, Qlora
+from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
 from llmops.methods.quantize.options import Rtn
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
@@ -70,6 +70,8 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_teacher(problems, trail, variant)
         if isinstance(options, Adapters):
             _check_adapters(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
+        if isinstance(options, Dpo) and not isinstance(options.targets, str):
+            _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
 

@@ -10,7 +10,7 @@ from llmops.data.options import BUILTIN, DataSource
 from llmops.data.readers import READERS
 from llmops.data.splits import parse_split
 from llmops.errors import nearest
-from llmops.evaluate.options import Evaluation, ExactMatch, Harness, MultipleChoice, Perplexity
+from llmops.evaluate.options import Evaluation, ExactMatch, Harness, MultipleChoice, Perplexity, PreferenceAccuracy
 from llmops.measure.options import MeasureOptions
 from llmops.recipe.model import Dims, looks_like_hub_id
 from llmops.recipe.names import refer
@@ -23,7 +23,8 @@ __all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "is_l
 _OTHER_SUFFIXES = (".xlsx", ".xls", ".arrow", ".pkl", ".pickle", ".pt", ".zip", ".gz", ".zst", ".tar",
                    ".md", ".docx", ".pdf", ".yaml", ".yml", ".xml", ".html", ".db")
 _BUILTIN_SPLITS = {"builtin:facts": ("train", "validation", "test"), "builtin:choices": ("train", "validation", "test"),
-                   "builtin:study": ("train",), "builtin:world": ("train", "validation", "test")}
+                   "builtin:study": ("train",), "builtin:world": ("train", "validation", "test"),
+                   "builtin:preferences": ("train", "validation", "test")}
 
 
 def is_local(source: str, base_dir: Path) -> bool:
@@ -128,16 +129,18 @@ def _check_include(problems: Problems, trail: Trail, options: Harness, base_dir:
                      f"{near_files(path)}; expected a folder with task YAML files")
 
 
-def _check_kind(problems: Problems, trail: Trail, options: ExactMatch | MultipleChoice | Perplexity,
+def _check_kind(problems: Problems, trail: Trail,
+                options: ExactMatch | MultipleChoice | PreferenceAccuracy | Perplexity,
                 data: Mapping[str, DataSource]) -> None:
-    """Builtin data are known to be questions, choices or text."""
+    """Builtin data are known to be questions, choices, preferences or text."""
     root, hops = data.get(options.data), 0
     while root is not None and root.from_ is not None and hops < len(data):
         root, hops = data.get(root.from_), hops + 1
     source = root.source if root is not None else None
     if source not in BUILTIN:
         return
-    fits = {ExactMatch: "builtin:facts", MultipleChoice: "builtin:choices"}.get(type(options))
+    fits = {ExactMatch: "builtin:facts", MultipleChoice: "builtin:choices",
+            PreferenceAccuracy: "builtin:preferences"}.get(type(options))
     if fits is not None and source != fits and (fits, source) != ("builtin:facts", "builtin:study"):
         problems.add((*trail, "data"), f"given {shown(options.data)}, which is {source}; expected data for "
                                        f"{trail[-1]}, such as {fits}")

@@ -9,7 +9,7 @@ size, V the vocabulary, L the layers kept.
                     (+ a zero point of `bits` bits where asymmetric); an unmerged adapter: r x (in + out) x 4 bytes
     memory          weights in fp32 for everything that trains on the CPU's terms (the worst case)
       full, logits  16 bytes a parameter (weight, gradient, two Adam moments, fp32) + activations (+ the teacher)
-      lora          4 bytes a parameter + 16 bytes an adapter parameter + activations
+      lora, dpo     4 bytes a parameter + 16 bytes an adapter parameter + activations (dpo: of both answers)
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
@@ -31,7 +31,7 @@ from llmops.data.splits import parse_split
 from llmops.data.world_size import SIZES
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Adapters, Qlora, Training
+from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
 from llmops.methods.quantize.options import Rtn
 from llmops.quantity import Quantity
@@ -89,7 +89,8 @@ def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
     width = bytes_per_weight(recipe.runtime.dtype, dims)
     options = variant.options if variant is not None else None
-    if isinstance(options, Adapters) and options.merge in (False, "apart"):
+    if _kept_apart(options):
+        assert isinstance(options, Adapters | Dpo)
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
     if not isinstance(options, Rtn):
@@ -103,8 +104,9 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
     return dense
 
 
-def _adapter(options: Adapters, dims: Dims, layers: int) -> int:
+def _adapter(options: Adapters | Dpo, dims: Dims, layers: int) -> int:
     """Parameters of the adapters: r x (in + out) for every target, in every layer."""
+    assert options.rank is not None
     shapes = {name.rsplit(".", 1)[-1]: shape for name, shape in dims.linear_shapes().items()}
     chosen = list(shapes) if options.targets == "all-linear" else [name.rsplit(".", 1)[-1] for name in options.targets]
     return layers * options.rank * sum(sum(shapes[name]) for name in chosen if name in shapes)
@@ -119,7 +121,8 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
     options = variant.options
     if isinstance(options, Training):
         length = min(options.max_length, dims.context or options.max_length)
-        return training_memory(recipe, variant, dims, options.batch_tokens or options.batch_size * length)
+        return training_memory(recipe, variant, dims,
+                               options.batch_tokens or options.batch_size * length * _sides(options))
     layer = 8.0 * dims.linear_parameters
     return width * count + layer + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0)
 
@@ -132,7 +135,7 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
     logits = min(12.0 * tokens * dims.vocab, 12.0 * CHUNK_BYTES)
     activations = tokens * 2 * 34 * dims.hidden * kept + logits
-    if isinstance(options, Adapters):
+    if isinstance(options, Adapters) or (isinstance(options, Dpo) and options.rank is not None):
         width = bytes_per_weight(recipe.runtime.dtype, dims)
         base = _four_bit(dims, layers, width, options) if isinstance(options, Qlora) else 4.0 * count
         return base + 16.0 * _adapter(options, dims, layers) + activations
@@ -147,6 +150,16 @@ def _four_bit(dims: Dims, layers: int, width: int, options: Qlora) -> float:
     linear = layers * dims.linear_parameters
     bits = 4 + (8 / 64 + 32 / (64 * 256) if options.double_quant else 32 / 64)
     return linear * bits / 8 + float(width * (dims.parameters(layers) - linear))
+
+
+def _sides(options: Training) -> int:
+    """Answers that a row of the training holds: a pair has two."""
+    return 2 if isinstance(options, Dpo) else 1
+
+
+def _kept_apart(options: Any) -> bool:
+    """Whether what is stored is an adapter alone."""
+    return isinstance(options, Adapters | Dpo) and getattr(options, "merge", True) in (False, "apart")
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
@@ -168,6 +181,7 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
         return Quantity.null("tokens", "the step reads no tokens" if getattr(options, "data", None) is None
                              else "the rows of its data are not known before they are read")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
+    length *= _sides(options)
     rows, why = row_count(options.data, recipe.data, recipe.base_dir)
     bounds = []
     if rows is not None:

@@ -17,7 +17,7 @@ from llmops.data.options import DataSource
 from llmops.evaluate.options import Evaluation, Harness
 from llmops.measure.options import MeasureOptions
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Full, Lora, Qlora
+from llmops.methods.finetune.options import Dpo, Full, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
 from llmops.methods.quantize.options import Rtn
 from llmops.options import Options
@@ -27,7 +27,7 @@ __all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind"
 
 Kind = Literal["finetune", "prune", "quantize", "distill"]
 STEPS: dict[str, dict[str, type[Options]]] = {
-    "finetune": {"lora": Lora, "qlora": Qlora, "full": Full},
+    "finetune": {"lora": Lora, "qlora": Qlora, "full": Full, "dpo": Dpo},
     "prune": {"magnitude": Magnitude, "wanda": Wanda, "depth": Depth},
     "quantize": {"rtn": Rtn},
     "distill": {"logits": Logits},

@@ -32,7 +32,8 @@ from llmops.report.reading import (
 __all__ = ["Cell", "Column", "Tone", "columns", "score_titles"]
 
 Tone = Literal["", "good", "bad", "dim", "strong"]
-SHORT = {"exact_match": "exact match", "perplexity": "ppl", "multiple_choice": "choices"}
+SHORT = {"exact_match": "exact match", "perplexity": "ppl", "multiple_choice": "choices",
+         "preference_accuracy": "preferences"}
 ARROWS = {"saves": "↓", "costs more": "↑", "no saving shown": "=", "unmeasured": ""}
 
 

@@ -321,6 +321,8 @@ def _any_words(options: Mapping[str, Any]) -> list[str]:
 WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "lora": lambda o: [*([f"r{o['rank']}"] if "rank" in o else []), *_training(o)],
     "full": _training,
+    "dpo": lambda o: [*([f"r{o['rank']}"] if o.get("rank") else ["full"]),
+                      *([f"beta {o['beta']:g}"] if isinstance(o.get("beta"), int | float) else []), *_training(o)],
     "magnitude": _zeros, "wanda": _zeros, "depth": _layers, "rtn": _scheme,
     "logits": lambda o: [*([f"of {o['teacher']}"] if o.get("teacher") else []), *_training(o)],
 }
