@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from llmops import __version__
 from llmops.errors import LlmopsError, StoreError
 from llmops.ledger import SCHEMA, Ledger
+from llmops.processes import join, terminable
 from llmops.progress import Watcher, log
 from llmops.quantity import Quantity, weakest
 from llmops.recipe import Recipe, load_recipe, parse_recipe
@@ -78,10 +79,15 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] 
     """Do everything the recipe asks for that is not done yet, and return the rows.
 
     recipe: a path, a mapping as the file would hold it, or a Recipe. runs: where runs lie (default `$LLMOPS_RUNS`, or
-    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why.
+    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why. Under
+    torchrun rank 0 returns; the others take part in the training and exit when rank 0 is done.
     """
     parsed, store = _parsed(recipe, sets), Store(runs)
-    watcher = watcher or Watcher(quiet=True)
+    with terminable(), join(parsed, store):
+        return _run(parsed, store, watcher or Watcher(quiet=True))
+
+
+def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     ledger = store.ledger()
     walk = _Walk(make_plan(parsed, store.builds, ledger.rows()), store, ledger, watcher)
     folder = store.folder(parsed.name)
@@ -230,13 +236,14 @@ class _Walk:
         return not self._present(stage) and all(self._sound(self.plan.stage(name)) for name in stage.parents)
 
     def _sound(self, stage: Stage) -> bool:
-        if stage.variant in self.rows or stage.variant == "base" or not self._present(stage):
-            return self.rows.get(stage.variant, {"status": {"state": "ok" if stage.variant == "base" else ""}}
-                                 )["status"]["state"] == "ok"
-        return bool(self.store.manifest(stage.key)["parity"]["ok"])
+        if stage.variant in self.rows:
+            return self.rows[stage.variant]["status"]["state"] == "ok"  # type: ignore[no-any-return]
+        if stage.variant == "base":
+            return True
+        return self._present(stage) and bool(self.store.manifest(stage.key)["parity"]["ok"])
 
     def _can_end(self, stage: Stage) -> bool:
-        """Whether the rows are there that the stage's own row is held against: those of an earlier place in the plan."""
+        """Whether the rows are there that its own row is held against, of stages before it in the plan."""
         names = [each.variant for each in self.plan.stages]
         against = [goal.against for goal in self.plan.recipe.goals.quality.values() if goal.against]
         needed = {"base", *stage.parents, *against}
@@ -293,7 +300,8 @@ class _Walk:
             wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]
                               if not check["ok"])
             row["status"] = {"state": "broken", "reason": f"not what was built, read back from disk: {wrong}"}
-        row["building"] = {**manifest.get("cost", {}), "attempts": manifest.get("attempts") or [], "data": manifest.get("data_report") or {},
+        row["building"] = {**manifest.get("cost", {}), "attempts": manifest.get("attempts") or [],
+                           "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            "chain_energy_j": self._chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}

@@ -29,7 +29,7 @@ from torch import distributed as dist
 
 from llmops.errors import StepError
 
-__all__ = ["RankError", "add_up_gradients", "agree", "all_the_same", "hear", "rank_and_size", "start", "tell",
+__all__ = ["RankError", "add_up_gradients", "agree", "all_the_same", "hear", "rank_and_size", "start", "stop", "tell",
            "together"]
 
 T = TypeVar("T")
@@ -58,6 +58,12 @@ def start(device: str = "auto", timeout: timedelta = TIMEOUT) -> None:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     _control[:] = [dist.new_group(backend="gloo", timeout=timedelta(days=100))]
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    _control.clear()
+    dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
