@@ -3,12 +3,17 @@
 Everything found done is left alone: a row with the same score key is kept (or copied from the run that made it), a
 build with the same key is used. torch is imported when there is work for it, so a run that finds all done is over in a
 second. A step that fails writes why into its row; its children are skipped, its siblings go on.
+
+Several runs may share a store: a stage is built and scored under a lock of its key (`locks.py`). One that another
+process is at work on is put aside, the others go on, and when nothing else is left this process waits and then takes
+what the other has made.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 import traceback
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,20 +23,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
-from llmops.errors import LlmopsError
+from llmops.errors import LlmopsError, StoreError
 from llmops.ledger import SCHEMA, Ledger
 from llmops.planner import as_recipe, plan
+from llmops.processes import join, terminable
 from llmops.progress import Watcher, log
 from llmops.quantity import Quantity, weakest
 from llmops.recipe import Recipe
 from llmops.recipe.plan import Plan, Stage, make_plan
 from llmops.report.verdict import judge
-from llmops.store import Store
+from llmops.store import Store, replace_file
 
 if TYPE_CHECKING:
     from llmops.score import Scorer
 
 __all__ = ["Result", "plan", "publish", "run"]
+
+POLL_S = 0.5  # between two looks at a lock that another process has
 
 
 @dataclass
@@ -64,23 +72,27 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] 
     """Do everything the recipe asks for that is not done yet, and return the rows.
 
     recipe: a path, a mapping as the file would hold it, or a Recipe. runs: where runs lie (default `$LLMOPS_RUNS`, or
-    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why.
+    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why. Under
+    torchrun rank 0 returns; the others take part in the training and exit when rank 0 is done.
     """
     parsed, store = as_recipe(recipe, sets), Store(runs)
-    watcher = watcher or Watcher(quiet=True)
+    with terminable(), join(parsed, store):
+        return _run(parsed, store, watcher or Watcher(quiet=True))
+
+
+def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     ledger = store.ledger()
     walk = _Walk(make_plan(parsed, store.builds, ledger.rows()), store, ledger, watcher)
     folder = store.folder(parsed.name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(parsed.text, encoding="utf-8")
+    replace_file(folder / "recipe.yaml", parsed.text)
     with _log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
 
             for line in preflight(walk.plan):
                 log.info("%s", line)
-        for number, stage in enumerate(walk.plan.stages, 1):
-            walk.visit(stage, number)
+        walk.all()
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
 
 
@@ -92,12 +104,12 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
     ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
     folder = store.folder(name)
     html.write_html(ordered, folder / "report.html", title=name)
-    _replace(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
+    replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
     for row in ordered:
         build = store.build(row["identity"]["key"])
         if build.is_dir():
             store.link(name, row["identity"]["variant"], row["identity"]["key"])
-            _replace(build / "README.md", card.card(row, ordered))
+            replace_file(build / "README.md", card.card(row, ordered))
     return Result(name, folder, ordered)
 
 
@@ -115,46 +127,136 @@ class _Walk:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
     _tools: tuple[Any, Scorer] | None = None
+    _told: set[tuple[str, str]] = field(default_factory=set)
 
-    def visit(self, stage: Stage, number: int) -> None:
-        """Leave one row for the stage: kept, copied, new, failed or skipped."""
-        known = {row["identity"]["variant"]: row for row in self.ledger.rows(self.plan.recipe.name)}
-        kept = known.get(stage.variant)
-        if kept is not None and _done(kept, stage, self.plan.recipe) and self._present(stage):
-            self.rows[stage.variant] = kept
-            return
-        found = self.ledger.find(stage.score_key)
-        if found is not None and found["status"]["state"] == "ok" and self._present(stage):
-            self._append(stage, {**found, "verdict": {"warnings": found["verdict"].get("warnings", [])}},
-                         {score: self.ledger.items(found["row_id"], score) for score in found.get("quality") or {}})
-            return
-        lost = [name for name in stage.parents if self.rows[name]["status"]["state"] != "ok"]
+    def __post_init__(self) -> None:
+        self.locks = self.store.locks()
+
+    def all(self) -> None:
+        """Every stage, until each has its row. What another process is at work on is put aside and waited for."""
+        left = list(enumerate(self.plan.stages, 1))
+        while left:
+            moved, busy, rest = False, [], []
+            for number, stage in left:
+                state = self._advance(stage, number)
+                moved |= state in ("done", "built")
+                busy += [stage] if state == "busy" else []
+                rest += [(number, stage)] if state != "done" else []
+            left = rest
+            if left and not moved:
+                self._wait(busy)
+        self.locks.sweep(stage.key for stage in self.plan.stages)
+
+    def _advance(self, stage: Stage, number: int) -> str:
+        """Take a stage as far as it goes: "done" with its row written, "built", "busy" elsewhere, or "early"."""
+        if self._kept(stage):
+            if self.store.work(stage.key).exists():
+                self._tidied(stage)
+            return "done"
+        if not (self._can_build(stage) or self._can_end(stage)):
+            return "early"
+        lock = self.locks.take(stage.key)
+        if lock is None:
+            return "busy"
+        with lock:
+            if self._kept(stage) or self._copied(stage):  # by another process, while this one waited
+                return "done"
+            self.store.tidy(stage.key)
+            return self._visit(stage, number)
+
+    def _visit(self, stage: Stage, number: int) -> str:
+        lost = [name for name in stage.parents if name in self.rows and self.rows[name]["status"]["state"] != "ok"]
         if lost:
             self._fail(stage, "skipped", f'"{lost[0]}" is {self.rows[lost[0]]["status"]["state"]}')
-            return
+            return "done"
+        built = False
         try:
-            self._work(stage, number)
+            if not self._present(stage):
+                self._build(stage, number)
+                built = True
+            if not self._can_end(stage):
+                return "built" if built else "early"
+            self._score(stage, number)
         except Exception as error:  # a step may raise anything; the row says what, and the siblings go on
             log.error("%s", traceback.format_exc())
-            self._fail(stage, "failed", str(error) if isinstance(error, LlmopsError) else _named(error))
+            try:
+                self._fail(stage, "failed", str(error) if isinstance(error, LlmopsError) else _named(error))
+            except StoreError:  # a full disk takes no row either; the first error is the one to mend
+                raise error from None
+        return "done"
+
+    def _wait(self, busy: Sequence[Stage]) -> None:
+        """A moment, with a line for every process that is waited for."""
+        assert busy, "nothing moves and nothing is busy: a stage needs one that the plan does not hold"
+        for stage in busy:
+            holder = self.locks.holder(stage.key)
+            if holder is not None and (stage.key, holder.token) not in self._told:
+                self._told.add((stage.key, holder.token))
+                what = "scoring" if self._present(stage) else "building"
+                self.watcher.note(f"  waiting for {holder.pid} on {holder.host}: {what} {stage.variant} since "
+                                  f"{holder.since} ({holder.command})")
+        time.sleep(POLL_S)
+
+    def _kept(self, stage: Stage) -> bool:
+        """Whether a row of this run, from an earlier time or from another process, is what this stage would write."""
+        known = {row["identity"]["variant"]: row for row in self.ledger.rows(self.plan.recipe.name)}
+        kept = known.get(stage.variant)
+        if kept is None or not _done(kept, stage, self.plan.recipe) or not self._present(stage):
+            return False
+        self.rows[stage.variant] = kept
+        return True
+
+    def _copied(self, stage: Stage) -> bool:
+        """Whether another run has the same scores of the same build; its row becomes one of this run."""
+        found = self.ledger.find(stage.score_key)
+        if found is None or found["status"]["state"] != "ok" or not self._present(stage):
+            return False
+        self._append(stage, {**found, "verdict": {"warnings": found["verdict"].get("warnings", [])}},
+                     {score: self.ledger.items(found["row_id"], score) for score in found.get("quality") or {}})
+        return True
+
+    def _tidied(self, stage: Stage) -> None:
+        lock = self.locks.take(stage.key)
+        if lock is not None:
+            with lock:
+                self.store.tidy(stage.key)
 
     def _present(self, stage: Stage) -> bool:
         return stage.variant == "base" or (self.store.build(stage.key) / "llmops.json").exists()
 
-    def _work(self, stage: Stage, number: int) -> None:
+    def _can_build(self, stage: Stage) -> bool:
+        """Whether the stage is still to be built, and all that it is built from is there and sound."""
+        return not self._present(stage) and all(self._sound(self.plan.stage(name)) for name in stage.parents)
+
+    def _sound(self, stage: Stage) -> bool:
+        if stage.variant in self.rows:
+            return self.rows[stage.variant]["status"]["state"] == "ok"  # type: ignore[no-any-return]
+        if stage.variant == "base":
+            return True
+        return self._present(stage) and bool(self.store.manifest(stage.key)["parity"]["ok"])
+
+    def _can_end(self, stage: Stage) -> bool:
+        """Whether the rows are there that its own row is held against, of stages before it in the plan."""
+        names = [each.variant for each in self.plan.stages]
+        against = [goal.against for goal in self.plan.recipe.goals.quality.values() if goal.against]
+        needed = {"base", *stage.parents, *against}
+        return all(name in self.rows for name in names[:names.index(stage.variant)] if name in needed)
+
+    def _build(self, stage: Stage, number: int) -> None:
         from llmops.build import build
 
-        total, title = len(self.plan.stages), stage.describe()
-        meter, scorer = self._workbench()
-        if not self._present(stage):
-            with self.watcher.stage(f"[{number}/{total}] build {stage.variant}: {title}"):
-                manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress)
-            for event in manifest["events"]:
-                log.info("%s: %s", stage.variant, event)
+        meter, _ = self._workbench()
+        with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] build {stage.variant}: {stage.describe()}"):
+            manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress)
+        for event in manifest["events"]:
+            log.info("%s: %s", stage.variant, event)
+
+    def _score(self, stage: Stage, number: int) -> None:
+        _, scorer = self._workbench()
         row = self._row(stage)
         items: dict[str, list[Any]] = {}
         if stage.scored_here:
-            with self.watcher.stage(f"[{number}/{total}] score {stage.variant}"):
+            with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
 
@@ -192,7 +294,8 @@ class _Walk:
             wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]
                               if not check["ok"])
             row["status"] = {"state": "broken", "reason": f"not what was built, read back from disk: {wrong}"}
-        row["building"] = {**manifest.get("cost", {}), "data": manifest.get("data_report") or {},
+        row["building"] = {**manifest.get("cost", {}), "attempts": manifest.get("attempts") or [],
+                           "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            "chain_energy_j": self._chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
@@ -295,12 +398,6 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _named(error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     return f"{type(error).__name__}: {first} (the log has the whole story)"
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    scratch.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
-    scratch.replace(path)
 
 
 class _log_file:  # noqa: N801 - reads as what it is: `with _log_file(path):`

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from llmops.errors import StoreError
 
 if TYPE_CHECKING:
     from llmops.ledger import Ledger
+    from llmops.locks import Locks
 
-__all__ = ["RUNS_VARIABLE", "Store"]
+__all__ = ["RUNS_VARIABLE", "Store", "replace_file"]
 
 RUNS_VARIABLE = "LLMOPS_RUNS"
 
@@ -50,6 +52,19 @@ class Store:
 
         return Ledger(self.runs / "ledger.db")
 
+    def locks(self) -> Locks:
+        """Who is building or scoring what, by key."""
+        from llmops.locks import Locks
+
+        return Locks(self.builds)
+
+    def tidy(self, key: str) -> None:
+        """Remove what killed processes left of a build, whose lock is held; work that can be gone on with stays."""
+        for left in self.builds.glob(f".{key}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if (self.build(key) / "llmops.json").exists():
+            shutil.rmtree(self.work(key), ignore_errors=True)
+
     def manifest(self, key: str) -> dict[str, Any]:
         """`llmops.json` of a build. Raises StoreError when the build is not there or its manifest is damaged."""
         path = self.build(key) / "llmops.json"
@@ -67,3 +82,16 @@ class Store:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(Path("..") / "store" / key, target_is_directory=True)
         fresh.replace(place)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file in one step, and remove what a killed process left of an earlier try."""
+    from llmops.locks import alive
+
+    for left in path.parent.glob(f".{path.name}.*"):
+        pid = left.name.rpartition(".")[2]
+        if pid.isdigit() and not alive(int(pid)):
+            left.unlink(missing_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
+    scratch.replace(path)

@@ -1,8 +1,11 @@
 """What a build has cost over all its attempts, the killed and the failed ones included.
 
 An attempt writes down its time and energy every few seconds, in a file of its own beside the checkpoints. A process
-that is killed cannot say what it spent, but its last note stands; the attempt that finishes adds them up. What is lost
-is at most the seconds since the last note.
+that is killed cannot say what it spent, but its last note stands; an attempt that fails writes a last one on its way
+out; the attempt that finishes adds them up. What is lost is at most the seconds since the last note.
+
+An attempt that ended before the sensor saw anything (a counter that moves once a second) has time and no energy. It is
+charged at the mean power of the attempts that were seen, and the sum is then an estimate and says so.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from llmops.errors import StoreError
 from llmops.measure.meter import Window
@@ -26,15 +31,18 @@ EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class Spent:
-    """Time and energy of a build over `attempts` attempts."""
+    """Time and energy of a build over all its attempts, and of each: {"wall_s", "energy_j"}, J or None."""
 
     wall_s: Quantity
     energy_j: Quantity
-    attempts: int
+    attempts: list[dict[str, Any]]
 
 
 class Attempts:
-    """The attempts at one build. `folder` is the build's own place for work under way; `window` meters this one."""
+    """The attempts at one build. `folder` is the build's own place for work under way; `window` meters this one.
+
+    Entered while the window is open: what was spent is noted when the block ends, also when it fails.
+    """
 
     def __init__(self, folder: Path, window: Window) -> None:
         self.folder, self.window = folder, window
@@ -46,6 +54,19 @@ class Attempts:
         self.place = folder / f"attempt-{len(self.before):04d}.json"
         self._noted = float("-inf")
         self._joules: float | None = None
+
+    def __enter__(self) -> Attempts:
+        self.note()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._noted = float("-inf")
+        try:
+            self.note()
+        except StoreError:
+            if error is None:
+                raise
 
     def joules(self) -> float | None:
         """Energy of this attempt so far, at most a few seconds old; None where nobody knows."""
@@ -79,24 +100,32 @@ class Attempts:
 
     def total(self) -> Spent:
         """All attempts together; the window of this one has been closed."""
-        count = len(self.before) + 1
-        method = "wall clock of the step" + (f", {count} attempts, those that were cut off included" if count > 1
-                                             else "")
-        wall_s = sum(wall for wall, _ in self.before) + self.window.wall_s
-        parts = [*(energy for _, energy in self.before), self.window.energy]
-        unknown = next((part for part in parts if part.value is None), None)
-        if unknown is not None:
-            energy = Quantity.null("J", unknown.method)
-        elif count == 1:
-            energy = self.window.energy
-        else:
-            energy = Quantity(sum(part.value or 0.0 for part in parts), "J", weakest(p.provenance for p in parts),
-                              f"sum over {count} attempts; {self.window.energy.method}", n=count)
-        return Spent(Quantity.measured(wall_s, "s", method), energy, count)
+        every = [*self.before, (self.window.wall_s, self.window.energy)]
+        count, method = len(every), "wall clock of the step"
+        if count > 1:
+            method += f", {count} attempts, those that were cut off included"
+        return Spent(Quantity.measured(sum(wall for wall, _ in every), "s", method), _sum(every),
+                     [{"wall_s": wall, "energy_j": energy.value} for wall, energy in every])
 
     def discard(self) -> None:
         """The build is stored and its manifest holds the total."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sum(every: list[tuple[float, Quantity]]) -> Quantity:
+    """The energy of all attempts, given as (seconds, energy) with the one that finished last."""
+    last = every[-1][1]
+    known = [(wall, energy) for wall, energy in every if energy.value is not None]
+    unseen_s = sum(wall for wall, energy in every if energy.value is None)
+    if len(every) == 1 or not known:
+        return last
+    joules, seen_s = sum(energy.value or 0.0 for _, energy in known), sum(wall for wall, _ in known)
+    method = f"sum over {len(every)} attempts; {known[-1][1].method}"
+    if unseen_s == 0:
+        return Quantity(joules, "J", weakest(energy.provenance for _, energy in known), method, n=len(every))
+    return Quantity(joules * (1 + unseen_s / max(1e-9, seen_s)), "J", "estimated",
+                    f"{method}; {unseen_s:.2g} s without a reading charged at the mean power of the other "
+                    f"{seen_s:.2g} s", n=len(every))
 
 
 def _read(path: Path) -> tuple[float, Quantity]:

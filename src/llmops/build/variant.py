@@ -10,6 +10,7 @@ it comes from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,20 @@ from llmops.build.preferences import dpo_step
 from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
+from llmops.methods.finetune.options import Training
 from llmops.models import parity
 from llmops.models.builtin import locate
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
 from llmops.quantity import Quantity
-from llmops.recipe.plan import Stage
+from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
 from llmops.store import Store
 from llmops.train import Checkpoints, Progress
+from llmops.train.ranks import tell, together
 
-__all__ = ["STEPS", "apply_step", "build", "source_of", "versions"]
+__all__ = ["STEPS", "apply_step", "assist", "build", "source_of", "versions"]
 
 STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): lora_step, ("finetune", "qlora"): qlora_step, ("finetune", "full"): full_step,
@@ -52,16 +55,21 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None) -> dict[str, Any]:
-    """Build `stage` into the store and return its manifest. Leaves nothing behind when it fails."""
+    """Build `stage` into the store and return its manifest.
+
+    When it fails, what was spent and the last checkpoint stay in the store's folder for work under way: the next try
+    goes on from there, and pays for both.
+    """
     variant, runtime = recipe.variants[stage.variant], recipe.runtime
     parent = stage.parent_keys[0] if stage.parent_keys else None
     assert stage.key is not None
-    with meter.window(stage.variant) as window:
-        attempts = Attempts(store.work(stage.key), window)
-        job = _job(stage, recipe, store, progress)
-        job.progress, job.spent = attempts.watching(progress), attempts.joules
-        job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", runtime.checkpoint_s)
-        work = apply_step(variant.kind, job, variant.options)
+    with meter.window(stage.variant) as window, Attempts(store.work(stage.key), window) as attempts:
+        take = partial(_take, stage, recipe, store, attempts.watching(progress), attempts.joules)
+        if isinstance(variant.options, Training):
+            tell(stage.variant)
+            job, work = together(take)
+        else:
+            job, work = take()
     spent = attempts.total()
     with staged(store.build(stage.key)) as folder:
         before = parity.snapshot(work.model, job.tokenizer, _probe(job, recipe))
@@ -86,6 +94,21 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
         write_manifest(folder, manifest)
     attempts.discard()
     return manifest
+
+
+def assist(variant: str, plan: Plan, store: Store) -> None:
+    """Take part in a step that rank 0 is building: the same training on this rank's rows; nothing of it is kept."""
+    together(partial(_take, plan.stage(variant), plan.recipe, store, None, lambda: None))
+
+
+def _take(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None,
+          spent: Callable[[], float | None]) -> tuple[Job, Work]:
+    """Take the step of `stage` in memory, from its last checkpoint where there is one."""
+    variant = recipe.variants[stage.variant]
+    job = _job(stage, recipe, store, progress)
+    job.spent = spent
+    job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)
+    return job, apply_step(variant.kind, job, variant.options)
 
 
 def source_of(variant: str, recipe: Recipe, store: Store, keys: Mapping[str, str]) -> str | Path:

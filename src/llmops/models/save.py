@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from llmops.errors import StoreError
 
@@ -42,7 +43,7 @@ def staged(place: Path) -> Iterator[Path]:
         except OSError:
             if not place.is_dir():
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StoreError(f"{place}: could not be written ({error}); free some disk and run the same command again, "
                          "what was finished before is kept") from error
     finally:

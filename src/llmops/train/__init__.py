@@ -1,6 +1,7 @@
 """The one training loop, and what it is made of: rows, schedule, checkpoints, stopping, ranks.
 
     rows.py         what is trained on, which rows make a step, and how a step is cut into forward passes
+    passes.py       a forward pass: its precision, the loss of rows only looked at, memory that runs out
     schedule.py     how long, how fast: the learning-rate curve and the optimizers
     checkpoint.py   a state that a killed run goes on from, bit for bit
     stop.py         when going on is no longer worth it

@@ -4,9 +4,11 @@ What differs between them is the loss, so the loss is an argument; the loop name
 
 - The loss of a step is the sum over its rows divided by the weight of the whole step (its trained tokens), so that
   accumulation, several processes and the big batch give one gradient, also when rows have different lengths.
-- A killed run goes on from its last checkpoint and computes, bit for bit on a CPU, what it would have computed.
+- A killed run goes on from its last checkpoint and computes, bit for bit on a CPU, what it would have computed. The
+  random numbers of a step (dropout, noise) follow from the seed, the step and the rank alone, so there is no state of
+  a generator to lose.
 - When memory runs out, the forward passes are cut in half and the step is done again: the same rows, the same
-  gradient. It is noted, never silent.
+  gradient (dropout draws anew). It is noted, never silent.
 - A loss or gradient that is not finite stops the training before it touches a weight, and names the rows.
 
 Weights are trained in the type they have; on a GPU the forward pass runs in bfloat16 autocast. Left out: sharding a
@@ -15,12 +17,15 @@ model over several devices (every process holds the whole).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +34,14 @@ from llmops.errors import StepError
 from llmops.models.packed_rows import use_packed_attention
 from llmops.models.token_loss import next_token_loss
 from llmops.train.checkpoint import Checkpoints, Saved
-from llmops.train.ranks import add_up, add_up_gradients, rank_and_size
+from llmops.train.passes import Loss, autocast, first_line, mean_loss, out_of_memory
+from llmops.train.ranks import add_up_gradients, agree, all_the_same, rank_and_size
 from llmops.train.rows import Step, TrainingSet, order, share, shrunk, to_device, tokens_of
 from llmops.train.schedule import Schedule, make_optimizer, rate_factor
 from llmops.train.stop import NOMINAL_WATTS, Stopping
 
 __all__ = ["Fit", "Hooks", "Loss", "Progress", "fit", "mean_loss"]
 
-Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # -> the SUM of the loss over the batch
 Progress = Callable[[int, int, str], None]  # done, total, what to print beside the bar
 
 
@@ -45,7 +50,7 @@ class Fit:
     """What a training left behind: steps taken, tokens seen (padding apart) and trained on, the loss of every step.
 
     `wall_s` counts every attempt up to the checkpoint the next one went on from. `looks`: (step, held-out loss per
-    token). `events`: what a reader of the row should know.
+    token). `resumed`: the steps whose checkpoints it went on from. `events`: what a reader of the row should know.
     """
 
     steps: int = 0
@@ -57,6 +62,7 @@ class Fit:
     energy_j: float = 0.0
     loss: list[tuple[int, float]] = field(default_factory=list)
     looks: list[tuple[int, float]] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
 
@@ -98,25 +104,6 @@ def fit(model: nn.Module, rows: TrainingSet, schedule: Schedule, *, seed: int, l
         model.train(was_training)
 
 
-def mean_loss(model: nn.Module, rows: TrainingSet, loss: Loss = next_token_loss, *, batch_size: int = 8) -> float:
-    """Loss per unit of weight (nats per trained token) over all of `rows`, without a gradient."""
-    mode, (rank, size) = model.training, rank_and_size()
-    device = next(model.parameters()).device
-    total = torch.zeros(1, dtype=torch.float64)
-    model.eval()
-    with torch.no_grad(), _autocast(device):
-        for at in range(0, len(rows), batch_size):
-            indices = list(range(len(rows)))[at:at + batch_size][rank::size]
-            if indices:
-                total += float(loss(model, to_device(rows.batch(indices), device)))
-    model.train(mode)
-    return float(add_up(total)) / max(1, sum(rows.weights))
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")  # type: ignore[no-any-return]
-
-
 class _Loop:
     """One training under way."""
 
@@ -134,12 +121,20 @@ class _Loop:
         self.halvings = 0
         self.best: dict[str, Tensor] = {}
         self.done = Fit()
-        torch.manual_seed(seed)
+        self.seed, self.foreign = seed, False
+        if self.stopping is not None:
+            self.stopping.restore({"looks": [], "poor": 0})
 
     # ------------------------------------------------------------------------------------------------- the walk
 
     def run(self) -> Fit:
         first = self._resume()
+        if self.size > 1:
+            agree()
+            all_the_same({"the next step": first + 1, "what is trained": self.identity,
+                          "the weights": sum(float(value.detach().double().sum()) for value in self.trained.values())})
+        if self.foreign and self.rank == 0 and self.checkpoints is not None:
+            self.checkpoints.discard()
         self.began, self.before_s, self.before_j = time.perf_counter(), self.done.wall_s, self.done.energy_j
         self.tokens_before = self.done.tokens
         self.model.train()
@@ -160,22 +155,49 @@ class _Loop:
                 break
         self._clock()
         self._take_best()
+        if self.done.resumed:
+            steps = self.done.resumed
+            self.done.events.append("went on from the checkpoint of step " + ", then ".join(map(str, steps[-8:]))
+                                    + (f", {len(steps)} times in all" if len(steps) > 8 else ""))
         return self.done
 
     def _step(self, step: Step, number: int) -> tuple[float, float]:
         """One optimizer step: (loss per unit of weight, norm of the gradient)."""
         while True:
-            try:
-                return self._try(step, number)
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0]
-            self._halve(step, number, reason)  # outside the handler: the traceback holds the activations
+            found = self._try(step, number)
+            if not isinstance(found, str):
+                return found
+            self._halve(step, number, found)
 
-    def _try(self, step: Step, number: int) -> tuple[float, float]:
+    def _try(self, step: Step, number: int) -> tuple[float, float] | str:
+        """The step, or why memory ran out before its gradient was there."""
         weight = max(1, sum(self.rows.weights[index] for one in step for index in one))
         passes = share(shrunk(step, self.halvings), self.rank, self.size)
+        torch.manual_seed(random.Random(f"{self.seed}/{number}/{self.rank}").getrandbits(63))
+        value, tokens, reason, trouble = 0.0, 0, "", None
+        try:
+            value, tokens = self._gradient(passes, weight, number)
+        except StepError as error:
+            if self.size == 1:
+                raise
+            trouble = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = first_line(error)  # and leave the handler: the traceback holds the activations
+        ran_out, value, counted = agree([float(bool(reason)), value, float(tokens)], trouble)
+        if ran_out:
+            return reason or "on another rank"
+        add_up_gradients(self.trained.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.max_grad_norm)
+        self._refuse("gradient", norm.detach().cpu().reshape(1), [[index for one in step for index in one]], number)
+        self._update(number)
+        self.done.tokens += int(counted)
+        self.done.trained_tokens += weight
+        return value, float(norm)
+
+    def _gradient(self, passes: Step, weight: int, number: int) -> tuple[float, int]:
+        """Forward and backward over this rank's passes: (its part of the step's loss, its tokens)."""
         values: list[Tensor] = []
         tokens = 0
         for indices in passes:
@@ -184,22 +206,26 @@ class _Loop:
             batch = to_device(batch, self.device)
             if self.hooks.before_pass is not None:
                 self.hooks.before_pass(batch)
-            with _autocast(self.device):
+            with autocast(self.device):
                 value = self.loss(self.model, batch) / weight
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
             values.append(value.detach().double())
         found = torch.stack(values).cpu() if values else torch.zeros(1, dtype=torch.float64)
         self._refuse("loss", found, passes, number)
-        add_up_gradients(self.trained.values())
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.schedule.max_grad_norm)
-        self._refuse("gradient", norm.detach().cpu().reshape(1), [[index for one in step for index in one]], number)
-        self.optimizer.step()
+        return float(found.sum()), tokens
+
+    def _update(self, number: int) -> None:
+        """The optimizer's step. It has no second try: when its memory runs out, some of its state is there already."""
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise StepError(f"memory ran out in the update of optimizer step {number + 1} ({first_line(error)}): the "
+                            f"state of {self.schedule.optimizer} does not fit beside the model; take optimizer: "
+                            "adamw_8bit or sgd, or train adapters (method: lora)") from None
         self.optimizer.zero_grad(set_to_none=True)
-        counts = add_up(torch.tensor([float(found.sum()), float(tokens)], dtype=torch.float64))
-        self.done.tokens += int(counts[1])
-        self.done.trained_tokens += weight
-        return float(counts[0]), float(norm)
 
     def _refuse(self, what: str, values: Tensor, passes: Step, number: int) -> None:
         """Stop before a weight is touched when one of `values` is not finite; each belongs to one of `passes`."""
@@ -217,13 +243,15 @@ class _Loop:
                             f"({reason}); the longest row of the step is {self.hooks.place(longest)} with "
                             f"{self.rows.lengths[longest]:,} tokens: lower max_length, or set gradient_checkpointing: "
                             "true")
-        self.halvings += 1
         self.optimizer.zero_grad(set_to_none=True)
+        self._fewer_rows(f"memory ran out at step {number + 1} ({reason}): forward passes cut to at most "
+                         f"{(largest + 1) // 2} rows, accumulation doubled; the gradient is the same")
+
+    def _fewer_rows(self, event: str) -> None:
+        self.halvings += 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.done.events.append(f"memory ran out at step {number + 1} ({reason}): forward passes cut to at most "
-                                f"{(largest + 1) // 2} rows, accumulation doubled; the gradient is the same")
-        self.done.events = self.done.events[-20:]
+        self.done.events.append(event)
 
     def _set_rate(self, number: int) -> None:
         rate = self.schedule.learning_rate * rate_factor(number, len(self.steps), self.schedule)
@@ -248,9 +276,7 @@ class _Loop:
         """Take the held-out loss where it is due; whether to stop here."""
         if self.stopping is None or self.held_out is None or not self.stopping.due(step, len(self.steps)):
             return False
-        began, state = time.perf_counter(), torch.get_rng_state()
-        value = mean_loss(self.model, self.held_out, self.loss, batch_size=self.schedule.batch_size)
-        torch.set_rng_state(state)
+        began, value = time.perf_counter(), self._held_out_loss(step)
         self.done.held_out_tokens += sum(self.held_out.lengths)
         self.done.held_out_s += time.perf_counter() - began
         self.done.looks.append((step, value))
@@ -259,9 +285,24 @@ class _Loop:
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.trained.items()}
         self._clock()
         stop = self.stopping.see(step, value, self.done.energy_j) and step < len(self.steps)
+        stop = agree([float(stop and self.rank == 0)])[0] > 0  # rank 0 alone knows what was spent
         if stop:
             self.done.events.append(self.stopping.reason())
         return stop
+
+    def _held_out_loss(self, step: int) -> float:
+        assert self.held_out is not None
+        while True:
+            size = max(1, self.schedule.batch_size >> self.halvings)
+            try:
+                return mean_loss(self.model, self.held_out, self.loss, batch_size=size)
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)
+            if size == 1:
+                raise StepError(f"memory ran out at the look after step {step} with one held-out row in a forward "
+                                f"pass ({reason}); the longest has {max(self.held_out.lengths):,} tokens: lower "
+                                "max_length, or leave long rows out of the held-out data")
+            self._fewer_rows(f"memory ran out at the look after step {step} ({reason}): passes cut in half")
 
     def _take_best(self) -> None:
         best = self.stopping.best if self.stopping is not None else None
@@ -307,7 +348,7 @@ class _Loop:
         done = {key: value for key, value in vars(self.done).items()}
         stopping = self.stopping.as_state() if self.stopping is not None else None
         state = {"done": done, "halvings": self.halvings, "stopping": stopping, "stopped": stopped,
-                 "steps": len(self.steps)}
+                 "training": self.identity}
         self.checkpoints.save(step, Saved(self.trained, self.optimizer.state_dict()["state"], state, self.best))
 
     def _resume(self) -> int:
@@ -316,8 +357,9 @@ class _Loop:
         if found is None:
             return 0
         step, saved = found
-        if saved.state["steps"] != len(self.steps) or saved.trained.keys() != self.trained.keys():
+        if saved.state.get("training") != self.identity:
             self.done.events.append("a checkpoint of another training lay here and was not used")
+            self.foreign = True
             return 0
         with torch.no_grad():
             for name, tensor in saved.trained.items():
@@ -326,17 +368,18 @@ class _Loop:
         self.done = Fit(**saved.state["done"])
         self.done.loss = [(int(at), value) for at, value in self.done.loss]
         self.done.looks = [(int(at), value) for at, value in self.done.looks]
-        self.done.events.append(f"went on from the checkpoint of step {step}")
+        self.done.resumed.append(step)
         self.halvings, self.best = saved.state["halvings"], saved.best
         if self.stopping is not None and saved.state["stopping"] is not None:
             self.stopping.restore(saved.state["stopping"])
         return len(self.steps) if saved.state["stopped"] else step
 
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text \
-        or "out of memory" in text or "not enough memory" in text
+    @cached_property
+    def identity(self) -> str:
+        """A hash over what a checkpoint has to share with this training: rows, their order, settings, parameters."""
+        parts = [self.seed, asdict(self.schedule), list(self.rows.lengths), list(self.rows.weights), self.steps,
+                 {name: list(value.shape) for name, value in self.trained.items()}]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _few(rows: list[str]) -> str:
