@@ -11,7 +11,7 @@ import json
 import logging
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from llmops.score import Scorer
 
 __all__ = ["Result", "plan", "publish", "run"]
+
+#: what a manifest says of how a training went, for the report
+TRAINED = ("looks", "attempts", "merge", "trace")
 
 
 @dataclass
@@ -83,7 +86,9 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] 
     with _log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
+            from llmops.trackers import check_trackers
 
+            check_trackers(parsed)
             for line in preflight(walk.plan):
                 log.info("%s", line)
         for number, stage in enumerate(walk.plan.stages, 1):
@@ -149,13 +154,19 @@ class _Walk:
         return stage.variant == "base" or (self.store.build(stage.key) / "llmops.json").exists()
 
     def _work(self, stage: Stage, number: int) -> None:
+        from llmops.trackers import sinks
+
+        with sinks(self.plan.recipe, stage, self.watcher, self.store.folder(self.plan.recipe.name)) as told:
+            told.summary(self._work_told(stage, number, told.log))
+
+    def _work_told(self, stage: Stage, number: int, tell: Callable[[int, Mapping[str, float]], None]) -> dict[str, Any]:
         from llmops.build import build
 
         total, title = len(self.plan.stages), stage.describe()
         meter, scorer = self._workbench()
         if not self._present(stage):
             with self.watcher.stage(f"[{number}/{total}] build {stage.variant}: {title}"):
-                manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress)
+                manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress, tell)
             for event in manifest["events"]:
                 log.info("%s: %s", stage.variant, event)
         row = self._row(stage)
@@ -164,6 +175,7 @@ class _Walk:
             with self.watcher.stage(f"[{number}/{total}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
+        return row
 
     def _workbench(self) -> tuple[Any, Scorer]:
         """Meter and scorer, made when the first stage needs them."""
@@ -200,6 +212,7 @@ class _Walk:
             row["status"] = {"state": "broken", "reason": f"not what was built, read back from disk: {wrong}"}
         row["building"] = {**manifest.get("cost", {}), "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
+                           **{key: manifest[key] for key in TRAINED if manifest.get(key)},
                            "chain_energy_j": self._chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
         return row

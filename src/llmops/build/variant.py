@@ -20,6 +20,7 @@ from torch import Tensor
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda_step
 from llmops.build.job import Job, Work
+from llmops.build.trace import Trace
 from llmops.build.training import full_step, logits_step, lora_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
@@ -47,15 +48,20 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
     return STEPS[kind, options.method](job, options)  # type: ignore[attr-defined]
 
 
-def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None) -> dict[str, Any]:
-    """Build `stage` into the store and return its manifest. Leaves nothing behind when it fails."""
+def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,
+          log: Callable[[int, Mapping[str, float]], None] | None = None) -> dict[str, Any]:
+    """Build `stage` into the store and return its manifest. Leaves nothing behind when it fails.
+
+    log: hears (step, figures) of every optimizer step.
+    """
     variant, runtime = recipe.variants[stage.variant], recipe.runtime
     parent = stage.parent_keys[0] if stage.parent_keys else None
     assert stage.key is not None
     with meter.window(stage.variant) as window:
         attempts = Attempts(store.work(stage.key), window)
         job = _job(stage, recipe, store, progress)
-        job.progress, job.spent = attempts.watching(progress), attempts.joules
+        trace = Trace(store.work(stage.key) / "trace.json", log)
+        job.progress, job.spent, job.log = attempts.watching(progress), attempts.joules, trace.log
         job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", runtime.checkpoint_s)
         work = apply_step(variant.kind, job, variant.options)
     spent = attempts.total()
@@ -71,7 +77,7 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
-            "looks": work.looks, "attempts": spent.attempts,
+            "looks": work.looks, "trace": trace.as_dict(), "attempts": spent.attempts,
             "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
                      "flops": work.flops.as_dict(),
                      "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
