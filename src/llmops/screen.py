@@ -69,13 +69,15 @@ def _bar(under: Under, now: float, width: int, plain: bool) -> Pieces:
 
 
 def _cut(line: Sequence[tuple[str, str]], width: int) -> Pieces:
-    """At most `width` columns; neighbours of one kind become one piece."""
+    """At most `width` columns without blanks at the end; neighbours of one kind become one piece."""
     found: Pieces = []
     for kind, pieces in groupby(line, key=itemgetter(1)):
         text = "".join(piece for piece, _ in pieces)[:width]
         width -= len(text)
         found.append((text, kind))
-    return [(text, kind) for text, kind in found if text]
+    while found and not found[-1][0].rstrip():
+        found.pop()
+    return [*found[:-1], *((text.rstrip(), kind) for text, kind in found[-1:])]
 
 
 class Screen:
