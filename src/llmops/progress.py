@@ -1,73 +1,158 @@
-"""What a run tells while it works: bars with rates and remaining time on a terminal, plain lines elsewhere."""
+"""What a run tells while it works: a bar and a live loss curve on a terminal, a line now and then elsewhere.
+
+All of it goes to standard error, so that standard output stays what was asked for. A terminal that says it can do
+nothing (`TERM=dumb`) gets lines; `NO_COLOR` takes the colours away. The log hears of every stage and note, whatever is
+shown.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-__all__ = ["Watcher", "log"]
+from llmops.curves import Point, Points
+
+if TYPE_CHECKING:
+    from llmops.screen import Screen
+
+__all__ = ["Under", "Watcher", "duration", "log", "time_left"]
 
 log = logging.getLogger("llmops")
+EVERY_S = 30.0  # between two lines where there is no terminal
+
+
+@dataclass
+class Under:
+    """The stage under way, as far as it has been told. `points`: training loss; `looks`: held-out loss."""
+
+    title: str
+    began: float
+    done: int = 0
+    total: int = 0
+    text: str = ""
+    first: int = 0  # done when this count began: a resumed training begins in the middle
+    since: float = 0.0
+    points: Points = field(default_factory=Points)
+    looks: list[Point] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def count(self, done: int, total: int, text: str, now: float) -> None:
+        """Hear of progress. Another total, or less done than before, is another count: its rate begins anew."""
+        if total != self.total or done < self.done:
+            self.first, self.since = done, now
+        self.done, self.total, self.text = done, total, text
+
+    def hear(self, step: int, figures: Mapping[str, float]) -> None:
+        """Hear the figures of an optimizer step."""
+        if "loss" in figures:
+            self.points.add(step, figures["loss"])
+        if "held_out_loss" in figures:
+            self.looks.append((step, figures["held_out_loss"]))
+        self.figures = {**self.figures, **figures, "step": step}
+
+    def left(self, now: float) -> float | None:
+        return time_left(self.done, self.first, self.total, now - self.since)
 
 
 class Watcher:
-    """Hears of every stage and of the work inside it. `quiet` says nothing but still logs; bars need a terminal.
+    """Hears of every stage and of the work inside it. `quiet` says nothing but still logs."""
 
-    All output goes to standard error, so that standard output stays what was asked for.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
-        self._title = ""
+    def __init__(self, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self.quiet, self.clock = quiet, clock
+        self._under: Under | None = None
+        self._screen: Screen | None = None
+        self._said = 0.0
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        """A stage of the run, with a bar that `progress` moves."""
+        """A stage of the run, which `progress` and `log` tell more about. What it came to is said at its end."""
         log.info("begin %s", title)
-        self._title = title
-        if self.quiet or not sys.stderr.isatty():
-            if not self.quiet:
-                print(f"  {title}", file=sys.stderr, flush=True)
-            yield
-        else:
-            with _bars() as self._bar:
-                self._task = self._bar.add_task(title, total=None, text="")
+        under = self._under = Under(title, self.clock())
+        self._said, ended = under.began, "stopped"
+        try:
+            if self.quiet or not _terminal():
+                self._say(f"  {title}")
                 yield
-            self._bar = None
-        log.info("end %s", title)
+            else:
+                from llmops.screen import Screen
+
+                with Screen(under, self.clock) as self._screen:
+                    yield
+            ended = "done"
+        finally:
+            self._screen = self._under = None
+            took = f"{title}: {ended} after {duration(self.clock() - under.began)}{_totals(under)}"
+            log.info("%s", took)
+            self._say(f"  {took}")
 
     def progress(self, done: int, total: int, text: str = "") -> None:
-        """`done` of `total` pieces of the stage under way."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, text=text)
+        """`done` of `total` pieces of the stage under way; text: what to show beside the bar."""
+        under, now = self._under, self.clock()
+        if under is None:
+            return
+        under.count(done, total, text, now)
+        if self._screen is None and now - self._said >= EVERY_S:
+            self._said = now
+            left = under.left(now)
+            parts = [f"{done:,} of {total:,}", text, f"{duration(left)} left" if left is not None else ""]
+            self._say("    " + ", ".join(part for part in parts if part))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of an optimizer step: loss, held_out_loss, tokens, energy_j and more, as the loop gives them."""
+        if self._under is not None:
+            self._under.hear(step, figures)
 
     def note(self, text: str) -> None:
         """A line for the reader and for the log."""
         log.info("%s", text)
-        if not self.quiet:
-            (self._bar.console.print if self._bar is not None else _print)(text)
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self._screen is not None:
+            self._screen.say(text)
+        else:
+            encoding = sys.stderr.encoding or "utf-8"
+            print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
 
 
-def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def time_left(done: int, first: int, total: int, elapsed_s: float) -> float | None:
+    """Seconds that the rest takes at the rate since `first`; None before a rate is known."""
+    if done <= first or total < done:
+        return None
+    return elapsed_s / (done - first) * (total - done)
 
 
-def _bars() -> Any:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3:07` (minutes), `2:03:07` (hours)."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes = f"{whole // 60 % 60:02}:{whole % 60:02}"
+    return f"{whole // 3600}:{minutes}" if whole >= 3600 else minutes.removeprefix("0")
 
-    return Progress(TextColumn("  {task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-                    TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False),
-                    console=Console(stderr=True), transient=True)
+
+def _terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def _totals(under: Under) -> str:
+    """What a training came to, for the line at its end."""
+    figures = under.figures
+    if "loss" not in figures:
+        return ""
+    parts = [f"{figures['step']:,} steps", f"loss {figures['loss']:.4g}"]
+    if under.looks:
+        parts.append(f"held-out loss {under.looks[-1][1]:.4g}")
+    if "tokens" in figures:
+        parts.append(f"{figures['tokens']:,.0f} tokens")
+    if "energy_j" in figures:
+        parts += [f"{figures['energy_j']:,.4g} J", f"{1000 * figures['joules_per_token']:.3g} mJ/token"]
+    return "; " + ", ".join(parts)

@@ -16,7 +16,7 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Result", "plan", "publish", "run"]
 
 POLL_S = 0.5  # between two looks at a lock that another process has
+#: what a manifest says of how a training went, for the report
+TRAINED = ("looks", "attempts", "merge", "trace")
 
 
 @dataclass
@@ -89,7 +91,9 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     with _log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
+            from llmops.trackers import check_trackers
 
+            check_trackers(parsed)
             for line in preflight(walk.plan):
                 log.info("%s", line)
         walk.all()
@@ -165,18 +169,21 @@ class _Walk:
             return self._visit(stage, number)
 
     def _visit(self, stage: Stage, number: int) -> str:
+        from llmops.trackers import sinks
+
         lost = [name for name in stage.parents if name in self.rows and self.rows[name]["status"]["state"] != "ok"]
         if lost:
             self._fail(stage, "skipped", f'"{lost[0]}" is {self.rows[lost[0]]["status"]["state"]}')
             return "done"
         built = False
         try:
-            if not self._present(stage):
-                self._build(stage, number)
-                built = True
-            if not self._can_end(stage):
-                return "built" if built else "early"
-            self._score(stage, number)
+            with sinks(self.plan.recipe, stage, self.watcher, self.store.folder(self.plan.recipe.name)) as told:
+                if not self._present(stage):
+                    self._build(stage, number, told.log)
+                    built = True
+                if not self._can_end(stage):
+                    return "built" if built else "early"
+                told.summary(self._score(stage, number))
         except Exception as error:  # a step may raise anything; the row says what, and the siblings go on
             log.error("%s", traceback.format_exc())
             try:
@@ -242,16 +249,16 @@ class _Walk:
         needed = {"base", *stage.parents, *against}
         return all(name in self.rows for name in names[:names.index(stage.variant)] if name in needed)
 
-    def _build(self, stage: Stage, number: int) -> None:
+    def _build(self, stage: Stage, number: int, tell: Callable[[int, Mapping[str, float]], None]) -> None:
         from llmops.build import build
 
         meter, _ = self._workbench()
         with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] build {stage.variant}: {stage.describe()}"):
-            manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress)
+            manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress, tell)
         for event in manifest["events"]:
             log.info("%s: %s", stage.variant, event)
 
-    def _score(self, stage: Stage, number: int) -> None:
+    def _score(self, stage: Stage, number: int) -> dict[str, Any]:
         _, scorer = self._workbench()
         row = self._row(stage)
         items: dict[str, list[Any]] = {}
@@ -259,6 +266,7 @@ class _Walk:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
+        return row
 
     def _workbench(self) -> tuple[Any, Scorer]:
         """Meter and scorer, made when the first stage needs them."""
@@ -297,6 +305,7 @@ class _Walk:
         row["building"] = {**manifest.get("cost", {}), "attempts": manifest.get("attempts") or [],
                            "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
+                           **{key: manifest[key] for key in TRAINED if manifest.get(key)},
                            "chain_energy_j": self._chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
         return row

@@ -23,6 +23,7 @@ from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
+from llmops.build.trace import Trace
 from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
@@ -41,6 +42,7 @@ from llmops.train.ranks import tell, together
 
 __all__ = ["STEPS", "apply_step", "assist", "build", "source_of", "versions"]
 
+Log = Callable[[int, Mapping[str, float]], None]
 STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): lora_step, ("finetune", "qlora"): qlora_step, ("finetune", "full"): full_step,
     ("finetune", "dpo"): dpo_step,
@@ -54,17 +56,19 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
     return STEPS[kind, options.method](job, options)  # type: ignore[attr-defined]
 
 
-def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None) -> dict[str, Any]:
+def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,
+          log: Log | None = None) -> dict[str, Any]:
     """Build `stage` into the store and return its manifest.
 
     When it fails, what was spent and the last checkpoint stay in the store's folder for work under way: the next try
-    goes on from there, and pays for both.
+    goes on from there, and pays for both. log: hears (step, figures) of every optimizer step.
     """
     variant, runtime = recipe.variants[stage.variant], recipe.runtime
     parent = stage.parent_keys[0] if stage.parent_keys else None
     assert stage.key is not None
     with meter.window(stage.variant) as window, Attempts(store.work(stage.key), window) as attempts:
-        take = partial(_take, stage, recipe, store, attempts.watching(progress), attempts.joules)
+        trace = Trace(store.work(stage.key) / "trace.json", log)
+        take = partial(_take, stage, recipe, store, attempts.watching(progress), attempts.joules, trace.log)
         if isinstance(variant.options, Training):
             tell(stage.variant)
             job, work = together(take)
@@ -83,7 +87,7 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
-            "looks": work.looks, "merge": work.merge, "attempts": spent.attempts,
+            "looks": work.looks, "merge": work.merge, "trace": trace.as_dict(), "attempts": spent.attempts,
             "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
                      "flops": work.flops.as_dict(),
                      "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
@@ -102,11 +106,11 @@ def assist(variant: str, plan: Plan, store: Store) -> None:
 
 
 def _take(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None,
-          spent: Callable[[], float | None]) -> tuple[Job, Work]:
+          spent: Callable[[], float | None], log: Log | None = None) -> tuple[Job, Work]:
     """Take the step of `stage` in memory, from its last checkpoint where there is one."""
     variant = recipe.variants[stage.variant]
     job = _job(stage, recipe, store, progress)
-    job.spent = spent
+    job.spent, job.log = spent, log
     job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)
     return job, apply_step(variant.kind, job, variant.options)
 

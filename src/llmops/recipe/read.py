@@ -23,14 +23,28 @@ from llmops.recipe import checks, data_checks
 from llmops.recipe.blocks import mapping, read, unknown_keys
 from llmops.recipe.model import Dims, folder_of, looks_like_hub_id, read_dims
 from llmops.recipe.names import check_name, refer
-from llmops.recipe.schema import BASE, COSTS, STEPS, Goal, Goals, Kind, ModelSource, Recipe, Runtime, Variant
+from llmops.recipe.schema import (
+    BASE,
+    COSTS,
+    STEPS,
+    TRACKERS,
+    Goal,
+    Goals,
+    Kind,
+    ModelSource,
+    Recipe,
+    Runtime,
+    Tracking,
+    Variant,
+)
 from llmops.recipe.secret import CURE, secret_keys, secret_spans
 from llmops.recipe.source import Document, Place, Problems, Trail, from_values, parse, shown
 from llmops.recipe.tree import apply_sets, build_order, expand_matrices
 
 __all__ = ["load_recipe", "parse_recipe"]
 
-_KEYS = ("version", "name", "seed", "model", "runtime", "data", "evaluate", "measure", "variants", "goals")
+_KEYS = ("version", "name", "seed", "model", "runtime", "data", "evaluate", "measure", "variants", "goals",
+         "report_to", "tracking")
 _VARIANT_KEYS = ("from", *STEPS, "matrix", "score")
 _MOST_SEED = 2**32 - 1
 _MOST_VARIANTS = 500
@@ -128,12 +142,17 @@ def _assemble(document: Document, parts: _Parts) -> dict[str, Any] | None:
         if measure is not None:
             data_checks.check_measure(problems, measure, parts.dims)
     _read_variants(document, parts)
+    report_to = _report_to(problems, top.get("report_to"))
+    tracking = read(problems, ("tracking",), top.get("tracking") or {}, Tracking, "tracking")
     goals = _read_goals(parts, top.get("goals"))
-    if name is None or seed is None or model is None or runtime is None or goals is None or problems:
+    if name is None or seed is None or model is None or runtime is None or goals is None or tracking is None:
+        return None
+    if problems:
         return None
     order = build_order({each: variant.parents() for each, variant in parts.variants.items()})
     return {"version": 1, "name": name, "seed": seed, "model": model, "runtime": runtime, "data": parts.data,
             "evaluate": list(parts.evaluate.values()), "measure": measure, "goals": goals,
+            "report_to": report_to, "tracking": tracking,
             "variants": {each: parts.variants[each] for each in order}}
 
 
@@ -211,6 +230,22 @@ def _check_model(problems: Problems, trail: Trail, model: ModelSource, base_dir:
                             "hub id: remove it")
         return False
     return True
+
+
+def _report_to(problems: Problems, value: Any) -> tuple[str, ...]:
+    """The trackers that are named, each once."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        cure = f": write [{value}]" if value in TRACKERS else ""
+        problems.add(("report_to",), f"given {shown(value)}; expected a list of {', '.join(TRACKERS)}{cure}")
+        return ()
+    for index, name in enumerate(value):
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS) if isinstance(name, str) else ""
+            problems.add(("report_to", index), f"unknown tracker {shown(name)}; expected one of {', '.join(TRACKERS)}"
+                                               f"{near}")
+    return tuple(dict.fromkeys(name for name in value if name in TRACKERS))
 
 
 def _read_data(parts: _Parts, value: Any) -> None:

@@ -7,7 +7,7 @@ hold them together. `STEPS` is the one place that says which methods a recipe ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from llmops.methods.quantize.options import Rtn
 from llmops.options import Options
 
 __all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
-           "Variant", "score_ids"]
+           "TRACKERS", "Tracking", "Variant", "score_ids"]
 
 Kind = Literal["finetune", "prune", "quantize", "distill"]
 STEPS: dict[str, dict[str, type[Options]]] = {
@@ -32,6 +32,8 @@ STEPS: dict[str, dict[str, type[Options]]] = {
     "quantize": {"rtn": Rtn},
     "distill": {"logits": Logits},
 }
+#: Where `report_to` can send what a training tells.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 BASE = "base"  # the name of the model itself
 #: Costs that a goal can bound and `prefer` can name.
 COSTS = ("joules_per_token", "decode_tokens_per_s", "first_token_ms", "disk_bytes", "weights_bytes",
@@ -61,6 +63,14 @@ class Runtime(Options):
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: those of torch")
     checkpoint_s: float = Field(60.0, gt=0, description="seconds between two checkpoints of a training; the first "
                                                         "follows the first step. Changes no result")
+
+
+class Tracking(Options):
+    """Where the trackers of `report_to` put what they are told. Changes no build and no score."""
+
+    project: str | None = Field(None, min_length=1, description="project or experiment; default: name of the recipe")
+    folder: str | None = Field(None, min_length=1, description="folder for tensorboard, wandb and mlflow (beside the "
+                                                               "recipe, or absolute); default: runs/NAME/tracking")
 
 
 class Goal(Options):
@@ -143,6 +153,8 @@ class Recipe:
     sha256: str  # of the content, whatever its layout and comments
     text: str  # as it was written; empty when it came from Python values
     file: str = "<recipe>"
+    report_to: tuple[str, ...] = ()  # of TRACKERS
+    tracking: Tracking = field(default_factory=Tracking)
 
     def chain(self, name: str) -> list[Variant]:
         """The steps from base to `name`, first to last; empty for base."""

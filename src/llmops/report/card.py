@@ -13,15 +13,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from llmops.report.building import merge_cells
 from llmops.report.details import nulls, quantities
-from llmops.report.figures import show, told
+from llmops.report.figures import number, show, told
 from llmops.report.markup import UNSEEN
 from llmops.report.reading import (
     Row,
+    attempts,
     batches,
     events,
     figure,
     group,
+    joules_per_trained_token,
+    looks,
+    loss_curve,
+    merges,
     metric,
     name_of,
     parent_of,
@@ -31,6 +37,7 @@ from llmops.report.reading import (
     score_ids,
     state_of,
     status_text,
+    told_of_training,
     versus,
     what,
 )
@@ -66,7 +73,7 @@ def card(row: Row, rows: Sequence[Row]) -> str:
 
     head = yaml.safe_dump(front_matter(row), sort_keys=False, allow_unicode=True, width=1000)
     sections = [_title(row), _making(row, rows), _scores(row), _sizes(row), _speed(row), _energy(row), _built(row),
-                _use(row), _limits(row), _origin(row)]
+                _trained(row), _use(row), _limits(row), _origin(row)]
     return f"---\n{head}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -242,7 +249,28 @@ def _built(row: Row) -> str:
     entries = [(label, ("building", name)) for label, name in COSTS_OF_BUILDING.items()]
     entries += [("carbon of building", ("carbon", "building_g")),
                 ("carbon per 1,000 output tokens", ("carbon", "per_1k_tokens_g")), ("grid", ("carbon", "intensity"))]
-    return _section("What building it cost", _figures(row, entries) if group(row, "building") else "")
+    spent, count = joules_per_trained_token(row), attempts(row)
+    lines = [f"Each token that ran through the model in training took {show(spent)} ({_safe(told(spent))})."] \
+        if spent.value is not None else []
+    if count and count > 1:
+        lines.append(f"It took {count} attempts; what those that were cut off spent is counted.")
+    return _section("What building it cost", _figures(row, entries) if group(row, "building") else "", *lines)
+
+
+def _trained(row: Row) -> str:
+    """How the training went: loss, held-out loss, what happened on the way, and how the adapter was merged."""
+    points, held = loss_curve(row), looks(row)
+    if not points:
+        return ""
+    lines = [f"- training loss {number(points[0][1])} to {number(points[-1][1])} in {points[-1][0]:,.0f} steps"]
+    if held:
+        best = min(held, key=lambda look: look[1])
+        lines.append(f"- held-out loss {number(held[0][1])} to {number(held[-1][1])} in {len(held)} looks, lowest "
+                     f"{number(best[1])} at step {best[0]:,.0f}")
+    lines += [f"- {_safe(event)}" for event in told_of_training(row)]
+    ways = [[_safe(cell) for cell in merge_cells(entry)] for entry in merges(row)]
+    table = _table(["merged into", "mean KL", "largest KL", "taken"], ways) if ways else ""
+    return _section("How the training went", "\n".join(lines), table)
 
 
 def _use(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: score against cost with intervals and the Pareto line, and loss curves.
+"""Charts as inline SVG: score against cost with intervals and the Pareto line, (loss curves: `trainings`).
 
 Made by hand rather than with a plotting library: a chart is a few kB, prints, follows light and dark (colours are
 classes of report.css), and each point is a link with a spoken name. Colour never carries meaning alone: each kind of
@@ -18,14 +18,13 @@ from llmops.quantity import Quantity
 from llmops.report.figures import number, scaled
 from llmops.report.markup import Markup, join, raw, tag
 
-__all__ = ["Axis", "Dot", "curve", "scatter", "shape"]
+__all__ = ["Axis", "Dot", "scatter", "shape"]
 
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 16, 58
 LOG_FROM = 12.0
 LETTER = 6.7  # mean width of a label's letter
 MOST_NAMES = 40  # dots; with more, only those on the Pareto line are named
-MOST_POINTS = 160  # of a loss curve
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -123,29 +122,6 @@ def shape(kind: str, x: float, y: float, *, hollow: bool = False, size: float = 
         return tag("circle", cx=_px(x), cy=_px(y), r=size, class_=style)
     path = " ".join(f"{_px(x + dx * size)},{_px(y + dy * size)}" for dx, dy in corners)
     return tag("polygon", points=path, class_=style)
-
-
-def curve(points: Sequence[tuple[float, float]], *, label: str) -> Markup:
-    """A small line chart of the loss over the steps, thinned to `MOST_POINTS`."""
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    stride = max(1, math.ceil(len(finite) / MOST_POINTS))
-    kept = [*finite[::stride], *finite[-1:]]
-    if not kept:
-        return tag("p", "no finite loss was recorded", class_="dim")
-    width, height, left, bottom = 320, 170, 44, 24
-    x_axis = Axis([x for x, _ in kept], "steps", left, width - 8, may_log=False)
-    y_axis = Axis([y for _, y in kept], "loss", height - bottom, 8, may_log=False)
-    x_axis.low, y_axis.low = kept[0][0], max(0.0, y_axis.low) if min(y for _, y in kept) >= 0 else y_axis.low
-    line = " ".join(f"{_px(x_axis(x))},{_px(y_axis(y))}" for x, y in kept)
-    x_text, _ = x_axis.told()
-    y_text, _ = y_axis.told()
-    grid = [[tag("line", x1=left, x2=width - 8, y1=_px(y_axis(tick)), y2=_px(y_axis(tick)), class_="grid"),
-             tag("text", y_text(tick), x=left - 6, y=_px(y_axis(tick) + 4), text_anchor="end")]
-            for tick in y_axis.ticks()[::1 if len(y_axis.ticks()) < 6 else 2]]
-    steps = [tag("text", x_text(tick), x=_px(x_axis(tick)), y=height - 6, text_anchor="middle")
-             for tick in x_axis.ticks()[::1 if len(x_axis.ticks()) < 6 else 2]]
-    return tag("svg", grid, steps, tag("polyline", points=line, class_="curve"),
-               viewBox=f"0 0 {width} {height}", role="img", aria_label=label, class_="small")
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces

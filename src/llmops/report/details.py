@@ -9,7 +9,20 @@ from typing import Any
 from llmops.quantity import Quantity
 from llmops.report.figures import interval, number, show
 from llmops.report.markup import Markup, tag
-from llmops.report.reading import Row, batch_of, events, figure, group, name_of, quantity, state_of, status_text, what
+from llmops.report.reading import (
+    Row,
+    attempts,
+    batch_of,
+    events,
+    figure,
+    group,
+    joules_per_trained_token,
+    name_of,
+    quantity,
+    state_of,
+    status_text,
+    what,
+)
 from llmops.report.sections import NOTHING, Page
 
 __all__ = ["environment", "every_figure", "logged", "method", "nulls", "quantities"]
@@ -42,12 +55,14 @@ def every_figure(page: Page) -> Markup:
 
 def _variant(page: Page, row: Row) -> Markup:
     transform, identity = group(row, "transform"), group(row, "identity")
-    built = group(row, "building")
+    built, spent = group(row, "building"), joules_per_trained_token(row)
     facts = {"state": status_text(row), "made by": " → ".join(map(str, transform.get("chain") or [])) or "as it came",
              "options": _json(transform.get("options")), "stored as": transform.get("storage_dtype"),
              "computes in": transform.get("compute_dtype"), "kernel": transform.get("kernel"),
              "zeros": transform.get("sparsity_saves"), "teacher": identity.get("teacher"), "key": identity.get("key"),
-             "data": _json(built.get("data_sha256")), "rows": _json(built.get("data")), "reloaded": _parity(row),
+             "data": _json(built.get("data_sha256")), "rows": _json(built.get("data")), "attempts": attempts(row),
+             "training": show(spent) + " for each token" if spent.value is not None else None,
+             "reloaded": _parity(row),
              "notes": "; ".join(events(row))}
     listed = [tag("div", tag("dt", key), tag("dd", str(value))) for key, value in facts.items() if value]
     head = tag("tr", [tag("th", each, scope="col")

@@ -6,6 +6,7 @@ found it is null, and says whether the variant failed, was not scored, or was no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "COSTS",
     "Cost",
     "Row",
+    "attempts",
     "batch_of",
     "batches",
     "comparable",
@@ -27,8 +29,11 @@ __all__ = [
     "goals_of",
     "group",
     "kind_of",
+    "joules_per_trained_token",
+    "looks",
     "loss_curve",
     "main_score",
+    "merges",
     "metric",
     "name_of",
     "parent_of",
@@ -39,6 +44,9 @@ __all__ = [
     "score_ids",
     "state_of",
     "status_text",
+    "told_of_training",
+    "trace",
+    "training_marks",
     "tree",
     "versus",
      "what"]
@@ -111,9 +119,65 @@ def events(row: Row) -> list[str]:
 
 def loss_curve(row: Row) -> list[tuple[float, float]]:
     """(step, loss) pairs of the training that made the variant; empty when nothing was trained."""
-    found: list[Any] = group(row, "building").get("loss") or []
-    pairs = (pair for pair in found if isinstance(pair, list | tuple) and len(pair) == 2)
+    return _pairs(group(row, "building").get("loss"))
+
+
+def looks(row: Row) -> list[tuple[float, float]]:
+    """(step, held-out loss) pairs; empty where nothing was held out."""
+    return _pairs(group(row, "building").get("looks"))
+
+
+def trace(row: Row, name: str) -> list[tuple[float, float]]:
+    """(step, value) pairs of learning_rate, tokens or energy_j along the training."""
+    return _pairs(group(row, "building", "trace").get(name))
+
+
+def _pairs(found: Any) -> list[tuple[float, float]]:
+    pairs = (pair for pair in found if isinstance(pair, list | tuple) and len(pair) == 2) \
+        if isinstance(found, list | tuple) else ()
     return [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
+
+
+#: letter on the chart -> the event of the loop that is meant; the group is the step
+MARKED = {"R": re.compile(r"went on from the checkpoint of step (\d+)"),
+          "M": re.compile(r"memory ran out at step (\d+)"),
+          "S": re.compile(r"stopped early at step (\d+)"), "B": re.compile(r"kept the weights of step (\d+)")}
+FOUND_RATE = "from a range test"
+
+
+def training_marks(row: Row) -> list[tuple[float, str, str]]:
+    """(step, letter, event) of what happened on the way: Resumed, out of Memory, Stopped, Best weights kept."""
+    found = [(float(match[1]), letter, event) for event in events(row) for letter, pattern in MARKED.items()
+             if (match := pattern.match(event))]
+    return sorted(found)
+
+
+def told_of_training(row: Row) -> list[str]:
+    """The events that say how a training went: the learning rate found, resumed, out of memory, stopped and why."""
+    return [event for event in events(row) if FOUND_RATE in event or any(p.match(event) for p in MARKED.values())]
+
+
+def attempts(row: Row) -> int | None:
+    """How many times the build was begun; None where the row does not say."""
+    found = group(row, "building").get("attempts")
+    return len(found) if isinstance(found, list) and found else None
+
+
+def merges(row: Row) -> list[dict[str, Any]]:
+    """The ways in which an adapter could be merged, each measured: target, kl_mean, kl_max, chosen."""
+    found = group(row, "building").get("merge")
+    return [dict(each) for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+
+
+def joules_per_trained_token(row: Row) -> Quantity:
+    """Energy of the build for every token that ran through the model in training."""
+    energy, tokens = figure(row, "building", "energy_j"), figure(row, "building", "tokens")
+    if not loss_curve(row):
+        return Quantity.null("J/token", "nothing was trained")
+    if energy.value is None or not tokens.value:
+        return Quantity.null("J/token", energy.method if energy.value is None else "no token was counted")
+    return Quantity(energy.value / tokens.value, "J/token", energy.provenance,
+                    f"energy of the build / tokens run through the model; {energy.method}")
 
 
 def goals_of(row: Row) -> list[dict[str, Any]]:
