@@ -22,11 +22,12 @@ LEAVES = sorted(cli.COMMANDS)
 # What every command takes: arguments, then options. A changed line here is a changed interface.
 TAKES = {
     "tune": "RECIPE --set --runs --json -q --quiet --wide",
-    "plan": "RECIPE --set --runs --json",
+    "plan": "RECIPE --set --runs --data --json",
     "validate": "RECIPE --set --json",
-    "schema": "--markdown",
+    "schema": "--markdown --compatibility",
     "compare": "[RUN] [VARIANT...] --against --runs --json --wide",
     "report": "[RUN] --runs",
+    "doctor": "[RECIPE] --set --runs --json",
     "why": "RECIPE VARIANT --set --runs --json",
     "recipes list": "--json",
     "recipes copy": "NAME [TO] --force",
@@ -175,12 +176,12 @@ def test_every_argument_reaches_its_parameter(given):
 
 
 def test_options_may_stand_anywhere_and_set_repeats(given):
-    expected = {"recipe": "r.yaml", "sets": ["a=1", "b.c=-2"], "runs": "here", "as_json": True}
+    expected = {"recipe": "r.yaml", "sets": ["a=1", "b.c=-2"], "runs": "here", "data": False, "as_json": True}
     for words in ("r.yaml --set a=1 --set b.c=-2 --runs here --json",
                   "--set a=1 --json r.yaml --set=b.c=-2 --runs=here",
                   "--json --set a=1 --set b.c=-2 --runs here -- r.yaml"):
         assert given("plan", *words.split()) == expected
-    assert given("plan", "r.yaml") == {"recipe": "r.yaml", "sets": [], "runs": None, "as_json": False}
+    assert given("plan", "r.yaml") == {"recipe": "r.yaml", "sets": [], "runs": None, "data": False, "as_json": False}
     assert given("plan", "r.yaml", "--set", "x=1")["sets"] == ["x=1"]  # nothing was left over from before
 
 

@@ -24,6 +24,7 @@ from llmops.startup import at_once
 
 __all__ = ["COMMANDS", "PROGRAM", "main"]
 
+DOCTOR_WIDTH = 28  # columns for the names of checks
 SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config.fish"}
 
 
@@ -42,13 +43,18 @@ def tune(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool, quie
 
 
 @at_once()
-def plan(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool) -> None:
+def plan(recipe: str, sets: Sequence[str], runs: str | None, data: bool, as_json: bool) -> None:
     """Print what `tune` would do: the tree, what is done already, and what the rest needs. Loads no model."""
     from llmops.planner import plan as make
     from llmops.recipe.show import render
 
     planned = make(_recipe_path(recipe), sets=sets, runs=runs)
-    if as_json:
+    if data:
+        from llmops.preflight import preflight_report, report_text
+
+        found = preflight_report(planned)
+        _print_json(found) if as_json else print(report_text(found))
+    elif as_json:
         _print_json(planned.as_json())
     else:
         print(render(planned, colour=sys.stdout.isatty()))
@@ -67,9 +73,13 @@ def validate(recipe: str, sets: Sequence[str], as_json: bool) -> None:
 
 
 @at_once()
-def schema(markdown: bool) -> None:
+def schema(markdown: bool, compatibility: bool) -> None:
     """Print the JSON Schema of recipes, for editors and other tools."""
-    if markdown:
+    if compatibility:
+        from llmops.recipe.compatibility import compatibility as table
+
+        print(table(), end="")
+    elif markdown:
         from llmops.recipe.reference import markdown as reference
 
         print(reference(), end="")
@@ -100,6 +110,20 @@ def report(run: str | None, runs: str | None) -> None:
     store, rows = Store(runs), rows_of(runs, run)
     result = publish(rows[0]["identity"]["run"], store, store.ledger(), [row["identity"]["variant"] for row in rows])
     print(_short(result.folder / "report.html"))
+
+
+def doctor(recipe: str | None, sets: Sequence[str], runs: str | None, as_json: bool) -> int:
+    """Look this machine over; with a RECIPE, rehearse all its stages in two steps on a two-layer twin of its model."""
+    from llmops.doctor import Check, examine, exit_code, rehearse, render
+
+    def say(check: Check) -> None:
+        if not as_json:
+            print(render([check], colour=sys.stdout.isatty(), width=DOCTOR_WIDTH), flush=True)
+
+    checks = rehearse(str(_recipe_path(recipe)), sets, say) if recipe is not None else examine(runs, say)
+    if as_json:
+        _print_json([check.as_dict() for check in checks])
+    return exit_code(checks)
 
 
 @at_once()
@@ -168,9 +192,12 @@ RUN: Argument = ("run",), {"metavar": "RUN", "nargs": "?", "help": "Name of a ru
 
 COMMANDS: dict[str, Command] = {
     "tune": (tune, RECIPE, SET, RUNS, JSON, QUIET, WIDE),
-    "plan": (plan, RECIPE, SET, RUNS, JSON),
+    "plan": (plan, RECIPE, SET, RUNS,
+             (("--data",), {"action": "store_true", "help": "Prove the data instead: rows, masks, terminators, "
+                                                            "template (reads all of it)."}), JSON),
     "validate": (validate, RECIPE, SET, JSON),
-    "schema": (schema, (("--markdown",), {"action": "store_true", "help": "The reference of all options instead."})),
+    "schema": (schema, (("--markdown",), {"action": "store_true", "help": "The reference of all options instead."}),
+               (("--compatibility",), {"action": "store_true", "help": "The table of which step follows which."})),
     "compare": (compare, RUN,
                 (("variants",), {"metavar": "VARIANT", "nargs": "*",
                                  "help": "The variants to hold side by side (default: all)."}),
@@ -178,6 +205,8 @@ COMMANDS: dict[str, Command] = {
                                                                 "their parents)."}),
                 RUNS, JSON, WIDE),
     "report": (report, RUN, RUNS),
+    "doctor": (doctor, (("recipe",), {"metavar": "RECIPE", "nargs": "?", "help": "A recipe to rehearse (default: the "
+                                                                              "machine alone)."}), SET, RUNS, JSON),
     "why": (why, RECIPE, (("variant",), {"metavar": "VARIANT", "help": "A variant of the recipe."}), SET, RUNS, JSON),
     "recipes list": (recipes_list, JSON),
     "recipes copy": (recipes_copy, (("name",), {"metavar": "NAME", "help": "Name of a packaged recipe."}),

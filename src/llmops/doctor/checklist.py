@@ -54,9 +54,9 @@ class Checklist:
             self.add(name, "fail", f"{type(error).__name__}: {text[0] if text else 'no message'}", cure)
 
 
-def render(checks: Sequence[Check], colour: bool = False) -> str:
-    """The list as text, one line a check, the cure on a line below."""
-    width = max((len(check.name) for check in checks), default=0)
+def render(checks: Sequence[Check], colour: bool = False, width: int = 0) -> str:
+    """The list as text, one line a check, the cure on a line below. width: columns for the names, at least."""
+    width = max(width, *(len(check.name) for check in checks)) if checks else width
     lines = []
     for check in checks:
         mark, tint = _MARK[check.state]
