@@ -166,8 +166,13 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
             model.enable_input_require_grads()
     rate = options.learning_rate
     if rate == "auto":
-        found = find_rate(model, rows.train, schedule_of(options, 1.0), seed=job.seed, loss=loss, rate_scale=rate_scale)
-        rate, events = found.rate, [found.describe()]
+        def search() -> list[Any]:
+            found = find_rate(model, rows.train, schedule_of(options, 1.0), seed=job.seed, loss=loss,
+                              rate_scale=rate_scale)
+            return [found.rate, found.describe()]
+
+        rate, event = job.checkpoints.remember("rate", search) if job.checkpoints is not None else search()
+        events = [event]
     stop = options.stop
     stopping = Stopping(stop.patience, stop.min_gain, stop.min_gain_per_kilojoule, stop.every,
                         stop.share) if stop is not None else None
