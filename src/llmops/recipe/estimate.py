@@ -29,7 +29,7 @@ from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Adapters, Qlora, Training
+from llmops.methods.finetune.options import Adapters, Lora, Qlora, Training
 from llmops.methods.prune.options import Depth
 from llmops.methods.quantize.options import Rtn
 from llmops.quantity import Quantity
@@ -86,7 +86,7 @@ def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
     width = bytes_per_weight(recipe.runtime.dtype, dims)
     options = variant.options if variant is not None else None
-    if isinstance(options, Adapters) and options.merge in (False, "apart"):
+    if isinstance(options, Lora | Qlora) and options.merge in (False, "apart"):
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
     if not isinstance(options, Rtn):
