@@ -58,7 +58,8 @@ def test_its_state_is_in_8_bits_and_survives_a_kill_bit_for_bit(name, tmp_path):
         fit(killed, rows(), schedule(name, **rate), seed=1, checkpoints=Checkpoints(tmp_path, every_steps=5),
             hooks=Hooks(log=kill))
     _, saved = Checkpoints(tmp_path).latest()
-    states = [entry for one in saved.optimizer.values() for entry in (one, *(v for v in one.values() if isinstance(v, dict)))]
+    states = [entry for one in saved.optimizer.values()
+              for entry in (one, *(value for value in one.values() if isinstance(value, dict)))]
     assert any("state1" in entry and entry["state1"].dtype == torch.uint8 for entry in states)
     resumed = model(seed=9)
     done = fit(resumed, rows(), schedule(name, **rate), seed=1, checkpoints=Checkpoints(tmp_path, every_steps=5))

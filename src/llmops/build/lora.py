@@ -55,8 +55,8 @@ def qlora_step(job: Job, options: Qlora) -> Work:
     from llmops.models import nf4
 
     if job.keeps_zeros:
-        raise StepError("given a pruned parent; expected one without zeros to keep: adapters on a 4-bit base would fill "
-                        "them; use method: lora, which masks its adapters")
+        raise StepError("given a pruned parent; expected one without zeros to keep: adapters on a 4-bit base would "
+                        "fill them; use method: lora, which masks its adapters")
     rows = training_rows(job, options)
     parent = job.parent if job.parent is not None else _copies_of(job.model)
     device = job.device if job.device is not None else next(iter(job.model.parameters())).device

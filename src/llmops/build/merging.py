@@ -66,8 +66,8 @@ def measure_merges(trained: Any, candidates: Mapping[str, Candidate], chosen: st
         entry = {"target": target, "chosen": target == chosen,
                  "kl_mean": Quantity.measured(mean, "nats", how, n=len(log_p)).as_dict(),
                  "kl_max": Quantity.measured(most, "nats", how, n=len(log_p)).as_dict()}
-        text = (f"{'' if target == chosen else 'not '}kept: {target}, KL from what was trained {mean:.2e} nats a token, "
-                f"at most {most:.2e}")
+        text = (f"{'' if target == chosen else 'not '}kept: {target}, KL from what was trained {mean:.2e} nats a "
+                f"token, at most {most:.2e}")
         if loss is not None and loss_then is not None:
             entry["held_out_loss"] = Quantity.measured(loss, "nats", "mean over held-out tokens").as_dict()
             text += f"; held-out loss {loss:.4f}, trained {loss_then:.4f}"

@@ -44,7 +44,8 @@ Shift = Mapping[str, tuple[Tensor, Tensor]]  # layer name -> (A, B) with Q = q(W
 class Linear4bit(bnb.Linear4bit):  # type: ignore[misc]  # PEFT knows it by this name
     """bitsandbytes' layer, which also lists what it holds in memory and keeps to one way of computing."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quant: str, double_quant: bool, compute: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, quant: str, double_quant: bool,
+                 compute: torch.dtype) -> None:
         super().__init__(1, 1, bias=False, compute_dtype=compute, compress_statistics=double_quant, quant_type=quant)
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.to(compute), requires_grad=False)

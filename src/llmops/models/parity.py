@@ -98,7 +98,7 @@ def count_parameters(model: nn.Module) -> int:
     """Parameters of a model, a packed weight counted as the dense one it stands for."""
     packed = [module for module in model.modules() if hasattr(module, "packed_tensors")]
     held = {id(module._parameters["weight"]) for module in packed if "weight" in module._parameters}
-    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
+    dense: int = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
     return dense + sum(int(module.in_features) * int(module.out_features) for module in packed)
 
 
@@ -125,7 +125,39 @@ def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, An
         found_layers = _config(folder).get("num_hidden_layers")
         checks.append(_entry("layers", found_layers == expected.layers,
                              f"{expected.layers} asked for, {found_layers} on disk"))
+    if expected.dtype is not None:
+        types = _stored_types(folder)
+        checks.append(_entry("dtype", types == {_SAFETENSORS[expected.dtype]},
+                             f"{_SAFETENSORS[expected.dtype]} asked for, {', '.join(sorted(types))} on disk"))
+    if expected.adapter_rank is not None:
+        body = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        checks.append(_entry("adapter", body["r"] == expected.adapter_rank,
+                             f"rank {expected.adapter_rank} asked for, {body['r']} on disk"))
+    if expected.base is not None:
+        states = [module.weight.quant_state for module in model.modules()
+                  if hasattr(getattr(module, "weight", None), "quant_state")]
+        found_bases = {(str(state.quant_type), bool(state.nested)) for state in states}
+        checks.append(_entry("base", found_bases == {expected.base},
+                             f"{_said(expected.base)} asked for, "
+                             f"{'; '.join(sorted(map(_said, found_bases))) or 'no 4-bit layer'} loaded"))
     return checks
+
+
+def _said(base: tuple[str, bool]) -> str:
+    return f"{base[0]}{', double quantization' if base[1] else ''}"
+
+
+_SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _stored_types(folder: Path) -> set[str]:
+    """Data types of the floating tensors in a folder, as the headers of its safetensors name them."""
+    types: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        types |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return {name for name in types if "F" in name}
 
 
 def _entry(name: str, ok: bool, detail: str) -> dict[str, Any]:

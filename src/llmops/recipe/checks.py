@@ -134,8 +134,8 @@ def _check_adapters(problems: Problems, trail: Trail, options: Adapters, pruned:
             problems.add((*trail, "dora"), f"given true {why} (DoRA rescales whole rows); {masked}leave dora out, "
                                            "rslora can stay")
         if isinstance(options, Lora) and not options.merge:
-            problems.add((*trail, "merge"), f"given false {why}: an adapter apart is a plain PEFT one, which fills them; "
-                                            "expected merge: true, which masks what is folded in")
+            problems.add((*trail, "merge"), f"given false {why}: an adapter apart is a plain PEFT one, which fills "
+                                            "them; expected merge: true, which masks what is folded in")
         if options.init == "pissa":
             problems.add((*trail, "init"), f"given pissa {why} (its frozen rest is dense); {masked}init: default")
     if options.init == "loftq" and not isinstance(options, Qlora):

@@ -37,14 +37,16 @@ _GROUPS = {"group_size": 32}  # divides every layer of builtin:tiny
 _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
     ("finetune", "lora"): (
         ({}, "Hu et al. 2021, arXiv 2106.09685"), ({"rslora": True}, "Kalajdzievski 2023, arXiv 2312.03732"),
-        ({"dora": True}, "Liu et al. 2024, arXiv 2402.09353"), ({"init": "pissa"}, "Meng et al. 2024, arXiv 2404.02948"),
+        ({"dora": True}, "Liu et al. 2024, arXiv 2402.09353"),
+        ({"init": "pissa"}, "Meng et al. 2024, arXiv 2404.02948"),
         ({"init": "loftq"}, "Li et al. 2023, arXiv 2310.08659"),
         ({"lora_plus_ratio": 16.0}, "Hayou et al. 2024, arXiv 2402.12354"), ({"merge": False}, ""),
         ({"optimizer": "adamw_8bit"}, "Dettmers et al. 2021, arXiv 2110.02861"),
         ({"neftune_alpha": 5.0}, "Jain et al. 2023, arXiv 2310.05914")),
     ("finetune", "qlora"): (
         ({}, "Dettmers et al. 2023, arXiv 2305.14314"), ({"merge": "original"}, ""), ({"merge": "apart"}, ""),
-        ({"rslora": True}, "Kalajdzievski 2023, arXiv 2312.03732"), ({"dora": True}, "Liu et al. 2024, arXiv 2402.09353"),
+        ({"rslora": True}, "Kalajdzievski 2023, arXiv 2312.03732"),
+        ({"dora": True}, "Liu et al. 2024, arXiv 2402.09353"),
         ({"init": "pissa"}, "Meng et al. 2024, arXiv 2404.02948"),
         ({"init": "loftq"}, "Li et al. 2023, arXiv 2310.08659")),
     ("prune", "magnitude"): (({"sparsity": 0.5}, "Han et al. 2015, arXiv 1506.02626"),
