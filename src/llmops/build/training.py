@@ -21,12 +21,13 @@ from llmops.methods.finetune.lora import zero_masks
 from llmops.methods.finetune.neftune import noisy_embeddings
 from llmops.methods.finetune.options import Full, Training
 from llmops.models import parity
-from llmops.models.packed_rows import use_packed_attention
+from llmops.models.packed_rows import can_pack, use_packed_attention
 from llmops.models.save import save_dense
-from llmops.models.token_loss import next_token_loss
+from llmops.models.token_loss import can_split, full_logits_loss, head_of, last_hidden, next_token_loss
 from llmops.quantity import Quantity
 from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
 from llmops.train.finder import find_rate
+from llmops.train.rows import to_device
 
 __all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "run_fit", "train_all", "trainable",
            "training_rows", "work_of"]
@@ -36,12 +37,13 @@ SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out row
 
 @dataclass(frozen=True)
 class Rows:
-    """What a step trains on and holds out, with what became of its rows and a name for each."""
+    """What a step trains on and holds out, with what became of its rows, a name for each, and events for the row."""
 
     train: TrainingSet
     held_out: TrainingSet | None
     report: dict[str, int]
     place: Callable[[int], str]
+    events: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,19 @@ def logits_step(job: Job, options: Logits) -> Work:
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
 
+    def trained_logits(model: nn.Module, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:  # (N, V)
+        return head_of(model)(last_hidden(model, batch)[:, :-1][kept])
+
     def loss(student: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         kept = batch["labels"][:, 1:] != IGNORED
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
         with torch.no_grad():
-            taught = teacher(**inputs).logits[:, :-1][kept]
-        return distill_loss(student(**inputs).logits[:, :-1][kept], taught, batch["labels"][:, 1:][kept],
+            taught = trained_logits(teacher, batch, kept)
+        return distill_loss(trained_logits(student, batch, kept), taught, batch["labels"][:, 1:][kept],
                             temperature=options.temperature, direction=options.loss, hard_weight=options.hard_weight)
 
-    with use_packed_attention(teacher) if options.packing else nullcontext():
-        work = train_all(job, options, loss)
+    rows = training_rows(job, options)
+    with use_packed_attention(teacher) if rows.train.packed else nullcontext():
+        work = train_all(job, options, loss, rows)
     forward = 2.0 * sum(p.numel() for p in teacher.parameters()) * work.tokens
     if work.flops.value is not None:
         work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
@@ -117,14 +122,15 @@ def trainable(model: Any, *, frozen: bool = False) -> Any:
 def training_rows(job: Job, options: Training) -> Rows:
     """The rows of a step, and those it holds out, as the loop wants them."""
     encoded = _encoded(job, options, options.data)
-    place = partial(_place, job.rows(options.data).place, encoded.origin)
-    pad, packed, stop = job.tokenizer.pad_token_id, options.packing, options.stop
+    reason = can_pack(job.model) if options.packing else "packing: false"
+    events = (f"rows are padded: {reason}",) if options.packing and reason is not True else ()
+    made = partial(token_rows, pad_id=job.tokenizer.pad_token_id, packed=reason is True)
+    place, stop = partial(_place, job.rows(options.data).place, encoded.origin), options.stop
     if stop is None:
-        return Rows(token_rows(encoded.examples, pad_id=pad, packed=packed), None, encoded.report, place)
+        return Rows(made(encoded.examples), None, encoded.report, place, events)
     if stop.data is not None:
         held = _encoded(job, options, stop.data).examples
-        return Rows(token_rows(encoded.examples, pad_id=pad, packed=packed),
-                    token_rows(held, pad_id=pad, packed=packed), encoded.report, place)
+        return Rows(made(encoded.examples), made(held), encoded.report, place, events)
     draw = torch.Generator().manual_seed(job.seed + SEED_OF_SPLIT)
     shuffled = torch.randperm(len(encoded.examples), generator=draw).tolist()
     count = max(1, round(stop.holdout * len(shuffled)))
@@ -132,10 +138,9 @@ def training_rows(job: Job, options: Training) -> Rows:
         raise StepError(f'data "{options.data}" has {len(shuffled)} row to train on, and `stop` holds out {count}; '
                         "expected at least two; give more rows, or name held-out data with `stop: {data: ...}`")
     kept, out = sorted(shuffled[count:]), shuffled[:count]
-    return Rows(token_rows([encoded.examples[index] for index in kept], pad_id=pad, packed=packed),
-                token_rows([encoded.examples[index] for index in out], pad_id=pad, packed=packed),
+    return Rows(made([encoded.examples[index] for index in kept]), made([encoded.examples[index] for index in out]),
                 {**encoded.report, "held_out": count},
-                partial(_place, job.rows(options.data).place, [encoded.origin[index] for index in kept]))
+                partial(_place, job.rows(options.data).place, [encoded.origin[index] for index in kept]), events)
 
 
 def _place(place: Callable[[int], str], origin: list[int], index: int) -> str:
@@ -159,7 +164,12 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
             after_step: Callable[[], None] | None = None,
             rate_scale: Callable[[str], float] | None = None) -> Trained:
     """Train `model` on `rows` as the options say: a learning rate first where it is `auto`, then the loop."""
-    events: list[str] = []
+    events = list(rows.events)
+    if loss is next_token_loss and len(rows.train):
+        reason = can_split(model, to_device(rows.train.batch([0]), next(iter(model.parameters())).device))
+        if reason is not True:
+            loss = full_logits_loss
+            events.append(f"the loss is computed from all logits at once: {reason}")
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if any(not p.requires_grad for p in model.parameters()):
@@ -172,7 +182,7 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
             return [found.rate, found.describe()]
 
         rate, event = job.checkpoints.remember("rate", search) if job.checkpoints is not None else search()
-        events = [event]
+        events.append(event)
     stop = options.stop
     stopping = Stopping(stop.patience, stop.min_gain, stop.min_gain_per_kilojoule, stop.every,
                         stop.share) if stop is not None else None

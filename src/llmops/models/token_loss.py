@@ -39,8 +39,8 @@ from llmops.errors import LlmopsError, ModelError
 from llmops.models.arch import text_config
 from llmops.models.packed_rows import evaluating, pack
 
-__all__ = ["FACTS", "Head", "can_split", "head_of", "last_hidden", "next_token_loss", "pair_log_probs",
-           "sum_log_probs", "token_log_probs"]
+__all__ = ["FACTS", "Head", "can_split", "full_logits_loss", "head_of", "last_hidden", "next_token_loss",
+           "pair_log_probs", "sum_log_probs", "token_log_probs"]
 
 IGNORED = -100
 CHUNK_BYTES = 64 << 20  # of float32 logits in one chunk, unless the caller's `chunk` is smaller
@@ -151,6 +151,16 @@ def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     The whole model is called, not its decoder, so that autocast, adapters and parallel wrappers do what they do.
     """
     return _run(model, batch)[0]
+
+
+def full_logits_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """`next_token_loss` from all logits at once, for models that do not come apart at their head."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    kept = batch["labels"][:, 1:] != IGNORED
+    loss: Tensor = torch.nn.functional.cross_entropy(logits[kept].float(), batch["labels"][:, 1:][kept],
+                                                     reduction="sum")
+    return loss
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
