@@ -141,8 +141,15 @@ def test_the_card_tells_how_the_training_went():
 
 
 def test_marks_are_what_the_loop_says():
-    source = "".join(map(inspect.getsource, (loop, stop)))
-    said = [re.sub(r"\{[^}]*\}", "7", words) for words in re.findall(r'f"((?:[^"{]|\{[^}]*\})*)"', source)]
-    for letter, pattern in MARKED.items():
-        assert any(pattern.match(words) for words in said), letter
-    assert "from a range test" in inspect.getsource(finder)
+    source = "".join(map(inspect.getsource, (loop, stop, finder)))
+    for words in ("went on from the checkpoint of step ", "memory ran out at step ", "stopped early at step ",
+                  "kept the weights of step "):
+        assert words in source
+        assert any(pattern.match(f"{words}7") for pattern in MARKED.values())
+    assert "from a range test" in source
+
+
+def test_one_event_may_name_several_steps():
+    row = {"log": {"events": ["went on from the checkpoint of step 3, then 9", "memory ran out at the look after step 8 "
+                              "(x): passes cut in half", "memory ran out at optimizer step 4 with one row"]}}
+    assert [mark[:2] for mark in training_marks(row)] == [(3.0, "R"), (8.0, "M"), (9.0, "R")]
