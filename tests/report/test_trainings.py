@@ -150,6 +150,7 @@ def test_marks_are_what_the_loop_says():
 
 
 def test_one_event_may_name_several_steps():
-    row = {"log": {"events": ["went on from the checkpoint of step 3, then 9", "memory ran out at the look after step 8 "
-                              "(x): passes cut in half", "memory ran out at optimizer step 4 with one row"]}}
+    row = {"log": {"events": ["went on from the checkpoint of step 3, then 9",
+                              "memory ran out at the look after step 8 (x): passes cut in half",
+                              "memory ran out at optimizer step 4 with one row"]}}
     assert [mark[:2] for mark in training_marks(row)] == [(3.0, "R"), (8.0, "M"), (9.0, "R")]
