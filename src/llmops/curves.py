@@ -101,7 +101,8 @@ def curve_lines(values: Sequence[Point], looks: Sequence[Point], width: int, hei
     values: (step, loss) of the training; looks: (step, held-out loss), each drawn as a mark. The smoothed line is
     drawn whole, of the raw points the lowest and the highest of every column of dots. plain: ASCII only.
     """
-    return ["".join(character for character, _ in line).rstrip() for line in cells(values, looks, width, height, plain=plain)]
+    lines = cells(values, looks, width, height, plain=plain)
+    return ["".join(character for character, _ in line).rstrip() for line in lines]
 
 
 def cells(values: Sequence[Point], looks: Sequence[Point], width: int, height: int, *,

@@ -74,12 +74,19 @@ def curves(page: Page) -> Markup:
     rows = [row for row in page.rows if loss_curve(row)]
     if not rows:
         return NOTHING
-    together = [_together(page, [row for row in rows if kind_of(row) == kind]) for kind in ("finetune", "distill")]
+    scales = dict.fromkeys(map(_scale, rows))
+    together = [_together(page, [row for row in rows if _scale(row) == scale]) for scale in scales]
     each = tag("div", [_alone(page, row) for row in rows], class_="grid-of-curves")
     note = ("Faint: the loss as it was; strong: smoothed; diamonds: the held-out loss. R: went on after it was cut "
             "off; M: memory ran out; S: stopped early; B: the weights that were kept.")
     return tag("section", tag("h2", "Training loss", id="loss"), together, each, tag("p", note, class_="dim"),
                [_merge(page, row) for row in page.rows if merges(row)], aria_labelledby="loss")
+
+
+def _scale(row: Row) -> str:
+    """Which losses can be held against each other: those of next tokens; distillation and preferences have others."""
+    method = str(group(row, "transform").get("method"))
+    return kind_of(row) if method in ("lora", "full") else f"{kind_of(row)} with {method}"
 
 
 def _training(row: Row) -> Training:
@@ -93,7 +100,7 @@ def _together(page: Page, rows: list[Row]) -> Markup:
         return NOTHING
     legend = tag("ul", [tag("li", trainings.sample(place), page.link(row), f" {what(row)}")
                         for place, row in enumerate(rows)], class_="key")
-    label = f"smoothed training loss of {len(rows)} variants over their steps ({kind_of(rows[0])})"
+    label = f"smoothed training loss of {len(rows)} variants over their steps ({_scale(rows[0])})"
     return tag("figure", trainings.overlaid([_training(row) for row in rows], label),
                tag("figcaption", legend))
 

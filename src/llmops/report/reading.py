@@ -138,17 +138,17 @@ def _pairs(found: Any) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
 
 
-#: letter on the chart -> the event of the loop that is meant; the group is the step
-MARKED = {"R": re.compile(r"went on from the checkpoint of step (\d+)"),
-          "M": re.compile(r"memory ran out at step (\d+)"),
+#: letter on the chart -> the event of the loop that is meant; the group is the step, or several
+MARKED = {"R": re.compile(r"went on from the checkpoint of step (\d+(?:, then \d+)*)"),
+          "M": re.compile(r"memory ran out at (?:the look after )?step (\d+)"),
           "S": re.compile(r"stopped early at step (\d+)"), "B": re.compile(r"kept the weights of step (\d+)")}
 FOUND_RATE = "from a range test"
 
 
 def training_marks(row: Row) -> list[tuple[float, str, str]]:
     """(step, letter, event) of what happened on the way: Resumed, out of Memory, Stopped, Best weights kept."""
-    found = [(float(match[1]), letter, event) for event in events(row) for letter, pattern in MARKED.items()
-             if (match := pattern.match(event))]
+    found = [(float(step), letter, event) for event in events(row) for letter, pattern in MARKED.items()
+             if (match := pattern.match(event)) for step in re.findall(r"\d+", match[1])]
     return sorted(found)
 
 
