@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -102,8 +102,9 @@ def _wrong_places(error: ValidationError, model: type[BaseModel]) -> list[tuple[
         location = item["loc"]
         said = item["msg"].removeprefix("Value error, ") if item["type"] == "value_error" else ""
         name = field_names(model).get(str(location[0])) if location else None
-        if name is not None and _is_union(model.model_fields[name].annotation):
-            location = location[:1]
+        annotation = model.model_fields[name].annotation if name is not None else None
+        if _is_union(annotation):
+            location = location[:1] if _model_of(annotation) is None else location
         places[(tuple(location), said)] = None
     return list(places)
 
@@ -119,8 +120,7 @@ def _complain(problems: Problems, trail: Trail, body: Any, model: type[BaseModel
             return
         if holder is not None:
             info = holder.model_fields[field_names(holder)[str(part)]]
-            inner = info.annotation
-            holder = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+            holder = _model_of(info.annotation)
         given = cast(Any, given)[part] if isinstance(given, Mapping | list) else given
     if info is None:
         problems.add(trail, f"given {shown(given)}, which does not fit")
@@ -140,8 +140,8 @@ def _kinded(value: Any, wanted: str) -> str:
 def _cure(given: Any, info: FieldInfo) -> str:
     literals = [str(item) for item in _literals(info.annotation)]
     if isinstance(given, str):
-        if literals:
-            return nearest(given, literals)
+        if near := nearest(given, literals):
+            return near
         if any(get_origin(member) is list for member in _members(info.annotation)) and redacted(given) == given:
             return f"; write [{given}]"
         if info.annotation is bool and given.lower() in _BARE_TRUTH:
@@ -167,7 +167,15 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if _is_union(annotation) else (annotation,)
+    members = get_args(annotation) if _is_union(annotation) else (annotation,)
+    return tuple(get_args(member)[0] if get_origin(member) is Annotated else member for member in members)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, be it optional; None for everything else."""
+    models = [member for member in _members(annotation) if member is not type(None)]
+    only = models[0] if len(models) == 1 else None
+    return only if isinstance(only, type) and issubclass(only, BaseModel) else None
 
 
 def _literals(annotation: Any) -> list[Any]:
@@ -175,6 +183,9 @@ def _literals(annotation: Any) -> list[Any]:
 
 
 def _type_in_words(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        inner, *noted = get_args(annotation)
+        return _type_in_words(inner) + _bounds([item for note in noted for item in getattr(note, "metadata", [note])])
     if annotation in _PLAIN:
         return _PLAIN[annotation]
     if _is_union(annotation):

@@ -55,8 +55,14 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
     """Steps that their parent, their data and the model's dimensions allow."""
     for name, variant in variants.items():
         trail: Trail = ("variants", name, variant.kind)
-        for used in variant.data_names():
-            refer(problems, (*trail, "data"), used, data_names, "data")
+        stop = getattr(variant.options, "stop", None)
+        if getattr(variant.options, "data", None):
+            refer(problems, (*trail, "data"), variant.options.data, data_names, "data")
+        if stop is not None and stop.data is not None:
+            refer(problems, (*trail, "stop", "data"), stop.data, data_names, "data")
+            if stop.data == variant.options.data:
+                problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
+                             "loss falls whatever is learned; expected other data, or holdout: 0.05")
         _check_parent(problems, variants, variant, dims)
         options = variant.options
         pattern = getattr(options, "pattern", "unstructured")
