@@ -28,8 +28,8 @@ from llmops.quantity import Quantity
 from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
 from llmops.train.finder import find_rate
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "lora_step", "run_fit", "train_all",
-           "trainable", "training_rows", "work_of"]
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "lora_step", "run_fit", "schedule_of",
+           "train_all", "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 
