@@ -145,6 +145,17 @@ def test_a_cut_off_training_goes_on_bit_for_bit(tmp_path, more):
     assert again.loss == whole.loss and torch.equal(weights(again.model), weights(whole.model))
 
 
+def test_the_reference_is_computed_for_the_pairs_that_the_training_comes_to():
+    whole, part = job(), job()
+    told: list[tuple[int, str]] = []
+    part.progress = lambda done, total, text: told.append((total, text))
+    work = dpo_step(part, options(max_steps=2))
+    assert {total for total, text in told if text.startswith("reference")} == {8}
+    assert work.data["pairs_looked_at"] == 8 and work.data["pairs"] == 12
+    same = dpo_step(whole, options()).loss[:2]  # the same rows in the same order
+    assert [value for _, value in work.loss] == pytest.approx([value for _, value in same], abs=1e-5)
+
+
 def test_a_reference_of_other_pairs_or_a_broken_file_is_computed_again(tmp_path):
     place = Checkpoints(tmp_path / "place", every_steps=100)
     expected = dpo_step(job(PAIRS[:6]), options())

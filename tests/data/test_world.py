@@ -233,3 +233,12 @@ def test_mask_covers_the_assistant_turn_and_its_terminator(tokenizer) -> None:  
 def test_values_are_short_in_tokens(tokenizer) -> None:  # type: ignore[no-untyped-def]
     lengths = [len(tokenizer(" " + row["answer"])["input_ids"]) for row in world.facts("test")]
     assert sum(lengths) / len(lengths) < 1.5
+
+
+def test_preferences_are_the_questions_with_the_right_answer_and_a_wrong_one_of_its_kind() -> None:
+    for split in ("train", "test"):
+        rows = world.preferences(split)
+        assert len(rows) == world.SIZES[split] and rows == world.preferences(split)
+        for row, fact in zip(rows, world.facts(split), strict=True):
+            assert row["prompt"] == fact["messages"][0]["content"] and row["chosen"] == fact["answer"]
+            assert row["rejected"] != row["chosen"] and row["rejected"] in world.world().values[row["attribute"]]

@@ -4,9 +4,9 @@ It runs through the loop that every training runs through, so a pair is a row li
 padding-free sequence, a killed run goes on bit for bit, energy is counted, zeros of a pruned parent stay zero.
 
     the reference is the parent   its log-probabilities of both answers are computed ONCE, before the first step, and
-                                  used in every epoch. Cost: one forward pass over the data, instead of one in every
-                                  epoch beside the training's own, and no second model in memory; in exchange dropout
-                                  and noise never touch the reference
+                                  used in every epoch. Cost: one forward pass over the pairs that the training will
+                                  come to, instead of one in every epoch beside the training's own, and no second
+                                  model in memory; dropout and noise never touch the reference
     they are kept                 beside the checkpoints, so that an attempt that goes on has the same, also on a GPU,
                                   whose sums differ from run to run
     it is looked at before and after   the reward margin, and how often the chosen answer is the likelier one, on a
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.build.job import Job, Work
-from llmops.build.training import SEED_OF_SPLIT, Rows, run_fit, train_all, trainable, work_of
+from llmops.build.training import SEED_OF_SPLIT, Rows, run_fit, schedule_of, train_all, trainable, work_of
 from llmops.data.pairs import EncodedPairs, encode_pairs
 from llmops.data.render import IGNORED, collate
 from llmops.errors import StepError, StoreError
@@ -48,10 +48,11 @@ from llmops.models.token_loss import pair_log_probs
 from llmops.quantity import Quantity
 from llmops.train import Loss, Progress, TrainingSet
 from llmops.train.ranks import add_up, rank_and_size
+from llmops.train.rows import order
 
 __all__ = ["Pairs", "answer_log_probs", "dpo_step", "pair_loss", "pair_rows", "reference_log_probs"]
 
-PASS_TOKENS = 8192  # of a forward pass without a gradient, unless one pair has more
+PASS_TOKENS = 4096  # of a forward pass without a gradient, unless one pair has more
 MEASURED = 512  # training pairs that are looked at again after the training
 
 Example = Mapping[str, Sequence[int]]
@@ -100,10 +101,10 @@ def dpo_step(job: Job, options: Dpo) -> Work:
     pairs = _pairs(job, options)
     model = trainable(job.model)
     began = time.perf_counter()
-    reference = reference_log_probs(model, pairs, _kept(job), job.progress)
-    every = [*pairs.train, *pairs.held_out]
-    tokens = sum(map(pairs.tokens, every))
-    events = [f"reference log-probabilities of {len(every):,} pairs ({tokens:,} tokens) in "
+    needed = _needed(pairs, options, job.seed)
+    reference = reference_log_probs(model, pairs, [*needed, *pairs.held_out], _kept(job), job.progress)
+    tokens = sum(pairs.tokens(index) for index in (*needed, *pairs.held_out))
+    events = [f"reference log-probabilities of {len(needed) + len(pairs.held_out):,} pairs ({tokens:,} tokens) in "
               f"{time.perf_counter() - began:.1f} s, used in every epoch"]
     rows = Rows(pair_rows(pairs, pairs.train, reference),
                 pair_rows(pairs, pairs.held_out, reference) if pairs.held_out else None, pairs.report, pairs.place)
@@ -112,7 +113,7 @@ def dpo_step(job: Job, options: Dpo) -> Work:
     loss = partial(pair_loss, options=options, seen=curve.see if job.log is not None else None)
     train = train_all if options.rank is None else _train_adapters
     work = train(told, options, loss, rows)
-    tokens += _look_again(job, options, work, pairs, reference)
+    tokens += _look_again(job, options, work, pairs, needed, reference)
     work.events += events
     _count_forward(work, tokens)
     return work
@@ -195,29 +196,39 @@ def _passes(pairs: Pairs, indices: Sequence[int]) -> list[list[int]]:
     return passes
 
 
-def reference_log_probs(model: nn.Module, pairs: Pairs, kept: Path | None = None,
+def reference_log_probs(model: nn.Module, pairs: Pairs, indices: Sequence[int], kept: Path | None = None,
                         progress: Progress | None = None) -> Tensor:
     """(2, all pairs): log-probabilities under the weights that the training starts from, which `model` has now.
 
-    kept: file that holds them between attempts at one build; one of other pairs is not used. Raises StoreError when
-    it cannot be written.
+    NaN for the pairs that are not among `indices`: a loss that met one would stop the training. kept: file that holds
+    them between attempts at one build; one of other pairs is not used. Raises StoreError when it cannot be written.
     """
-    name = _digest(pairs)
+    name = _digest(pairs, indices)
     if kept is not None and kept.exists() and (found := _read(kept, name)) is not None:
         return found
-    reference = answer_log_probs(model, pairs, range(len(pairs.chosen)), progress, "reference log-probabilities")
+    reference = torch.full((2, len(pairs.chosen)), float("nan"))
+    reference[:, list(indices)] = answer_log_probs(model, pairs, indices, progress, "reference log-probabilities")
     if kept is not None and rank_and_size()[0] == 0:
         _write(kept, reference, name)
     return reference
+
+
+def _needed(pairs: Pairs, options: Dpo, seed: int) -> list[int]:
+    """The training pairs that a step will come to: `max_steps` and a part of an epoch may leave some out."""
+    if options.learning_rate == "auto":  # the range test walks on its own
+        return pairs.train
+    sizes = [pairs.tokens(index) for index in pairs.train]
+    steps = order(TrainingSet(sizes, [1] * len(sizes), pairs.batch, pairs.packed), schedule_of(options, 1.0), seed)
+    return sorted({pairs.train[place] for step in steps for one in step for place in one})
 
 
 def _kept(job: Job) -> Path | None:
     return job.checkpoints.folder / "reference.safetensors" if job.checkpoints is not None else None
 
 
-def _digest(pairs: Pairs) -> str:
+def _digest(pairs: Pairs, indices: Sequence[int]) -> str:
     sides = [[list(side["input_ids"]), list(side["labels"])] for side in (*pairs.chosen, *pairs.rejected)]
-    return hashlib.sha256(json.dumps([pairs.packed, sides]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([pairs.packed, list(indices), sides]).encode()).hexdigest()
 
 
 def _read(path: Path, name: str) -> Tensor | None:
@@ -324,12 +335,12 @@ class _Curve:
         return told
 
 
-def _look_again(job: Job, options: Dpo, work: Work, pairs: Pairs, reference: Tensor) -> int:
+def _look_again(job: Job, options: Dpo, work: Work, pairs: Pairs, trained: list[int], reference: Tensor) -> int:
     """Add what the training did to the pairs to `work`; returns the tokens that were run for it."""
     draw = torch.Generator().manual_seed(job.seed)
-    order = torch.randperm(len(pairs.train), generator=draw)[:MEASURED].tolist()
+    chosen = torch.randperm(len(trained), generator=draw)[:MEASURED].tolist()
     tokens = 0
-    for title, name, indices in (("training", "", [pairs.train[place] for place in order]),
+    for title, name, indices in (("training", "", [trained[place] for place in chosen]),
                                  ("held-out", "held_out_", pairs.held_out[:MEASURED])):
         if not indices:
             continue

@@ -29,8 +29,8 @@ from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, Training
 from llmops.train.finder import find_rate
 from llmops.train.rows import to_device
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "run_fit", "train_all", "trainable",
-           "training_rows", "work_of"]
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "run_fit", "schedule_of", "train_all",
+           "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 

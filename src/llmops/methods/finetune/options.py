@@ -121,8 +121,7 @@ class Dpo(Training):
                                                               "token (Pang et al. 2024); 1 keeps it likely")
     average_log_probs: bool = Field(False, description="compare answers by nats a token instead of a whole, against a "
                                                        "pull towards length; wants a larger beta; usual with ipo")
-    rank: Annotated[int, Field(ge=1, le=4096)] | None = Field(16, description="rank r of the adapters; null trains "
-                                                                              "every weight")
+    rank: int | None = Field(16, ge=1, le=4096, description="rank r of the adapters; null trains every weight")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
     targets: Literal["all-linear"] | list[str] = Field(
