@@ -42,7 +42,7 @@ from llmops.errors import StepError, StoreError
 from llmops.methods.finetune.dpo import dpo_loss, reward_margin
 from llmops.methods.finetune.lora import add_lora, merge_lora
 from llmops.methods.finetune.options import Dpo
-from llmops.models.packed_rows import evaluating, pack, row_of, use_packed_attention
+from llmops.models.packed_rows import can_pack, evaluating, pack, row_of, use_packed_attention
 from llmops.models.save import save_adapter, save_dense
 from llmops.models.token_loss import pair_log_probs
 from llmops.quantity import Quantity
@@ -266,7 +266,7 @@ def _pairs(job: Job, options: Dpo) -> Pairs:
     encoded = _encoded(job, options, options.data)
     count, origin, source = len(encoded.chosen), encoded.origin, job.rows(options.data)
     pairs = Pairs(encoded.chosen, encoded.rejected, list(range(count)), [], job.tokenizer.pad_token_id,
-                  options.packing, encoded.report, lambda index: source.place(origin[index]))
+                  options.packing and can_pack(job.model) is True, encoded.report, lambda index: source.place(origin[index]))
     if options.stop is None:
         return pairs
     if options.stop.data is not None:
