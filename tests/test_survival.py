@@ -95,16 +95,14 @@ def test_what_another_process_builds_is_put_aside_and_waited_for(place, tmp_path
     stage = plan(path, runs=runs).stage("tuned")
     lock = Locks(Store(runs).builds).take(stage.key)
     assert lock is not None
-    with lock:
-        child = tune(path, runs)
-        lines: list[str] = []
+    lines: list[str] = []
+    with lock, tune(path, runs) as child:
         reader = threading.Thread(target=lambda: lines.extend(child.stderr))
         reader.start()
         _wait_for(lambda: any("waiting for" in line for line in lines))
         assert f"waiting for {os.getpid()} on " in lines[-1] and ": building tuned since " in lines[-1]
         assert states(Ledger(runs / "ledger.db").rows()) == {"base": "ok", "mag": "ok"}
         child.send_signal(signal.SIGINT)
-        child.wait(timeout=60)
         reader.join()
     assert child.returncode == 130 and "interrupted" in lines[-1]
     result = llmops.run(path, runs=runs)
