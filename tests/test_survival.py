@@ -1,5 +1,6 @@
 """What a run survives: two at once, failed attempts, full disks, signals, several ranks, and SIGKILL at any moment."""
 
+import json
 import os
 import resource
 import signal
@@ -45,7 +46,7 @@ def written(place: Path, path: Path, variants: dict, **more) -> Path:
     for source in body["data"].values():
         if "source" in source:
             source["source"] = str(place / source["source"])
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(body))))  # no anchors
     return path
 
 
@@ -67,6 +68,7 @@ def left_over(runs: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------------- two at once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("r", "r"), ("r", "s")], ids=["the same recipe", "a shared prefix"])
 def test_two_runs_on_one_store_build_and_score_everything_once(place, tmp_path, names):
     runs = tmp_path / "runs"
@@ -89,6 +91,7 @@ def test_two_runs_on_one_store_build_and_score_everything_once(place, tmp_path, 
     assert not left_over(runs)
 
 
+@pytest.mark.slow
 def test_what_another_process_builds_is_put_aside_and_waited_for(place, tmp_path):
     runs = tmp_path / "runs"
     path = written(place, tmp_path / "r.yaml", {"tuned": TUNED, "mag": MAG, "w4": W4})
@@ -225,6 +228,7 @@ def test_a_file_is_replaced_whole_and_leaves_of_dead_processes_go(tmp_path):
 # --------------------------------------------------------------------------------------------- signals and kills
 
 
+@pytest.mark.slow
 def test_sigterm_ends_in_order_with_143_and_the_next_run_goes_on(place, tmp_path):
     runs = tmp_path / "runs"
     path = written(place, tmp_path / "r.yaml", {"tuned": {"finetune": {**TUNED["finetune"], "max_steps": 4000}}},
