@@ -54,6 +54,7 @@ WATTS = RECIPE["measure"]["watts"]
 TIMED = ("environment", "latency", "energy", "carbon", "workload", "verdict")
 TIMED_BUILDING = ("wall_s", "energy_j", "chain_energy_j", "evaluate_energy_j", "evaluate_wall_s", "attempts",
                   "break_even_tokens")
+TIMED_SIZE = ("peak_memory_bytes", "disk_bytes")
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     row = {group: body for group, body in row.items() if group not in (*TIMED, "row_id")}
     row["identity"] = {name: value for name, value in row["identity"].items() if name not in ("run_id", "utc")}
     row["building"] = {name: value for name, value in row["building"].items() if name not in TIMED_BUILDING}
-    row["size"] = {name: value for name, value in row["size"].items() if name not in ("peak_memory_bytes", "disk_bytes")}
+    row["size"] = {name: value for name, value in row["size"].items() if name not in TIMED_SIZE}
     row["log"] = [event for event in row["log"]["events"] if not event.startswith("went on") and " s" not in event
                   and "% of the time" not in event]
     return row

@@ -132,6 +132,7 @@ class _Walk:
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
     _tools: tuple[Any, Scorer] | None = None
     _told: set[tuple[str, str]] = field(default_factory=set)
+    _known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.locks = self.store.locks()
@@ -141,6 +142,7 @@ class _Walk:
         left = list(enumerate(self.plan.stages, 1))
         while left:
             moved, busy, rest = False, [], []
+            self._look()
             for number, stage in left:
                 state = self._advance(stage, number)
                 moved |= state in ("done", "built")
@@ -163,6 +165,7 @@ class _Walk:
         if lock is None:
             return "busy"
         with lock:
+            self._look()
             if self._kept(stage) or self._copied(stage):  # by another process, while this one waited
                 return "done"
             self.store.tidy(stage.key)
@@ -204,10 +207,13 @@ class _Walk:
                                   f"{holder.since} ({holder.command})")
         time.sleep(POLL_S)
 
+    def _look(self) -> None:
+        """See what stands in the ledger now: other processes write into it."""
+        self._known = {row["identity"]["variant"]: row for row in self.ledger.rows(self.plan.recipe.name)}
+
     def _kept(self, stage: Stage) -> bool:
         """Whether a row of this run, from an earlier time or from another process, is what this stage would write."""
-        known = {row["identity"]["variant"]: row for row in self.ledger.rows(self.plan.recipe.name)}
-        kept = known.get(stage.variant)
+        kept = self._known.get(stage.variant)
         if kept is None or not _done(kept, stage, self.plan.recipe) or not self._present(stage):
             return False
         self.rows[stage.variant] = kept
