@@ -156,7 +156,7 @@ def _plan(starts: Tensor, tokens: int, device: torch.device) -> _Plan:
     return kept[1]
 
 
-class _Move(torch.autograd.Function):
+class _Move(torch.autograd.Function):  # type: ignore[misc]
     """y = x[places] with zeros in the holes of y. Its adjoint is the same kind of move, so no sum is needed.
 
     That holds because every entry of x goes to exactly one entry of y that is no hole (`back`), or to none when it is
@@ -320,7 +320,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def can_pack(model: nn.Module, lengths: Sequence[int] = (7, 3, 12)) -> bool | str:
     """True when a small pack gives the logits of its rows run alone with eager attention; otherwise why not.
 

@@ -14,8 +14,9 @@ depends on nothing that comes later, so the forward pass keeps it, N x D in all,
 gradient of token n. The same idea as the fused linear cross entropies of Liger Kernel (Hsu et al. 2024) and Cut Cross
 Entropy (Wijmans et al. 2024), but for one number a token rather than their sum, and in plain torch: the derivative
 dz/dh is taken by autograd through whatever the head is (bias, scale, soft cap, adapter). A head that is trained, tied
-embeddings included, is checkpointed instead: chunk by chunk it runs again in backward, which gives the gradient of its
-weights for one more product of three.
+embeddings included, needs the gradient of its weights too. Of the SUM of all tokens it is known in the forward pass but
+for one factor, and is kept there (`sum_log_probs`, for the loss). Token by token it would be N matrices, so chunks are
+checkpointed and run again in backward, one more product of three (`token_log_probs`, for DPO).
 
 What lies between the last hidden state and the logits is a fact of the architecture (`FACTS`). `can_split` holds the
 facts against the model on four tokens; where it says why not, use full logits.
@@ -32,7 +33,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from llmops.errors import LlmopsError, ModelError
@@ -40,7 +40,7 @@ from llmops.models.arch import text_config
 from llmops.models.packed_rows import evaluating, pack
 
 __all__ = ["FACTS", "Head", "can_split", "head_of", "last_hidden", "next_token_loss", "pair_log_probs",
-           "token_log_probs"]
+           "sum_log_probs", "token_log_probs"]
 
 IGNORED = -100
 CHUNK_BYTES = 64 << 20  # of float32 logits in one chunk, unless the caller's `chunk` is smaller
@@ -128,7 +128,7 @@ class _Seen:
         """The same autocast for the head: a wrapper's forward may have set it, and it is over by now."""
         if self.hidden is None or self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.hidden.device.type, dtype=self.autocast)
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast)  # type: ignore[no-any-return]
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, _Seen]:
@@ -153,7 +153,7 @@ def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return _run(model, batch)[0]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def can_split(model: nn.Module, batch: Mapping[str, Any]) -> bool | str:
     """True when head(last_hidden) are the model's own logits on four tokens of the batch; otherwise why not.
 
@@ -191,12 +191,11 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
 
     chunk: rows of logits at a time, at most; fewer where V is large, so that they stay under 64 MB in float32.
     parameters: what the head is made of; when one requires a gradient, chunks run again in backward. Raises
-    LlmopsError when the head has such a parameter and it is not among them; a second derivative raises RuntimeError.
+    LlmopsError when the head has such a parameter that is not among them, and in backward under create_graph.
     """
     if not len(targets):
         return hidden.sum(1).float()  # empty, and still a child of `hidden`
-    vocabulary = head(hidden[:1].detach()).shape[-1]
-    chunk = max(1, min(chunk, CHUNK_BYTES // (4 * vocabulary)))
+    chunk = _rows_at_once(hidden, head, chunk)
     grad = torch.is_grad_enabled()
     if grad and any(parameter.requires_grad for parameter in parameters):
         return torch.cat([checkpoint(_chunk_log_probs, h, y, head, use_reentrant=False)
@@ -207,11 +206,41 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
                       for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
 
 
+def sum_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], *, chunk: int = 1024,
+                  parameters: Sequence[Tensor] = ()) -> Tensor:
+    """The sum of `token_log_probs`, a scalar, without a second run of a trained head. Arguments and errors as there."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not len(targets) or not trained or not torch.is_grad_enabled():
+        return token_log_probs(hidden, targets, head, chunk=chunk, parameters=parameters).sum()
+    chunk = _rows_at_once(hidden, head, chunk)
+    return _SummedHead.apply(hidden, targets, head, chunk, *trained)  # type: ignore[no-any-return]
+
+
+def _rows_at_once(hidden: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> int:
+    vocabulary = int(head(hidden[:1].detach()).shape[-1])
+    return max(1, min(chunk, CHUNK_BYTES // (4 * vocabulary)))
+
+
 def _chunk_log_probs(h: Tensor, y: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.log_softmax(head(h), dim=-1, dtype=torch.float32).gather(1, y[:, None])[:, 0]
 
 
-class _FrozenHead(torch.autograd.Function):
+def _pull(hidden: Tensor, y: Tensor, head: Callable[[Tensor], Tensor], parameters: Sequence[Tensor] = ()
+          ) -> tuple[Tensor, list[Tensor]]:
+    """One chunk: log-probabilities (C,), and the derivative of MINUS their sum by `hidden` (C, D) and by parameters."""
+    with torch.enable_grad():
+        h = hidden.detach().requires_grad_()
+        z = head(h)  # (C, V)
+    _refuse_others(z, [h, *parameters])
+    log_p = torch.log_softmax(z.detach(), dim=-1, dtype=torch.float32)
+    taken = log_p.gather(1, y[:, None])[:, 0]
+    slope = log_p.exp_()  # p, then p - e_y: the derivative of -log p(y) by z
+    slope.scatter_add_(1, y[:, None], slope.new_full((1, 1), -1.0).expand(len(y), 1))
+    found = torch.autograd.grad(z, [h, *parameters], slope.to(z.dtype), materialize_grads=True)
+    return taken, list(found)
+
+
+class _FrozenHead(torch.autograd.Function):  # type: ignore[misc]
     """Log-probabilities (N,) whose Jacobian with respect to each token's own hidden row is kept from the forward."""
 
     @staticmethod
@@ -219,29 +248,53 @@ class _FrozenHead(torch.autograd.Function):
         jacobian = torch.empty_like(hidden)  # (N, D)
         parts = []
         for start in range(0, len(targets), chunk):
-            y = targets[start:start + chunk, None]
-            with torch.enable_grad():
-                h = hidden[start:start + chunk].detach().requires_grad_()
-                z = head(h)  # (C, V)
-            _refuse_others(z, h)
-            log_p = torch.log_softmax(z.detach(), dim=-1, dtype=torch.float32)
-            parts.append(log_p.gather(1, y)[:, 0])
-            slope = log_p.exp_()  # p, then p - e_y: the derivative of -log p(y) by z
-            slope.scatter_add_(1, y, slope.new_full((1, 1), -1.0).expand_as(y))
-            torch.neg(torch.autograd.grad(z, h, slope.to(z.dtype))[0], out=jacobian[start:start + chunk])
-            del z, log_p, slope  # before the next chunk's are made
+            place = slice(start, start + chunk)
+            log_p, (slope,) = _pull(hidden[place], targets[place], head)
+            torch.neg(slope, out=jacobian[place])
+            parts.append(log_p)
         ctx.save_for_backward(jacobian)
         return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         jacobian, = ctx.saved_tensors
         return jacobian * grad[:, None].to(jacobian.dtype), None, None, None
 
 
-def _refuse_others(z: Tensor, h: Tensor) -> None:
-    """Raises LlmopsError when z depends on a parameter in training besides h: its gradient would be lost."""
+class _SummedHead(torch.autograd.Function):  # type: ignore[misc]
+    """The sum of the log-probabilities; all its derivatives but for one factor are known in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], chunk: int,
+                *parameters: Tensor) -> Tensor:
+        slopes = [torch.empty_like(hidden), *(torch.zeros_like(parameter) for parameter in parameters)]
+        parts = []
+        for start in range(0, len(targets), chunk):
+            place = slice(start, start + chunk)
+            log_p, (slope, *others) = _pull(hidden[place], targets[place], head, parameters)
+            torch.neg(slope, out=slopes[0][place])
+            for kept, new in zip(slopes[1:], others, strict=True):
+                kept.sub_(new)
+            parts.append(log_p)
+        ctx.save_for_backward(*slopes)
+        return torch.cat(parts).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        by_hidden, *by_parameters = (slope * grad.to(slope.dtype) for slope in ctx.saved_tensors)
+        return by_hidden, None, None, None, *by_parameters
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph: what was kept from the forward pass has no history
+        raise LlmopsError("a second derivative of log-probabilities in chunks was asked for; expected one backward "
+                          "without create_graph; use full logits")
+
+
+def _refuse_others(z: Tensor, known: Sequence[Tensor]) -> None:
+    """Raises LlmopsError when z depends on a leaf in training that is not known: its gradient would be lost."""
     seen, open_nodes = set(), [z.grad_fn]
     while open_nodes:
         node = open_nodes.pop()
@@ -249,21 +302,16 @@ def _refuse_others(z: Tensor, h: Tensor) -> None:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not h:
+        if leaf is not None and not any(leaf is tensor for tensor in known):
             raise LlmopsError(f"the head trains a parameter of shape {tuple(leaf.shape)} that `parameters` does not "
                               "name; expected all of them; pass head.parameters()")
         open_nodes += [following for following, _ in node.next_functions]
 
 
-def _trained(model: nn.Module, batch: Mapping[str, Any], chunk: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Log-probabilities (N,) of the trained tokens, and the (row, column) of the position before each."""
-    hidden, seen = _run(model, batch)
-    targets = batch["labels"][:, 1:]
-    before = torch.nonzero(targets != IGNORED, as_tuple=True)
-    head = head_of(model)
-    with seen.again():
-        log_p = token_log_probs(hidden[before], targets[before], head, chunk=chunk, parameters=head.trained())
-    return log_p, (before[0], before[1])
+def _before_trained(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(row, column) of the position before each trained token, (N,) each."""
+    first, second = torch.nonzero(batch["labels"][:, 1:] != IGNORED, as_tuple=True)
+    return first, second
 
 
 def next_token_loss(model: nn.Module, batch: Mapping[str, Any], *, chunk: int = 1024) -> Tensor:
@@ -272,7 +320,11 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Any], *, chunk: int = 
     batch: padded (input_ids, attention_mask, labels (B, T)), or of `pack` with the packed attention in the model. A
     label counts where it is not -100 and not the first of its sequence.
     """
-    return -_trained(model, batch, chunk)[0].sum()
+    hidden, seen = _run(model, batch)
+    before, head = _before_trained(batch), head_of(model)
+    with seen.again():
+        return -sum_log_probs(hidden[before], batch["labels"][:, 1:][before], head, chunk=chunk,
+                              parameters=head.trained())
 
 
 def pair_log_probs(model: nn.Module, batch: Mapping[str, Any], rows: Tensor, *, chunk: int = 1024) -> Tensor:
@@ -281,6 +333,9 @@ def pair_log_probs(model: nn.Module, batch: Mapping[str, Any], rows: Tensor, *, 
     rows: the row number of every position, shaped as the labels (`packed_rows.row_of` for a pack, or
     `arange(B)[:, None].expand(B, T)`); R is the largest number plus one. A row without a trained token has 0.
     """
-    log_p, (first, second) = _trained(model, batch, chunk)
-    owners = rows[first, second + 1]
-    return log_p.new_zeros(int(rows.max()) + 1).index_add(0, owners, log_p)
+    hidden, seen = _run(model, batch)
+    before, head = _before_trained(batch), head_of(model)
+    with seen.again():
+        log_p = token_log_probs(hidden[before], batch["labels"][:, 1:][before], head, chunk=chunk,
+                                parameters=head.trained())
+    return log_p.new_zeros(int(rows.max()) + 1).index_add(0, rows[:, 1:][before], log_p)
