@@ -100,10 +100,11 @@ def _forward(self: Any, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
     if switched or any(p.requires_grad for p in base.parameters()) or base._forward_hooks or base._forward_pre_hooks:
         return Linear.forward(self, x, *arguments, **named)  # type: ignore[no-any-return]
     name, = self.lora_A
-    given: tuple[Any, ...] = (x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
+    given: list[Any] = [x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight]
     if torch.is_autocast_enabled(device):
-        given = tuple(None if one is None else one.to(torch.get_autocast_dtype(device)) for one in given)
+        given = [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in given]
     if len({one.dtype for one in given if one is not None}) > 1:
         return Linear.forward(self, x)  # type: ignore[no-any-return]
     with torch.autocast(device, enabled=False):
-        return fused_lora_linear(*given, self.scaling[name])
+        x, W, bias, A, B = given
+        return fused_lora_linear(x, W, bias, A, B, self.scaling[name])
