@@ -90,9 +90,13 @@ def _peak(device: str) -> int:
 # ---------------------------------------------------------------------------------------------------------- ours
 
 
-def ours(case: Case, gate: Gate, *, packed: bool = True, at_once: bool = True, fused: bool = False) -> None:
-    """`llmops.train.fit` with LoRA from `add_lora`. One row of its training set is a pack, so that steps are given."""
+def ours(case: Case, gate: Gate, *, packed: bool = True, at_once: bool = True, fused: bool = True) -> None:
+    """`llmops.train.fit` with LoRA from `add_lora`. One row of its training set is a pack, so that steps are given.
+
+    at_once: all packs of a step in one pass; otherwise one by one, accumulated. fused: `fuse` over PEFT's layers.
+    """
     from llmops.data.render import collate
+    from llmops.methods.finetune.fused_lora import fuse
     from llmops.methods.finetune.lora import add_lora
     from llmops.models.packed_rows import pack
     from llmops.train import Hooks, Schedule, TrainingSet, fit
@@ -102,8 +106,6 @@ def ours(case: Case, gate: Gate, *, packed: bool = True, at_once: bool = True, f
     model = load_model(case)
     adapted = add_lora(model, rank=case.rank, alpha=case.alpha, seed=case.seed)
     if fused:
-        from llmops.methods.finetune.fused_lora import fuse
-
         fuse(adapted)
     schedule = Schedule(epochs=1.0, learning_rate=case.learning_rate, schedule="constant", warmup=0.0,
                         batch_size=case.packs if at_once else 1, accumulate=1 if at_once else case.packs)
@@ -231,8 +233,7 @@ def trl(case: Case, gate: Gate, *, at_once: bool, liger: bool = False) -> None:
 CONTENDERS: dict[str, Callable[[Case, Gate], None]] = {
     "ours": ours,
     "ours-by-pack": lambda case, gate: ours(case, gate, at_once=False),
-    "ours-fused": lambda case, gate: ours(case, gate, fused=True),
-    "ours-fused-by-pack": lambda case, gate: ours(case, gate, at_once=False, fused=True),
+    "ours-by-peft": lambda case, gate: ours(case, gate, fused=False),
     "ours-padded": lambda case, gate: ours(case, gate, packed=False),
     "trl-packed": lambda case, gate: trl(case, gate, at_once=False),
     "trl-packed-at-once": lambda case, gate: trl(case, gate, at_once=True),
