@@ -205,6 +205,15 @@ def ratios(found: list[dict[str, Any]]) -> dict[str, float]:
     return made
 
 
+def agreement(found: list[dict[str, Any]]) -> str:
+    """How far the losses of the contenders are apart: at the first step, where all have the same weights, and later."""
+    losses = [one["losses"] for one in found if "failed" not in one]
+    if not losses:
+        return "no contender ran"
+    apart = [max(step) - min(step) for step in zip(*losses, strict=True)]
+    return f"losses of the contenders differ by {apart[0]:.1e} at the first step and at most {max(apart):.1e} later"
+
+
 def table(result: dict[str, Any]) -> str:
     case = result["case"]
     lines = [f"{case['model']}, {case['dtype']}, {case['device']}, {case['threads']} thread(s); a step: "
@@ -219,7 +228,8 @@ def table(result: dict[str, Any]) -> str:
         used = one.get("model_flops_utilization")
         lines.append(f"| {one['name']} | {one['tokens_per_s']:,.0f} | {one['tokens_per_cpu_s']:,.0f} | "
                      f"{one['peak_bytes'] / 2**20:,.0f} | {losses}" + (f"; MFU {used:.1%}" if used else "") + " |")
-    return "\n".join([*lines, "", *(f"ours, {name}: {value:.2f}" for name, value in result["ratios"].items())])
+    lines += ["", agreement(result["contenders"])]
+    return "\n".join([*lines, *(f"ours, {name}: {value:.2f}" for name, value in result["ratios"].items())])
 
 
 def machine(asked: argparse.Namespace) -> dict[str, Any]:
@@ -236,9 +246,10 @@ def machine(asked: argparse.Namespace) -> dict[str, Any]:
         if there != {name: versions[name] for name in there}:
             sys.exit(f"{asked.peer_python} has {there}, this Python {versions}; expected the same versions, since the "
                      "comparison is of the trainers; install the same ones there")
+    shown = ["PYTHON" if word == asked.peer_python else word for word in sys.argv]
     return {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "cpus": os.cpu_count(),
             "cpu_model": names[0] if names else platform.processor(), "python": platform.python_version(),
-            "threads": asked.threads, "versions": versions, "command": " ".join(["python", *sys.argv])}
+            "threads": asked.threads, "versions": versions, "command": " ".join(["python", *shown])}
 
 
 def main() -> None:
