@@ -57,17 +57,18 @@ def test_what_is_no_row_is_refused(rows):
         pack(rows)
 
 
+@pytest.mark.parametrize("waste", [packed_rows.WASTE, packed_rows.WASTE_ON_CPU])
 @pytest.mark.parametrize("seed", range(5))
-def test_blocks_hold_every_row_and_waste_little(seed):
+def test_blocks_hold_every_row_and_waste_little(seed, waste):
     drawn = random.Random(seed)
     lengths = [drawn.choice([1, 2, 30, 500]) * drawn.randint(1, 3) for _ in range(40)]
-    groups = packed_rows._blocks(lengths)
+    groups = packed_rows._blocks(lengths, waste)
     assert sorted(row for group in groups for row in group) == list(range(40))
     for group in groups:
         longest = max(lengths[row] for row in group)
-        assert len(group) * longest ** 2 <= 1.5 * sum(lengths[row] ** 2 for row in group)
+        assert len(group) * longest ** 2 <= waste * sum(lengths[row] ** 2 for row in group)
     assert len(groups) < 40  # rows of like length do share a block
-    assert len(packed_rows._blocks([100] * 8)) == 1
+    assert len(packed_rows._blocks([100] * 8, waste)) == 1
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])

@@ -266,7 +266,8 @@ def _pairs(job: Job, options: Dpo) -> Pairs:
     encoded = _encoded(job, options, options.data)
     count, origin, source = len(encoded.chosen), encoded.origin, job.rows(options.data)
     pairs = Pairs(encoded.chosen, encoded.rejected, list(range(count)), [], job.tokenizer.pad_token_id,
-                  options.packing and can_pack(job.model) is True, encoded.report, lambda index: source.place(origin[index]))
+                  options.packing and can_pack(job.model) is True, encoded.report,
+                  lambda index: source.place(origin[index]))
     if options.stop is None:
         return pairs
     if options.stop.data is not None:
