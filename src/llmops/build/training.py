@@ -17,6 +17,7 @@ from llmops.data.render import Encoded, encode
 from llmops.errors import StepError
 from llmops.methods.distill.logits import distill_loss
 from llmops.methods.distill.options import Logits
+from llmops.methods.finetune.fused_lora import fuse
 from llmops.methods.finetune.lora import zero_masks
 from llmops.methods.finetune.neftune import noisy_embeddings
 from llmops.methods.finetune.options import Full, Training
@@ -165,6 +166,7 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
             rate_scale: Callable[[str], float] | None = None) -> Trained:
     """Train `model` on `rows` as the options say: a learning rate first where it is `auto`, then the loop."""
     events = list(rows.events)
+    fuse(model)
     if loss is next_token_loss and len(rows.train):
         reason = can_split(model, to_device(rows.train.batch([0]), next(iter(model.parameters())).device))
         if reason is not True:
