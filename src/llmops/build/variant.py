@@ -94,7 +94,8 @@ def source_of(variant: str, recipe: Recipe, store: Store, keys: Mapping[str, str
 def versions() -> dict[str, str]:
     """Versions of the packages that make a build what it is."""
     found = {}
-    for package in ("llmops", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "compressed-tensors", "triton"):
+    for package in ("llmops", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "compressed-tensors",
+                    "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
