@@ -101,7 +101,7 @@ def _relation(row: Row) -> str | None:
     chain = [str(step) for step in transform.get("chain") or []]
     if not chain:
         return None
-    if transform.get("method") == "lora" and group(transform, "options").get("merge") is False:
+    if transform.get("method") in ("lora", "qlora") and group(transform, "options").get("merge") in (False, "apart"):
         return "adapter"
     return "quantized" if chain[-1].startswith("quantize:") else "finetune"
 
