@@ -43,6 +43,7 @@ TUNED = {"finetune": {"method": "lora", "data": "train", "rank": 4, "max_steps":
 EVERY_STEP: dict[str, Any] = {
     "tuned": TUNED,
     "adapter": {"finetune": {**TUNED["finetune"], "merge": False}},
+    "four-bit": {"finetune": {**TUNED["finetune"], "method": "qlora", "merge": "apart"}},
     "full": {"finetune": {"method": "full", "data": "train", "max_steps": 2, "learning_rate": 1e-3}},
     "w8": {"from": "tuned", "quantize": {"method": "rtn", "scheme": "w8a16"}},
     "w4": {"from": "adapter", "quantize": {"method": "rtn", "scheme": "w4a16"}},

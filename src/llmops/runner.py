@@ -302,7 +302,6 @@ class _Walk:
         manifest = self.store.manifest(stage.key) if stage.variant != "base" else {}
         row["environment"] = environment(meter.device, meter.sensor)
         row["transform"] |= _storage(manifest, self.store.build(stage.key))
-        row["transform"] |= {"merge": manifest["merge"]} if manifest.get("merge") else {}
         row["parity"] = manifest.get("parity")
         if manifest and not manifest["parity"]["ok"]:
             wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]

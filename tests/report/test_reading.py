@@ -74,6 +74,15 @@ def test_the_group_size_left_out_is_the_default_of_the_method(scheme):
     assert what(row) == f"rtn {scheme}" + (f" g{options.group}" if options.group != -1 else "")
 
 
+@pytest.mark.parametrize(("method", "options", "said"), [
+    ("lora", {"merge": True, "init": "default", "lora_plus_ratio": 0.0}, "lora r8 2 ep"),
+    ("lora", {"merge": False, "rslora": True, "init": "pissa", "lora_plus_ratio": 16.0},
+     "lora r8 rslora pissa lora+16 apart 2 ep"),
+    ("qlora", {"merge": "original", "dora": True, "quant": "nf4"}, "qlora r8 dora nf4 original 2 ep")])
+def test_ways_to_train_adapters_are_told_apart(method, options, said):
+    assert what({"transform": {"method": method, "options": {"rank": 8, "epochs": 2.0, **options}}}) == said
+
+
 def test_other_options_are_named():
     row = {"transform": {"method": "new", "options": {"method": "new", "beta": 2, "list": [1]}, "simulated": True}}
     assert what(row) == "new beta=2 simulated"

@@ -149,6 +149,10 @@ def _summary(recipe: Recipe, name: str) -> str:
         words.append(f"{options.layers if isinstance(options.layers, int) else len(options.layers)} layers")
     if hasattr(options, "rank"):
         words.append(f"r{options.rank}")
+        words += [name for name in ("rslora", "dora") if getattr(options, name)]
+        words += [options.init] if options.init != "default" else []
+        words += [f"lora+{options.lora_plus_ratio:g}"] if options.lora_plus_ratio else []
+        words += [options.quant, options.merge] if hasattr(options, "quant") else [] if options.merge else ["apart"]
     if hasattr(options, "epochs"):
         epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
         words.append(f"{options.max_steps} steps" if options.max_steps else epochs)

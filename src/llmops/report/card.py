@@ -108,7 +108,8 @@ def _relation(row: Row) -> str | None:
     chain = [str(step) for step in transform.get("chain") or []]
     if not chain:
         return None
-    if transform.get("method") in ("lora", "dpo") and group(transform, "options").get("merge") is False:
+    apart = group(transform, "options").get("merge") in (False, "apart")
+    if transform.get("method") in ("lora", "qlora", "dpo") and apart:
         return "adapter"
     return "quantized" if chain[-1].startswith("quantize:") else "finetune"
 

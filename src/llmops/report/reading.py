@@ -357,6 +357,17 @@ def _training(options: Mapping[str, Any]) -> list[str]:
     return [f"{options['epochs']:g} ep"] if isinstance(options.get("epochs"), int | float) else []
 
 
+def _adapters(options: Mapping[str, Any]) -> list[str]:
+    """Rank, then what is not as plain LoRA has it: `r8 dora nf4 apart`."""
+    words = [f"r{options['rank']}"] if "rank" in options else []
+    words += [name for name in ("rslora", "dora") if options.get(name)]
+    words += [options["init"]] if options.get("init") not in (None, "default") else []
+    words += [f"lora+{options['lora_plus_ratio']:g}"] if options.get("lora_plus_ratio") else []
+    words += [str(options["quant"])] if options.get("quant") else []
+    merge = options.get("merge")
+    return words + (["apart"] if merge is False else [merge] if isinstance(merge, str) else [])
+
+
 def _zeros(options: Mapping[str, Any]) -> list[str]:
     pattern, sparsity = options.get("pattern"), options.get("sparsity")
     if pattern not in (None, "unstructured"):
@@ -383,7 +394,7 @@ def _any_words(options: Mapping[str, Any]) -> list[str]:
 
 
 WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
-    "lora": lambda o: [*([f"r{o['rank']}"] if "rank" in o else []), *_training(o)],
+    "lora": lambda o: [*_adapters(o), *_training(o)], "qlora": lambda o: [*_adapters(o), *_training(o)],
     "full": _training,
     "dpo": lambda o: [*([f"r{o['rank']}"] if o.get("rank") else ["full"]),
                       *([f"beta {o['beta']:g}"] if isinstance(o.get("beta"), int | float) else []), *_training(o)],
