@@ -45,10 +45,11 @@ def rehearse(path: str, sets: Sequence[str] = (), say: Callable[[Check], None] |
         with found.trying("twin", "run `llmops tune` with `max_steps: 2` on the model itself instead"):
             _twin(recipe, place / "twin", found)
             body = rehearsed(recipe, place / "twin")
-            with found.trying("kill and resume"):
-                _survive(body, place, found)
+            undisturbed: list[float] = []
             with found.trying("stages"):
-                _stages(body, place, found)
+                undisturbed = _stages(body, place, found)
+            with found.trying("kill and resume"):
+                _survive(body, place, undisturbed, found)
         with found.trying("longest batch"):
             _longest(recipe, lengths, found)
     return found.checks
@@ -199,8 +200,8 @@ def _own(there: set[tuple[str, str]], train: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the stages
 
 
-def _survive(body: Mapping[str, Any], place: Path, found: Checklist) -> None:
-    """Kill a training after its first checkpoint, go on, and hold it against one that nobody disturbed."""
+def _survive(body: Mapping[str, Any], place: Path, undisturbed: list[float], found: Checklist) -> None:
+    """Kill a training after its first checkpoint, go on, and hold it against the same one that nobody disturbed."""
     from llmops.runner import run
 
     one = {**body, "evaluate": [], "variants": {"killed": body["variants"][f"{OWN}lora"]}}
@@ -211,22 +212,20 @@ def _survive(body: Mapping[str, Any], place: Path, found: Checklist) -> None:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         found.add("kill and resume", "fail", f"the training ended by itself before its first checkpoint: {last}")
         return
-    losses, events = [], []
-    for runs in ("killed", "undisturbed"):
-        row = next(row for row in run(one, runs=place / runs).rows if row["identity"]["variant"] == "killed")
-        if row["status"]["state"] != "ok":
-            found.add("kill and resume", "fail", f"{runs}: {row['status']['reason']}")
-            return
-        losses.append([value for _, value in row["building"]["loss"]])
-        events += row["log"]["events"]
-    resumed = any("went on from the checkpoint" in event for event in events)
-    same = losses[0] == losses[1]
+    row = next(row for row in run(one, runs=place / "killed").rows if row["identity"]["variant"] == "killed")
+    if row["status"]["state"] != "ok":
+        found.add("kill and resume", "fail", f"after the kill: {row['status']['reason']}")
+        return
+    losses = [value for _, value in row["building"]["loss"]]
+    resumed = any("went on from the checkpoint" in event for event in row["log"]["events"])
+    same = losses == undisturbed
     found.add("kill and resume", "ok" if same and resumed else "fail",
               f"killed after step 1, {'went on from its checkpoint' if resumed else 'started again'}; losses "
-              f"{'equal to the last bit' if same else f'differ: {losses[0]} and {losses[1]}'}")
+              f"{'equal to the last bit' if same else f'differ: {losses} and {undisturbed}'}")
 
 
-def _stages(body: Mapping[str, Any], place: Path, found: Checklist) -> None:
+def _stages(body: Mapping[str, Any], place: Path, found: Checklist) -> list[float]:
+    """Every stage of the rehearsal; returns the losses of the doctor's own training."""
     from llmops.runner import run
 
     result = run(body, runs=place / "runs")
@@ -242,6 +241,8 @@ def _stages(body: Mapping[str, Any], place: Path, found: Checklist) -> None:
         trained = f"loss {loss[0][1]:.2f} -> {loss[-1][1]:.2f}; " if loss else ""
         found.add(f"{title} ({name})", "ok", f"{trained}saved, read back" + (f" ({checks})" if checks else ""))
     _exports(result, found)
+    own = next(row for row in result.rows if row["identity"]["variant"] == f"{OWN}lora")
+    return [value for _, value in own["building"].get("loss") or []]
 
 
 def _exports(result: Any, found: Checklist) -> None:
