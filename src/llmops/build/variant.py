@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from llmops.build.attempts import Attempts
-from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda_step
+from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.job import Job, Work
+from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
 from llmops.build.training import full_step, logits_step, lora_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
@@ -39,7 +40,8 @@ __all__ = ["STEPS", "apply_step", "build", "source_of", "versions"]
 STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): lora_step, ("finetune", "full"): full_step, ("distill", "logits"): logits_step,
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
-    ("quantize", "rtn"): rtn_step}
+    ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
+    ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step}
 
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:

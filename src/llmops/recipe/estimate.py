@@ -11,6 +11,8 @@ size, V the vocabulary, L the layers kept.
       full, logits  16 bytes a parameter (weight, gradient, two Adam moments, fp32) + activations (+ the teacher)
       lora          4 bytes a parameter + 16 bytes an adapter parameter + activations
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
+      gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
+      autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
                     of which no more than a chunk is held at once (a distillation holds all of them)
@@ -31,7 +33,7 @@ from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Lora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import Rtn
+from llmops.methods.quantize.options import Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
@@ -90,7 +92,7 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
     if isinstance(options, Lora) and not options.merge:
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
-    if not isinstance(options, Rtn):
+    if not isinstance(options, WeightOnly):
         return dense
     for name, (out, into) in dims.linear_shapes().items():
         if any(name.endswith(ending) for ending in options.ignore):
@@ -119,7 +121,18 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
         length = min(options.max_length, dims.context or options.max_length)
         return training_memory(recipe, variant, dims, options.batch_tokens or options.batch_size * length)
     layer = 8.0 * dims.linear_parameters
-    return width * count + layer + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0)
+    return (width * count + layer + _solving(options, dims)
+            + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0))
+
+
+def _solving(options: Any, dims: Dims) -> float:
+    """Bytes that a quantizer needs beside the layer and the activations that wait."""
+    if isinstance(options, Autoround):
+        length = min(options.length, dims.context or options.length)
+        return 20.0 * dims.linear_parameters + 2.0 * 34 * dims.hidden * options.batch_size * length
+    if isinstance(options, Calibrated):
+        return 12.0 * max(into for _, into in dims.linear_shapes().values()) ** 2
+    return 0.0
 
 
 def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:

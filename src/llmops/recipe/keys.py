@@ -37,7 +37,8 @@ _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
-_PACKAGES = {"finetune:lora": ("peft",), "quantize:rtn": ("compressed-tensors",)}
+_PACKAGES = {"finetune:lora": ("peft",), **{f"quantize:{method}": ("compressed-tensors",)
+                                            for method in ("rtn", "gptq", "awq", "hqq", "autoround")}}
 
 
 def key_of(parts: Mapping[str, str]) -> str:
