@@ -1,4 +1,4 @@
-"""HQQ: below the plain asymmetric grid in its norm, group by group; robust to outliers; what is stored is what counts."""
+"""HQQ: below the plain asymmetric grid in its norm, group by group, as stored; whatever the size of the weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_below_the_plain_asymmetric_grid_in_its_norm(bits: int, group: int) -> N
     ours = lost(hqq(W, bits=bits, group_size=group), W, group)
     plain = lost(rtn(W, bits=bits, group_size=group, symmetric=False), W, group)
     assert torch.all(ours <= plain * (1 + 1e-6))
-    assert ours.sum() < (0.95 if bits < 8 else 1.0) * plain.sum()
+    assert ours.sum() < (0.98 if bits < 8 else 1.0) * plain.sum()
 
 
 def test_more_iterations_never_lose_and_none_is_the_plain_grid() -> None:
