@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.runs import recipe, workplace
-from tests.twins import NAMES, twin
+from tests.twins import NAMES, tokens, twin
 from torch import nn
 
 import llmops
@@ -89,6 +89,19 @@ def test_taking_the_same_step_twice_gives_the_same_codes(place: Path, method: st
     for key, weight in first.packed.items():
         assert torch.equal(weight.codes, second.packed[key].codes) and torch.equal(weight.scale,
                                                                                    second.packed[key].scale)
+
+
+@pytest.mark.parametrize(("method", "name"), [("gptq", "qwen3"), ("awq", "gemma2"), ("awq", "llama-untied-bias"),
+                                              ("hqq", "llama"), ("autoround", "qwen2")])
+@torch.no_grad()
+def test_plain_transformers_reads_what_was_stored_to_the_bit(place: Path, method: str, name: str, tmp_path: Path
+                                                             ) -> None:
+    from transformers import AutoModelForCausalLM
+
+    work = take(place, method, name)
+    work.save(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(read(tokens(2, 40)).logits, work.model(tokens(2, 40)).logits)
 
 
 @pytest.mark.parametrize("method", METHODS)

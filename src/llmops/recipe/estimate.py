@@ -41,6 +41,7 @@ from llmops.recipe.schema import Recipe, Variant
 __all__ = ["Estimate", "estimate", "row_count", "training_memory"]
 
 CHUNK_BYTES = 64_000_000  # of float32 logits that a loss holds at once; the rest is computed chunk by chunk
+CROPS = 128  # of a calibration whose data names no `samples`
 _MOST_COUNTED = 256_000_000  # bytes of a text file whose lines are counted
 
 
@@ -152,13 +153,12 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
-    """Tokens of calibration: samples x length; None when the step reads no data or the rows are not known."""
+    """Tokens of calibration: crops x length, however many rows they are cut from; None when the step reads no data."""
     name = getattr(options, "data", None)
     if name is None or not hasattr(options, "length"):
         return None
-    rows = row_count(name, recipe.data, recipe.base_dir)[0]
     context = dims.context if dims is not None and dims.context else options.length
-    return None if rows is None else rows * min(options.length, context)
+    return (recipe.data[name].samples or CROPS) * min(options.length, context)
 
 
 def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quantity:
@@ -166,9 +166,8 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
     if not isinstance(options, Training):
         count = _calibration(recipe, options, dims)
         if count is not None:
-            return Quantity(float(count), "tokens", "estimated", "calibration rows x length, at most")
-        return Quantity.null("tokens", "the step reads no tokens" if getattr(options, "data", None) is None
-                             else "the rows of its data are not known before they are read")
+            return Quantity(float(count), "tokens", "estimated", "calibration crops x length, at most")
+        return Quantity.null("tokens", "the step reads no tokens")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
     rows, why = row_count(options.data, recipe.data, recipe.base_dir)
     bounds = []
