@@ -9,10 +9,11 @@ import torch
 from tests.twins import NAMES, tokens, twin
 from torch import nn
 
-from llmops.calibrate import block_influence, block_scores, walk
+from llmops.calibrate import Block, block_influence, block_scores, walk, walk_blocks
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.prune import block_influence as influence
 from llmops.methods.prune import magnitude_mask, wanda_mask
+from llmops.methods.quantize import rtn
 from llmops.models.arch import decoder_layers
 
 
@@ -184,3 +185,95 @@ def test_wrong_calls_are_refused() -> None:
     blocks[1].mlp.experts = nn.ParameterList([nn.Parameter(torch.zeros(2, 3, 4))])
     with pytest.raises(LlmopsError, match="3-D weights .fused experts"):
         gather(model, None, "none")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_take_turns_see_the_earlier_ones_updated(name: str) -> None:
+    turns = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    got: dict[str, torch.Tensor] = {}
+
+    def update(full: str, layer: nn.Linear, H: torch.Tensor | None) -> torch.Tensor:
+        assert H is not None
+        got[full] = H
+        return rtn(layer.weight, bits=3, group_size=32).dequantize()
+
+    model, _ = twin(name, torch.float32)
+    walk(model, tokens(), "hessian", update, ignore=["lm_head"], sequential=True, batch_size=4)
+    brute, _ = twin(name, torch.float32)
+    path, blocks = decoder_layers(brute)
+    order = []
+    for index in range(2):  # the plain way: a whole forward pass for every turn
+        for turn in turns:
+            seen = inputs_of(brute, tokens())
+            for key, layer in brute.named_modules():
+                if key.startswith(f"{path}.{index}.") and key.endswith(turn):
+                    x = seen[key].double()
+                    exact = 2 * x.T @ x / len(x)
+                    assert (got[key].double() - exact).norm() <= 1e-4 * exact.norm(), key
+                    layer.weight.data = rtn(layer.weight.data, bits=3, group_size=32).dequantize()
+                    order.append(key)
+    ran = [key for key in got if key.startswith((f"{path}.0.", f"{path}.1."))]
+    place = {last: number for number, turn in enumerate(turns) for last in turn}
+    assert [place[key.rsplit(".", 1)[-1]] for key in ran] == [place[key.rsplit(".", 1)[-1]] for key in order]
+    for key, value in brute.state_dict().items():
+        if key.startswith((f"{path}.0.", f"{path}.1.")):
+            torch.testing.assert_close(model.state_dict()[key], value)
+
+
+def test_layers_that_share_an_input_share_its_statistic() -> None:
+    model, _ = twin("qwen2", torch.float32)
+    apart = gather(model, tokens(), "hessian")
+    together = gather(model, tokens(), "hessian", sequential=True)
+    assert apart.keys() == together.keys()
+    for key, value in apart.items():
+        torch.testing.assert_close(together[key], value)
+    name = "model.layers.1.self_attn."
+    assert together[f"{name}q_proj"] is together[f"{name}v_proj"] is not together[f"{name}o_proj"]
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_block_computes_in_float32_and_is_given_back_as_it_was_stored() -> None:
+    model, _ = twin("mistral")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wide: dict[str, torch.dtype] = {}
+    statistics: dict[str, torch.Tensor | None] = {}
+
+    def update(full: str, layer: nn.Linear, x: torch.Tensor | None) -> None:
+        wide[full], statistics[full] = layer.weight.dtype, x
+
+    walk(model, tokens(), "x_norm", update, compute=torch.float32, batch_size=4)
+    inside = {dtype for full, dtype in wide.items() if full != "lm_head"}
+    assert inside == {torch.float32} and wide["lm_head"] == torch.bfloat16
+    after = model.state_dict()
+    assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in before.items())
+    exact, _ = twin("mistral")
+    seen = inputs_of(exact.float(), tokens())
+    for key, value in statistics.items():
+        torch.testing.assert_close(value, seen[key].norm(dim=0), rtol=2e-2, atol=2e-2)
+
+
+def test_blocks_get_what_the_unchanged_model_would_make_and_their_own_inputs() -> None:
+    model, _ = twin("gemma2", torch.float32)
+    outputs: list[torch.Tensor] = []
+    _, blocks = decoder_layers(model)
+    handles = [block.register_forward_hook(lambda _, args, out: outputs.append(out)) for block in blocks]
+    with torch.no_grad():
+        model(tokens(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    errors: list[float] = []
+
+    def update(block: Block) -> None:
+        torch.testing.assert_close(torch.cat(list(block.targets)), outputs[block.index], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block.run(0, {n: layer.weight for n, layer in block.layers.items()}), block.run(0))
+        for name, layer in block.layers.items():
+            block.put(name, rtn(layer.weight, bits=2, group_size=32).dequantize())
+        errors.append(float((block.run(0) - block.targets[0]).norm() / block.targets[0].norm()))
+
+    walk_blocks(model, tokens(), update, ignore=["lm_head"], targets=True, batch_size=4)
+    assert len(errors) == 4 and errors[-1] > errors[0] > 0  # what earlier blocks lost is among the inputs
+    untied, _ = twin("mistral")
+    with pytest.raises(LlmopsError, match="lm_head stands outside the decoder blocks"):
+        walk_blocks(untied, tokens(), update)
+    with pytest.raises(LlmopsError, match="no calibration tokens"):
+        walk_blocks(untied, tokens(0, 8), update)

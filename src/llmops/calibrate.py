@@ -14,29 +14,39 @@ method is a statistic and an update, never another loop.
 Only one block is on the accelerator; activations wait on the model's own device. The peak is one block and
 `samples x length x hidden` activations, whatever the model's size. With statistic "none" nothing is run at all.
 
-Deliberate differences from others: all linear layers of a block are measured in one pass (not q, k, v before o, as
-"true-sequential" variants do); statistics are summed in float32 or wider whatever the model's dtype; a layer that got
-no tokens is an error, not a silent zero.
+With `sequential` the layers of a block take turns in the order in which they run, those that see the very same tensor
+(q, k and v; gate and up) together, and every turn measures with the earlier ones already updated ("true-sequential").
+A turn's statistic is gathered once, whatever the number of its layers, and its forward pass ends at its last layer.
+
+A method that looks at a whole block (its output, the norms between its layers) takes `walk_blocks` instead: the same
+walk, with the block itself in place of its layers.
+
+Deliberate differences from others: without `sequential` all linear layers of a block are measured in one pass;
+statistics are summed in float32 or wider whatever the model's dtype; a layer that got no tokens is an error, not a
+silent zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmops.block_stream import Stream, finite, instead, lent, passing
 from llmops.errors import LlmopsError, StepError, unknown
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers
 
-__all__ = ["STATISTICS", "block_influence", "block_scores", "walk"]
+__all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
 Update = Callable[[str, nn.Linear, Tensor | None], Tensor | None]
 Progress = Callable[[int, int], None]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+BlockUpdate = Callable[["Block"], None]
+Named = Sequence[tuple[str, nn.Linear]]
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -86,17 +96,23 @@ STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm
                                                    "hessian": _Hessian}
 
 
-class _Gather:
-    """Adds up one linear layer's statistic through a forward hook."""
+class _Reached(Exception):
+    """Ends a forward pass of which the rest is not needed."""
 
-    def __init__(self, name: str, layer: nn.Linear, make: Callable[[], Any]) -> None:
-        self.name, self.tokens, self.statistic = name, 0, make()
+
+class _Gather:
+    """Adds up one linear layer's statistic through a forward hook; with `stop`, the pass ends there."""
+
+    def __init__(self, name: str, layer: nn.Linear, make: Callable[[], Any], stop: bool = False) -> None:
+        self.name, self.tokens, self.statistic, self.stop = name, 0, make(), stop
         self.handle = layer.register_forward_pre_hook(self.hook)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
         self.tokens += x.shape[0]
         self.statistic.add(x)
+        if self.stop:
+            raise _Reached
 
     def result(self) -> Tensor:
         self.handle.remove()
@@ -104,38 +120,41 @@ class _Gather:
             raise StepError(f"{self.name}: no calibration token reached this layer; expected every linear layer to be "
                             f"used. Give more data, or name the layer in ignore")
         value: Tensor = self.statistic.result(self.tokens)
-        return _finite(value, f"{self.name}: the input activations hold")
+        return finite(value, f"{self.name}: the input activations hold")
 
 
 # ---------------------------------------------------------------------------------------------------- the walk
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
-         batch_size: int = 8, device: str | torch.device | None = None, progress: Progress | None = None) -> None:
+         batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
+         compute: torch.dtype | None = None, progress: Progress | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
-    tokens:    (samples, length) int64 without padding; may be None when statistic is "none"
-    statistic: what update gets of the layer's inputs: "none" None, "x_norm" and "x_absmax" (in,), "hessian" (in, in)
-    update:    (full name, layer, statistic) -> new weight (out, in), or None to leave the layer as it is
-    ignore:    layers left alone, by full name or its end
-    device:    where a block computes; the model's own device by default
-    progress:  called with (blocks done, blocks in all)
+    tokens:     (samples, length) int64 without padding; may be None when statistic is "none"
+    statistic:  what update gets of the layer's inputs: "none" None, "x_norm" and "x_absmax" (in,), "hessian" (in, in)
+    update:     (full name, layer, statistic) -> new weight (out, in), or None to leave the layer as it is
+    ignore:     layers left alone, by full name or its end
+    device:     where a block computes; the model's own device by default
+    sequential: whether the layers of a block take turns, as the module's docstring says
+    compute:    dtype in which a block computes and update sees its weights; as stored by default
+    progress:   called with (blocks done, blocks in all)
 
     Raises LlmopsError for a wrong call, StepError naming the layer when a weight or an activation is NaN or infinite.
     """
-    if statistic not in STATISTICS:
-        raise LlmopsError(unknown("statistic", statistic, STATISTICS))
-    make = STATISTICS[statistic]
+    make = _statistic(statistic)
     if make is not None and (tokens is None or tokens.numel() == 0):
         raise LlmopsError(f'statistic "{statistic}" needs calibration tokens (samples, length); none were given')
     path, blocks = decoder_layers(model)
     todo = _targets(model, path, blocks, ignore)
-    stream = _Stream(model, blocks, tokens, batch_size, device) if make is not None and tokens is not None else None
+    stream = Stream(model, blocks, tokens, batch_size, device, compute) \
+        if make is not None and tokens is not None else None
     for index, block in enumerate(blocks):
-        layers = [(name, layer) for name, layer in todo.items() if name.startswith(f"{path}.{index}.")]
-        with _on(block, stream.device if stream else device):
-            gathered = _measure(stream, index, layers, make) if stream and make and layers else {}
-            for name, layer in layers:
-                _replace(name, layer, update, gathered.get(name))
+        layers = _inside(todo, f"{path}.{index}")
+        with lent(block, stream.device if stream else device, compute):
+            for turn in _turns(stream, index, layers) if stream and sequential else [layers]:
+                gathered = _measure(stream, index, turn, make, sequential) if stream and make and turn else {}
+                for name, layer in turn:
+                    _replace(name, layer, update, gathered.get(name))
             if stream:
                 stream.advance(index, f"{path}.{index}")
         if progress is not None:
@@ -144,6 +163,79 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     gathered = _measure_outside(stream, outside, make) if stream and make and outside else {}
     for name, layer in outside:
         _replace(name, layer, update, gathered.get(name))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore: Sequence[str] = (),
+                batch_size: int = 8, device: str | torch.device | None = None, compute: torch.dtype | None = None,
+                targets: bool = False, progress: Progress | None = None) -> None:
+    """Give every decoder block to `update`, which may change it as it likes. Later blocks see what it became.
+
+    targets: whether `Block.targets` holds what the block makes of the activations of the unchanged model; that is a
+    second set of hidden states and one more forward pass. Everything else, and what is raised, as `walk`. An untied
+    head outside the blocks is not for this walk: LlmopsError unless it is ignored.
+    """
+    if tokens.numel() == 0:
+        raise LlmopsError("no calibration tokens; expected (samples, length)")
+    path, blocks = decoder_layers(model)
+    todo = _targets(model, path, blocks, ignore)
+    outside = [name for name in todo if not name.startswith(f"{path}.")]
+    if outside:
+        raise LlmopsError(f"{outside[0]} stands outside the decoder blocks, where this method has nothing to compare "
+                          f"with; expected ignore to list it")
+    stream = Stream(model, blocks, tokens, batch_size, device, compute)
+    exact = list(stream.hidden) if targets else []
+    for index, module in enumerate(blocks):
+        name = f"{path}.{index}"
+        layers = _inside(todo, name)
+        with lent(module, stream.device, compute):
+            exact = [stream.run(index, batch, hidden).to(stream.home) for batch, hidden in enumerate(exact)]
+            for full, layer in layers:
+                finite(layer.weight, f"{full}: the weight holds")
+            if layers:
+                update(Block(name, module, dict(layers), exact, stream, index))
+            stream.advance(index, name)
+        if progress is not None:
+            progress(index + 1, len(blocks))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`."""
+
+    name: str
+    module: nn.Module
+    layers: Mapping[str, nn.Linear]
+    targets: Sequence[Tensor]
+    stream: Stream
+    index: int
+
+    @property
+    def batches(self) -> int:
+        return len(self.stream.hidden)
+
+    def run(self, batch: int = 0, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output on a batch, with `weights` (full layer name -> weight) in place of its own if given."""
+        if weights is None:
+            return self.stream.run(self.index, batch)
+        inside = {f"{full.removeprefix(self.name + '.')}.weight": weight for full, weight in weights.items()}
+        return self.stream.run(self.index, batch, weights=inside)
+
+    def turns(self) -> list[list[str]]:
+        """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""
+        layers = [(f"{self.name}.{name}", layer) for name, layer in linear_layers(self.module)]
+        return [[name for name, _ in turn] for turn in _turns(self.stream, self.index, layers)]
+
+    def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """The statistic of the layers `names` (full), each gathered on its own."""
+        make = _statistic(statistic)
+        assert make is not None
+        layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
+        return _measure(self.stream, self.index, layers, make)
+
+    def put(self, name: str, weight: Tensor) -> None:
+        """Put a new weight into the layer of a full name."""
+        _replace(name, self.layers[name], lambda *_: weight, None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -156,11 +248,11 @@ def block_scores(model: nn.Module, tokens: Tensor, score: Callable[[Tensor, Tens
     if tokens.numel() == 0:
         raise LlmopsError("no calibration tokens; expected (samples, length)")
     path, blocks = decoder_layers(model)
-    stream = _Stream(model, blocks, tokens, batch_size, device)
+    stream = Stream(model, blocks, tokens, batch_size, device)
     scores = []
     for index, block in enumerate(blocks):
         before = list(stream.hidden)
-        with _on(block, stream.device):
+        with lent(block, stream.device):
             stream.advance(index, f"{path}.{index}")
         parts = [score(x, y) * x.shape[0] for x, y in zip(before, stream.hidden, strict=True)]
         scores.append(sum(parts) / sum(x.shape[0] for x in before))
@@ -180,6 +272,43 @@ def block_influence(model: nn.Module, tokens: Tensor, *, batch_size: int = 8, de
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
+def _statistic(name: str) -> Callable[[], Any] | None:
+    if name not in STATISTICS:
+        raise LlmopsError(unknown("statistic", name, STATISTICS))
+    return STATISTICS[name]
+
+
+def _inside(todo: Mapping[str, nn.Linear], block: str) -> list[tuple[str, nn.Linear]]:
+    return [(name, layer) for name, layer in todo.items() if name.startswith(f"{block}.")]
+
+
+def _turns(stream: Stream, index: int, layers: Named) -> list[Named]:
+    """The layers in the order in which they run; those that see the very same tensor in one turn."""
+    turns: list[tuple[Tensor, int, list[tuple[str, nn.Linear]]]] = []  # the tensors are held, so none is another's heir
+    left = dict(layers)
+
+    def note(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if name not in left:
+            return
+        for other, version, turn in turns:
+            if other.data_ptr() == x.data_ptr() and other.shape == x.shape and version == x._version:
+                turn.append((name, left.pop(name)))
+                return
+        turns.append((x, x._version, [(name, left.pop(name))]))
+
+    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers]
+    try:
+        for batch in range(len(stream.hidden)):
+            if left:
+                stream.run(index, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[Named] = [turn for _, _, turn in turns]
+    return found + ([list(left.items())] if left else [])
+
+
 def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequence[str]) -> dict[str, nn.Linear]:
     """Full name -> layer of everything to update; refuses what the walk would otherwise miss in silence."""
     for name, module in blocks.named_modules():
@@ -212,7 +341,7 @@ def _is_tied(model: nn.Module, head: nn.Linear) -> bool:
 
 
 def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | None) -> None:
-    _finite(layer.weight, f"{name}: the weight holds")
+    finite(layer.weight, f"{name}: the weight holds")
     try:
         weight = update(name, layer, statistic)
     except LlmopsError as error:
@@ -221,152 +350,33 @@ def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | No
         return
     if weight.shape != layer.weight.shape:
         raise ValueError(f"{name}: new weight is {tuple(weight.shape)}; expected {tuple(layer.weight.shape)}")
-    layer.weight.data.copy_(_finite(weight, f"{name}: the new weight holds"))
+    layer.weight.data.copy_(finite(weight, f"{name}: the new weight holds"))
 
 
-def _finite(value: Tensor, what: str) -> Tensor:
-    if not bool(torch.isfinite(value).all()):
-        raise StepError(f"{what} NaN or infinity; expected finite values. Was training stable, and is the dtype "
-                        f"wide enough (float16 overflows at 65504)?")
-    return value
-
-
-def _measure(stream: _Stream, index: int, layers: Sequence[tuple[str, nn.Linear]],
-             make: Callable[[], Any]) -> dict[str, Tensor]:
-    gathers = [_Gather(name, layer, make) for name, layer in layers]
+def _measure(stream: Stream, index: int, layers: Named, make: Callable[[], Any],
+             shared: bool = False) -> dict[str, Tensor]:
+    """shared: the layers see one tensor, so the first one's statistic is everybody's and the pass ends there."""
+    gathers = [_Gather(name, layer, make, stop=shared) for name, layer in (layers[:1] if shared else layers)]
     try:
         for batch in range(len(stream.hidden)):
-            stream.run(index, batch)
-        return {gather.name: gather.result() for gather in gathers}
+            with suppress(_Reached):
+                stream.run(index, batch)
+        results = [gather.result() for gather in gathers]
     finally:
         for gather in gathers:
             gather.handle.remove()
+    return {name: results[0 if shared else place] for place, (name, _) in enumerate(layers)}
 
 
-def _measure_outside(stream: _Stream, layers: Sequence[tuple[str, nn.Linear]],
+def _measure_outside(stream: Stream, layers: Named,
                      make: Callable[[], Any]) -> dict[str, Tensor]:
     """Statistics of layers after the blocks (an untied head): the model's own forward, fed the last block's output."""
     gathers = [_Gather(name, layer, make) for name, layer in layers]
     try:
         for batch, hidden in enumerate(stream.hidden):
-            with _passing(stream.blocks, partial(_instead, hidden)):
+            with passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
                 stream.model(input_ids=stream.tokens[batch], use_cache=False)
         return {gather.name: gather.result() for gather in gathers}
     finally:
         for gather in gathers:
             gather.handle.remove()
-
-
-class _Stream:
-    """The calibration batches on their way through the blocks: hidden states, and the other arguments of each block."""
-
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int,
-                 device: str | torch.device | None) -> None:
-        if model.training:
-            model.eval()  # dropout has no place in a statistic
-        self.model, self.blocks = model, blocks
-        self.home = next(model.parameters()).device
-        self.device = torch.device(device) if device is not None else self.home
-        self.tokens = [batch.to(self.home) for batch in tokens.split(batch_size)]
-        self.hidden: list[Tensor] = []
-        self.calls: list[list[Call]] = []  # [batch][block]
-        for batch in self.tokens:
-            self._capture(batch)
-
-    def _capture(self, batch: Tensor) -> None:
-        calls: list[Call] = []
-
-        def note(index: int, call: Call) -> Tensor:
-            hidden = _hidden(call)
-            if index == 0:
-                self.hidden.append(hidden)
-            calls.append(_share(_put(call, None), self.calls[-1][index] if self.calls else None))
-            return hidden
-
-        base = getattr(self.model, "base_model", self.model)  # without the head: its logits would be the largest tensor
-        with _passing(self.blocks, note):
-            base(input_ids=batch, use_cache=False)
-        if len(calls) != len(self.blocks):
-            raise LlmopsError(f"{type(self.model).__name__} ran {len(calls)} of its {len(self.blocks)} decoder blocks; "
-                              f"expected each once")
-        self.calls.append(calls)
-
-    def run(self, index: int, batch: int) -> Tensor:
-        args, kwargs = _to(_put(self.calls[batch][index], self.hidden[batch]), self.device)
-        out = self.blocks[index](*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def advance(self, index: int, name: str) -> None:
-        """Replace every hidden state by what block `index` makes of it."""
-        for batch in range(len(self.hidden)):
-            self.hidden[batch] = _finite(self.run(index, batch), f"{name}: the output activations hold").to(self.home)
-            self.calls[batch][index] = ((), {})  # masks of a block that is done are not needed any more
-
-
-@contextmanager
-def _passing(blocks: nn.ModuleList, note: Callable[[int, Call], Tensor]) -> Iterator[None]:
-    """Within, a block does not compute: it returns what `note(index, its arguments)` returns."""
-    saved = [block.__dict__.get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = lambda *args, _i=index, **kwargs: note(_i, (args, kwargs))
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, saved, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-@contextmanager
-def _on(block: nn.Module, device: str | torch.device | None) -> Iterator[None]:
-    home = next(block.parameters()).device
-    if device is None or torch.device(device) == home:
-        yield
-        return
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)
-
-
-def _hidden(call: Call) -> Tensor:
-    args, kwargs = call
-    value: Tensor = args[0] if args else kwargs["hidden_states"]
-    return value
-
-
-def _put(call: Call, hidden: Tensor | None) -> Call:
-    """The call with its hidden states replaced (None: left out until they are known)."""
-    args, kwargs = call
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return (), {**kwargs, "hidden_states": hidden}
-
-
-def _instead(out: Tensor, index: int, call: Call) -> Tensor:
-    return out
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Every tensor inside tuples, lists and dicts, moved."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value
-
-
-def _share(value: Any, other: Any) -> Any:
-    """`value`, with tensors that equal their counterpart in `other` replaced by it: masks are kept once."""
-    if isinstance(value, Tensor):
-        same = isinstance(other, Tensor) and value.shape == other.shape and value.dtype == other.dtype
-        return other if same and torch.equal(value, other) else value
-    if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)) and len(value) == len(other):
-        return type(value)(_share(item, twin) for item, twin in zip(value, other, strict=True))
-    if isinstance(value, dict) and isinstance(other, dict):
-        return {key: _share(item, other.get(key)) for key, item in value.items()}
-    return value

@@ -1,4 +1,4 @@
-"""The steps that prune and quantize: a statistic from the calibration walk, an update per layer."""
+"""The steps that prune: a statistic from the calibration walk, an update per layer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from llmops.methods.prune.depth import even_layers, influential_layers
 from llmops.methods.prune.magnitude import magnitude_mask
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
 from llmops.methods.prune.wanda import wanda_mask
-from llmops.methods.quantize.options import Rtn
-from llmops.methods.quantize.rtn import rtn
-from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
 from llmops.models.arch import decoder_layers, renumber_layers
-from llmops.models.quantized import save_quantized
 from llmops.models.save import save_dense
 
-__all__ = ["depth_step", "magnitude_step", "rtn_step", "wanda_step"]
+__all__ = ["depth_step", "magnitude_step", "wanda_step"]
 
 
 def magnitude_step(job: Job, options: Magnitude) -> Work:
@@ -66,16 +62,3 @@ def depth_step(job: Job, options: Depth) -> Work:
     events.append(f"kept layers {', '.join(map(str, keep))} of {len(layers)}")
     return Work(model, partial(save_dense, model, job.tokenizer, dtype=job.storage),
                 parity.Expected(layers=len(keep)), tokens=tokens, events=events)
-
-
-def rtn_step(job: Job, options: Rtn) -> Work:
-    weights: dict[str, QuantizedWeight] = {}
-
-    def update(name: str, layer: nn.Linear, _: Tensor | None) -> Tensor:
-        weights[name] = rtn(layer.weight, bits=options.bits, group_size=options.group, symmetric=options.symmetric)
-        return weights[name].dequantize().to(layer.weight.dtype)
-
-    calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
-    return Work(job.model, partial(save_quantized, job.model, weights, tokenizer=job.tokenizer),
-                parity.Expected(bits=options.bits), events=[f"{len(weights)} linear layers in {options.bits} bits"],
-                packed=weights)

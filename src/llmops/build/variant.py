@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from llmops.build.attempts import Attempts
-from llmops.build.compressing import depth_step, magnitude_step, rtn_step, wanda_step
+from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
+from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
 from llmops.build.trace import Trace
 from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
@@ -48,7 +49,8 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "dpo"): dpo_step,
     ("distill", "logits"): logits_step,
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
-    ("quantize", "rtn"): rtn_step}
+    ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
+    ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step}
 
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
+__all__ = ["PRODUCERS", "decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
            "resize_depth", "text_config"]
 
 #: Config keys that hold one entry per layer.
@@ -25,6 +25,10 @@ INDICES = ("mlp_only_layers", "full_attn_idxs", "global_attn_indexes", "attn_lay
 #: Config keys that tie a layer to its place in a way that no subset can keep, with the values that mean "not used".
 POSITIONAL: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 0, 1), "num_kv_shared_layers": (None, 0),
                                           "cross_attention_layers": (None, [])}
+
+#: A layer's name -> its sibling whose output features reach its input one by one (up to attention, and a gate that
+#: multiplies): a factor taken from one can be given to the other.
+PRODUCERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
 
 
 def text_config(model: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Rtn
+from llmops.methods.quantize.options import Autoround, Awq, Hqq, WeightOnly
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.schema import BASE, Variant
@@ -70,8 +70,14 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_pattern(problems, trail, pattern, options.sparsity, options.ignore, dims)
         if isinstance(options, Depth):
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
-        if isinstance(options, Rtn):
+        if isinstance(options, WeightOnly):
             _check_groups(problems, trail, options, dims)
+        if isinstance(options, Hqq):
+            _check_hqq(problems, trail, options)
+        if isinstance(options, Awq | Autoround) and dims is not None and not dims.tied \
+                and not _ignored("lm_head", options.ignore):
+            problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
+                         "lm_head in `ignore`, or method: gptq", key=True)
         if isinstance(options, Logits):
             _check_teacher(problems, trail, variant)
         if isinstance(options, Adapters):
@@ -206,7 +212,7 @@ def _check_depth(problems: Problems, trail: Trail, options: Depth, available: in
                                           f"model: {sorted(set(kept))}")
 
 
-def _check_groups(problems: Problems, trail: Trail, options: Rtn, dims: Dims | None) -> None:
+def _check_groups(problems: Problems, trail: Trail, options: WeightOnly, dims: Dims | None) -> None:
     group = options.group
     place: Trail = (*trail, "group_size")
     if group == -1:
@@ -223,6 +229,16 @@ def _check_groups(problems: Problems, trail: Trail, options: Rtn, dims: Dims | N
         problems.add(place, f"{said} {group}, but {listed}; expected a divisor of every layer's inputs: "
                             f"{f'{fits[0]}, ' if fits else ''}or -1 for one scale a row, or the layer in `ignore`",
                      key=options.group_size is None)
+
+
+def _check_hqq(problems: Problems, trail: Trail, options: Hqq) -> None:
+    if options.symmetric:
+        problems.add((*trail, "symmetric"), "given true; expected false, or no `symmetric`: hqq fits the zero point, "
+                                            "and a symmetric grid has none. Of the methods without data, rtn is "
+                                            "symmetric")
+    if options.group == -1 or options.group > 128:
+        problems.add((*trail, "group_size"), f"given {options.group}; expected at most 128: one zero point for a "
+                                             "longer stretch loses too much")
 
 
 def _widths(dims: Dims | None, ignore: Sequence[str]) -> dict[str, int]:

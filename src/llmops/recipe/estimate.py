@@ -12,6 +12,8 @@ size, V the vocabulary, L the layers kept.
       lora, dpo     4 bytes a parameter + 16 bytes an adapter parameter + activations (dpo: of both answers)
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
+      gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
+      autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
                     of which no more than a chunk is held at once (a distillation holds all of them)
@@ -33,7 +35,7 @@ from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import Rtn
+from llmops.methods.quantize.options import Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
@@ -41,6 +43,7 @@ from llmops.recipe.schema import Recipe, Variant
 __all__ = ["Estimate", "estimate", "row_count", "training_memory"]
 
 CHUNK_BYTES = 64_000_000  # of float32 logits that a loss holds at once; the rest is computed chunk by chunk
+CROPS = 128  # of a calibration whose data names no `samples`
 _MOST_COUNTED = 256_000_000  # bytes of a text file whose lines are counted
 
 
@@ -93,7 +96,7 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         assert isinstance(options, Adapters | Dpo)
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
-    if not isinstance(options, Rtn):
+    if not isinstance(options, WeightOnly):
         return dense
     for name, (out, into) in dims.linear_shapes().items():
         if any(name.endswith(ending) for ending in options.ignore):
@@ -124,7 +127,18 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
         return training_memory(recipe, variant, dims,
                                options.batch_tokens or options.batch_size * length * _sides(options))
     layer = 8.0 * dims.linear_parameters
-    return width * count + layer + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0)
+    return (width * count + layer + _solving(options, dims)
+            + 2.0 * 4 * dims.hidden * (_calibration(recipe, options, dims) or 0))
+
+
+def _solving(options: Any, dims: Dims) -> float:
+    """Bytes that a quantizer needs beside the layer and the activations that wait."""
+    if isinstance(options, Autoround):
+        length = min(options.length, dims.context or options.length)
+        return 20.0 * dims.linear_parameters + 2.0 * 34 * dims.hidden * options.batch_size * length
+    if isinstance(options, Calibrated):
+        return 12.0 * max(into for _, into in dims.linear_shapes().values()) ** 2
+    return 0.0
 
 
 def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:
@@ -163,13 +177,12 @@ def _kept_apart(options: Any) -> bool:
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
-    """Tokens of calibration: samples x length; None when the step reads no data or the rows are not known."""
+    """Tokens of calibration: crops x length, however many rows they are cut from; None when the step reads no data."""
     name = getattr(options, "data", None)
     if name is None or not hasattr(options, "length"):
         return None
-    rows = row_count(name, recipe.data, recipe.base_dir)[0]
     context = dims.context if dims is not None and dims.context else options.length
-    return None if rows is None else rows * min(options.length, context)
+    return (recipe.data[name].samples or CROPS) * int(min(options.length, context))
 
 
 def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quantity:
@@ -177,9 +190,8 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
     if not isinstance(options, Training):
         count = _calibration(recipe, options, dims)
         if count is not None:
-            return Quantity(float(count), "tokens", "estimated", "calibration rows x length, at most")
-        return Quantity.null("tokens", "the step reads no tokens" if getattr(options, "data", None) is None
-                             else "the rows of its data are not known before they are read")
+            return Quantity(float(count), "tokens", "estimated", "calibration crops x length, at most")
+        return Quantity.null("tokens", "the step reads no tokens")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
     length *= _sides(options)
     rows, why = row_count(options.data, recipe.data, recipe.base_dir)

@@ -382,7 +382,7 @@ def _layers(options: Mapping[str, Any]) -> list[str]:
 
 def _scheme(options: Mapping[str, Any]) -> list[str]:
     scheme, size = options.get("scheme"), options.get("group_size")
-    size = (None if scheme == "w8a16" else 128) if size is None else size  # the default of Rtn
+    size = (None if scheme == "w8a16" else 128) if size is None else size  # the default of all but hqq
     words = [str(scheme)] if scheme else []
     words += [f"g{size}"] if size is not None and size != -1 else []
     return words + (["asym"] if options.get("symmetric") is False else [])
@@ -399,5 +399,7 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "dpo": lambda o: [*([f"r{o['rank']}"] if o.get("rank") else ["full"]),
                       *([f"beta {o['beta']:g}"] if isinstance(o.get("beta"), int | float) else []), *_training(o)],
     "magnitude": _zeros, "wanda": _zeros, "depth": _layers, "rtn": _scheme,
+    "gptq": _scheme, "awq": _scheme, "autoround": _scheme,
+    "hqq": lambda o: _scheme({**o, "group_size": o.get("group_size") or 64}),
     "logits": lambda o: [*([f"of {o['teacher']}"] if o.get("teacher") else []), *_training(o)],
 }

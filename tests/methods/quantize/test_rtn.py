@@ -9,6 +9,7 @@ import torch
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, packing, rtn
+from llmops.methods.quantize.grid import SHRINK
 
 SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, False), (3, 64, True), (2, 32, False), (2, -1, True), (6, 32, True)]
 
@@ -63,6 +64,39 @@ def test_matches_compressed_tensors(bits: int, group: int, symmetric: bool) -> N
         assert made.zero_point is not None and torch.equal(made.zero_point, zero.to(torch.int8))
     theirs = dequantize(codes, scale, None if symmetric else zero, args=args)
     assert torch.allclose(made.dequantize()[~differing], theirs[~differing], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
+def test_the_searched_clip_is_the_best_of_its_grid_in_every_group(bits: int, group: int, symmetric: bool) -> None:
+    W = weight_of(dtype=torch.bfloat16)
+    made = rtn(W, bits=bits, group_size=group, symmetric=symmetric, clip="mse")
+    size = W.shape[1] if group == -1 else group
+    half = 1 << (bits - 1)
+    G = W.float().view(len(W), -1, size)
+    wide = QuantizedWeight(made.codes, made.scale.float(), made.zero_point, bits, group)
+    ours = (G - wide.dequantize().view_as(G)).square().sum(-1)
+    best = torch.full_like(ours, float("inf"))
+    for p in SHRINK:  # one group at a time would give the same: every group is on its own here, too
+        low, high = (G.amin(-1).clamp(max=0) * p), (G.amax(-1).clamp(min=0) * p)
+        span = 2 * torch.maximum(-low, high) if symmetric else high - low
+        scale = (span / (2 * half - 1)).bfloat16().float().clamp(min=1e-30)
+        zero = 0 * low if symmetric else torch.round(-half - low / scale).clamp(-half, half - 1)
+        codes = (torch.round(G / scale.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp(-half, half - 1)
+        error = ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1) - G).square().sum(-1)
+        best = torch.minimum(best, error)
+    assert torch.all(ours <= best * 1.0001 + 1e-9)
+    plain = rtn(W, bits=bits, group_size=group, symmetric=symmetric)
+    lost = [float((each.dequantize().double() - W.double()).square().sum()) for each in (made, plain)]
+    assert lost[0] <= lost[1] * (0.9 if bits == 2 else 1.001)
+
+
+def test_the_searched_clip_keeps_zeros_and_refuses_unknown_names() -> None:
+    sparse = weight_of() * (torch.rand(16, 128, generator=torch.Generator().manual_seed(3)) > 0.5)
+    for symmetric in (True, False):
+        made = rtn(sparse, bits=2, group_size=32, symmetric=symmetric, clip="mse")
+        assert torch.all(made.dequantize()[sparse == 0] == 0)
+    with pytest.raises(LlmopsError, match='unknown clip "mae"; expected absmax or mse'):
+        rtn(sparse, bits=4, clip="mae")
 
 
 def test_error_falls_with_bits_and_with_smaller_groups() -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["BITS", "Quantize", "Rtn", "Scheme"]
+__all__ = ["BITS", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme", "WeightOnly"]
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16"]
+Clip = Literal["absmax", "mse"]
 BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2}
 
 
-class Rtn(Options):
-    """Round to nearest: no data, one scale a group (or a row)."""
+class WeightOnly(Options):
+    """What every quantization of weights shares: bits, groups, which layers."""
 
-    method: Literal["rtn"]
     scheme: Scheme = Field(description="bits of the weights; activations stay 16 bit")
     group_size: int | None = Field(None, description="weights that share a scale along the input; -1 a whole row. "
                                                      "Default: -1 at 8 bits, 128 below")
@@ -34,4 +34,62 @@ class Rtn(Options):
         return self.group_size if self.group_size is not None else (-1 if self.bits == 8 else 128)
 
 
-Quantize = Rtn
+class Calibrated(WeightOnly):
+    """A quantization that looks at what the layers see."""
+
+    data: str = Field(description="name of the calibration data; its `samples` are the crops, 128 by default")
+    length: int = Field(2048, ge=8, description="tokens a calibration crop holds (at most the model's context)")
+
+
+class Rtn(WeightOnly):
+    """Round to nearest: no data, one scale a group (or a row)."""
+
+    method: Literal["rtn"]
+    clip: Clip = Field("absmax", description="range of a group: its largest weight, or the range that leaves the least "
+                                             "squared error")
+
+
+class Gptq(Calibrated):
+    """Round column by column, the columns to come making up for each error (Frantar et al. 2022)."""
+
+    method: Literal["gptq"]
+    damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; "
+                                                         "ten times as much is tried, and told, where it fails")
+    order: Literal["activation", "none"] = Field("activation", description="columns by the size of their input, or as "
+                                                                           "they stand")
+    clip: Clip = Field("mse", description="range of a group: its largest weight, or the range that leaves the least "
+                                          "squared error, weighed by the inputs")
+
+
+class Awq(Calibrated):
+    """Scale up the weights of large inputs, folding the factors away, then clip and round (Lin et al. 2023)."""
+
+    method: Literal["awq"]
+    grid: int = Field(20, ge=0, le=200, description="exponents tried for the factors, beside none; 0 leaves them out")
+    clip: bool = Field(True, description="search the range of every group, too")
+
+
+class Hqq(WeightOnly):
+    """Fit scale and zero point to a small l_0.7 norm of the error (Badri and Shaji 2023); needs no data."""
+
+    method: Literal["hqq"]
+    group_size: int | None = Field(None, description="weights that share a scale along the input, at most 128. "
+                                                     "Default: 64")
+    symmetric: bool = Field(False, description="always false: the zero point is what is fitted")
+    iterations: int = Field(20, ge=1, le=1000, description="half-quadratic steps")
+
+    @property
+    def group(self) -> int:
+        """The group size with its default filled in."""
+        return self.group_size if self.group_size is not None else 64
+
+
+class Autoround(Calibrated):
+    """Learn how to round by signed gradient descent on the output of each block (Cheng et al. 2023)."""
+
+    method: Literal["autoround"]
+    iterations: int = Field(200, ge=1, le=100_000, description="steps of the descent for each block")
+    batch_size: int = Field(8, ge=1, le=4096, description="crops a step looks at")
+
+
+Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround, Field(discriminator="method")]

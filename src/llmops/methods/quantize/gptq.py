@@ -1,0 +1,192 @@
+"""GPTQ: round column by column, and let the columns still to come make up for each error (Frantar et al. 2022).
+
+The squared error of a layer's output over the calibration inputs X is a quadratic form in the weights with the Hessian
+H = 2 X X^T. Optimal Brain Quantization rounds one weight and moves the others to where the quadratic form is least
+again; GPTQ does so in one fixed order of columns for all rows at once (arXiv 2210.17323, section 3):
+
+    U      upper triangular, H^-1 = U^T U; its row j holds what OBQ needs once columns before j are done
+    E_j    = (W_:j - quant(W_:j)) / U_jj                          (eq. 2, error in units of the inverse's diagonal)
+    W_:k   <- W_:k - E_j U_jk          for every k > j            (eq. 3)
+
+    paper   here        paper      here
+    W       W, w_t      B          block
+    Q       steps       lambda     damping * mean(diag H)
+
+`w_t` is W transposed, so that a column is contiguous. Updates are lazy on two levels: within a step of at most 32
+columns one at a time, to the rest of the block of 128 as one matrix product a step, to the rest of W as one a block.
+
+Deliberate differences from the paper and from others:
+
+- U comes from one Cholesky factorisation: of H with both axes reversed, whose factor, reversed back, is R with
+  H = R R^T upper triangular, and U = R^-1. The inverse of H is never formed; float32 is enough.
+- order "activation" takes columns by falling diag(H) (large errors first, while many columns can still make up for
+  them), with the grids of groups fixed beforehand on the original columns. So the stored form needs no index of groups.
+- order "none" computes a group's grid when its first column is reached, from weights that hold every update so far,
+  also when groups are smaller than a block or larger than it.
+- a column whose input was always zero is rounded to nearest and gets no say: nothing tells that it stays unused.
+- damping that is too small for the factorisation is multiplied by 10, up to 1, and reported. There is no silent return
+  to plain rounding: when all fails the step fails.
+- weights that are zero stay zero, so a pruned parent keeps its mask; the others make up for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmops.errors import LlmopsError, StepError, unknown
+from llmops.methods.quantize.grid import Grid, check, fit, grouped
+from llmops.methods.quantize.weight import QuantizedWeight
+
+__all__ = ["MOST_DAMPING", "ORDERS", "Solved", "gptq", "inverse_factor"]
+
+ORDERS = ("activation", "none")
+MOST_DAMPING = 1.0
+_STEP = 32  # columns updated one by one
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What happened. damping: that the factorisation took; failed: those tried before it, smallest first;
+    dead: input features that were always zero; loss: 1/2 sum E^2, the rise of 1/2 tr(dW H dW^T)."""
+
+    damping: float
+    failed: tuple[float, ...]
+    dead: int
+    loss: float
+
+
+def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = -1, symmetric: bool = True, damping: float = 0.01,
+         block: int = 128, order: str = "activation", clip: str = "absmax",
+         dtype: torch.dtype | None = None) -> tuple[QuantizedWeight, Solved]:
+    """Quantize `W` (out, in) so that the layer's output on the inputs behind `H` changes least.
+
+    H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of the mean of it;
+    order: "activation" or "none"; clip: as `rtn`, "mse" weighs each column by diag(H); dtype: of the stored scale.
+    Cost: in^3 + out in^2 multiplications. Raises LlmopsError as `rtn` does, or when H does not fit W or holds NaN;
+    StepError when H cannot be factorised with damping up to 1.
+    """
+    check(W, bits)
+    _check_hessian(W, H, order)
+    G = grouped(W, group_size).float()
+    _, groups, size = G.shape
+    diagonal = H.diagonal().float()
+    perm = torch.argsort(diagonal, descending=True, stable=True) if order == "activation" else None
+    U, used, failed = inverse_factor(H, damping, perm)
+    weights = diagonal.clamp(min=float(diagonal.mean()) * 1e-6 + 1e-30).view(groups, size)
+
+    def fitted(part: Tensor, first: int) -> Grid:
+        """The grid of the groups `part` (out, some, group), of which the first is number `first`."""
+        return fit(part, bits, symmetric, dtype or W.dtype, clip, weights[first:first + part.shape[1]])
+
+    work = _Pass(G.flatten(1), U, perm, fitted(G, 0), size, fitted if perm is None and groups > 1 else None)
+    loss = work.solve(block)
+    return work.weight(group_size), Solved(used, failed, int((diagonal <= 0).sum()), loss)
+
+
+def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tuple[Tensor, float, tuple[float, ...]]:
+    """(U, damping used, dampings that failed): upper triangular U, float32, with (H + damping mean(diag) I)^-1 = U^T U.
+
+    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. Raises StepError.
+    """
+    A = H.float() if perm is None else H.float()[perm][:, perm]
+    A = A.flip(0, 1)  # a copy
+    diagonal = A.diagonal()
+    live = diagonal > 0
+    mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_ones(())
+    diagonal.copy_(torch.where(live, diagonal, mean))
+    failed: list[float] = []
+    added = 0.0
+    while damping <= MOST_DAMPING * (1 + 1e-6):
+        diagonal += (damping - added) * mean
+        added = damping
+        R, info = torch.linalg.cholesky_ex(A)
+        if int(info) == 0 and bool(torch.isfinite(R).all()):
+            R = R.flip(0, 1)  # H = R R^T, upper triangular
+            eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+            return torch.linalg.solve_triangular(R, eye, upper=True), damping, tuple(failed)
+        failed.append(damping)
+        damping *= 10
+    raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
+                    f"{', '.join(f'{value:g}' for value in failed)}; expected a positive definite matrix: give more "
+                    "calibration tokens, or use another method for this layer (ignore)")
+
+
+class _Pass:
+    """One pass over the columns. Everything is transposed, (in, out) and (groups, out), and in the order of solving."""
+
+    def __init__(self, W: Tensor, U: Tensor, perm: Tensor | None, grid: Grid, size: int,
+                 fresh: Callable[[Tensor, int], Grid] | None) -> None:
+        self.perm = torch.arange(W.shape[1], device=W.device) if perm is None else perm
+        self.w_t = W.t()[self.perm].contiguous()
+        self.keep_t = self.w_t != 0 if bool((W == 0).any()) else None
+        self.U, self.size, self.fresh = U, size, fresh
+        self.steps_t = torch.empty_like(self.w_t)
+        self.grids = [Grid(grid.scale[:, g:g + 1], None if grid.zero is None else grid.zero[:, g:g + 1], grid.bits)
+                      for g in range(grid.scale.shape[1])]
+
+    def solve(self, block: int) -> float:
+        """Fill `steps_t` and return the loss. Cost: rows in^2 multiplications, nearly all in matrix products."""
+        n = len(self.w_t)
+        step = next(s for s in range(min(_STEP, self.size), 0, -1) if self.size % s == 0) if self.fresh else _STEP
+        unit = max(self.size, step) if self.fresh else step  # whole groups in a block: their weights are up to date
+        block = -(-block // unit) * unit
+        loss = 0.0
+        for start in range(0, n, block):
+            stop = min(start + block, n)
+            E = torch.empty_like(self.w_t[start:stop])
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                if self.fresh is not None and first % self.size == 0:
+                    now = self.w_t[first:first + self.size].t().unsqueeze(1)
+                    self.grids[first // self.size] = self.fresh(now, first // self.size)
+                self._columns(first, last, E[first - start:last - start])
+                if last < stop:
+                    self.w_t[last:stop].addmm_(self.U[first:last, last:stop].t(), E[first - start:last - start],
+                                               alpha=-1)
+            if stop < n:
+                self.w_t[stop:].addmm_(self.U[start:stop, stop:].t(), E, alpha=-1)
+            loss += float(E.square().sum()) / 2
+        return loss
+
+    def _columns(self, first: int, last: int, E: Tensor) -> None:
+        """Round columns first..last one by one; E (last - first, out) takes their errors."""
+        part = self.U[first:last, first:last]
+        diagonal = part.diagonal().tolist()
+        group_of = (self.perm[first:last] // self.size).tolist()
+        bounds = {g: (self.grids[g].scale[:, 0].float(), *self._bounds(g)) for g in set(group_of)}
+        for i, j in enumerate(range(first, last)):
+            scale, low, high = bounds[group_of[i]]
+            w = self.w_t[j]
+            steps = torch.div(w, scale, out=self.steps_t[j]).round_().clamp_(low, high)  # type: ignore[arg-type]
+            if self.keep_t is not None:
+                steps *= self.keep_t[j]
+            torch.addcmul(w, steps, scale, value=-1, out=E[i]).div_(diagonal[i])
+            if j + 1 < last:
+                self.w_t[j + 1:last].addr_(part[i, i + 1:], E[i], alpha=-1)
+
+    def _bounds(self, g: int) -> tuple[Tensor | float, Tensor | float]:
+        low, high = self.grids[g].bounds()
+        return (low[:, 0], high[:, 0]) if isinstance(low, Tensor) and isinstance(high, Tensor) else (low, high)
+
+    def weight(self, group_size: int) -> QuantizedWeight:
+        """The result, its columns in their own order."""
+        steps = torch.empty_like(self.steps_t)
+        steps[self.perm] = self.steps_t
+        zeros = [grid.zero for grid in self.grids if grid.zero is not None]
+        grid = Grid(torch.cat([grid.scale for grid in self.grids], 1), torch.cat(zeros, 1) if zeros else None,
+                    self.grids[0].bits)
+        rows = steps.shape[1]
+        return grid.weight(steps.t().reshape(rows, len(self.grids), self.size), group_size)
+
+
+def _check_hessian(W: Tensor, H: Tensor, order: str) -> None:
+    if order not in ORDERS:
+        raise LlmopsError(unknown("order", order, ORDERS))
+    if H.shape != (W.shape[1], W.shape[1]):
+        raise LlmopsError(f"H is {tuple(H.shape)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
+    if not bool(torch.isfinite(H).all()):
+        raise LlmopsError("the Hessian holds NaN or infinity; expected finite calibration activations")

@@ -1,0 +1,93 @@
+"""AutoRound: never above its start, what is tuned is what is stored, and known optima."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmops.errors import LlmopsError, StepError
+from llmops.methods.quantize import QuantizedWeight, autoround, packing, rtn
+
+Loss = Callable[[Mapping[str, Tensor], int], Tensor]
+
+
+def problem(seed: int = 0, batches: int = 3) -> tuple[dict[str, Tensor], Loss]:
+    """Two layers in a row with a curve between them, and the squared error of what comes out."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {"up": torch.randn(64, 32, generator=generator) * 0.2, "down": torch.randn(16, 64, generator=generator)}
+    inputs = [torch.randn(40, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+              for _ in range(batches)]
+
+    def out(given: Mapping[str, Tensor], batch: int) -> Tensor:
+        return torch.tanh(inputs[batch] @ given["up"].t()) @ given["down"].t()
+
+    return weights, lambda given, batch: (out(given, batch) - out(weights, batch)).square().mean()
+
+
+def mean(loss: Loss, made: Mapping[str, QuantizedWeight], batches: int = 3) -> float:
+    return sum(float(loss({name: each.dequantize() for name, each in made.items()}, batch))
+               for batch in range(batches)) / batches
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(2, 16, True), (3, 32, False), (4, -1, True), (2, -1, False)])
+def test_what_is_tuned_is_what_is_stored_and_better_than_rounding(bits: int, group: int, symmetric: bool) -> None:
+    weights, loss = problem()
+    made, report = autoround(weights, loss, 3, bits=bits, group_size=group, symmetric=symmetric, iterations=60)
+    plain = {name: rtn(W, bits=bits, group_size=group, symmetric=symmetric) for name, W in weights.items()}
+    assert report.start == pytest.approx(mean(loss, plain), rel=1e-4)
+    assert report.best == pytest.approx(mean(loss, made), rel=1e-4)
+    assert report.best < 0.8 * report.start and report.iterate > 0
+    for name, each in made.items():  # an offset turns a rounding, it does not travel: half a step, and a tie
+        step = each.scale.repeat_interleave(weights[name].shape[1] // each.scale.shape[1], 1)
+        half = 1 << (bits - 1)
+        inside = (each.codes > -half) & (each.codes < half - 1)
+        assert torch.all(((each.dequantize() - weights[name]).abs() <= 1.001 * step)[inside])
+
+
+def test_never_above_the_start_even_when_every_step_makes_it_worse() -> None:
+    weights, _ = problem()
+    plain = {name: rtn(W, bits=3, group_size=16).dequantize() for name, W in weights.items()}
+
+    def away(given: Mapping[str, Tensor], batch: int) -> Tensor:  # least at plain rounding itself
+        return torch.stack([(given[name] - plain[name]).square().sum() for name in given]).sum()
+
+    made, report = autoround(weights, away, 1, bits=3, group_size=16, iterations=20)
+    assert report.best == report.start and report.iterate == 0
+    assert all(torch.equal(made[name].dequantize(), plain[name]) for name in made)
+    none, report = autoround(weights, away, 1, bits=3, group_size=16, iterations=0)
+    assert report.iterate == 0 and torch.equal(none["up"].dequantize(), plain["up"])
+
+
+def test_the_same_seed_gives_the_same_codes_and_bfloat16_scales_come_back() -> None:
+    weights, loss = problem()
+    first, second = (autoround(weights, loss, 3, bits=3, group_size=16, iterations=20, seed=7, dtype=torch.bfloat16)[0]
+                     for _ in range(2))
+    for name, each in first.items():
+        assert each.scale.dtype == torch.bfloat16
+        assert torch.equal(each.codes, second[name].codes) and torch.equal(each.scale, second[name].scale)
+        back = packing.unpack(packing.pack(each), bits=3, group_size=16)
+        assert torch.equal(back.dequantize(), each.dequantize())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_stay_zero(symmetric: bool) -> None:
+    weights, loss = problem()
+    mask = torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) > 0.5
+    weights["up"] *= mask
+    weights["down"][0] = 0
+    made, report = autoround(weights, loss, 3, bits=2, group_size=16, symmetric=symmetric, iterations=40)
+    assert report.best < report.start
+    assert torch.all(made["up"].dequantize()[~mask] == 0) and torch.all(made["down"].dequantize()[0] == 0)
+
+
+def test_refuses_what_it_cannot_use() -> None:
+    weights, loss = problem()
+    with pytest.raises(LlmopsError, match="0 batches"):
+        autoround(weights, loss, 0, bits=4)
+    with pytest.raises(LlmopsError, match="weight holds NaN"):
+        autoround({"up": weights["up"] * float("nan")}, loss, 1, bits=4)
+    with pytest.raises(StepError, match="loss of the block is NaN"):
+        autoround(weights, lambda given, batch: given["up"].sum() * float("nan"), 1, bits=4)

@@ -1,0 +1,174 @@
+"""GPTQ: against Optimal Brain Quantization by explicit inverses in float64, in its own norm, and where it breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmops.errors import LlmopsError, StepError
+from llmops.methods.quantize import QuantizedWeight, gptq, packing, rtn
+from llmops.methods.quantize.gptq import inverse_factor
+from llmops.methods.quantize.grid import fit
+
+
+def made(rows: int = 24, columns: int = 96, tokens: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the Hessian of correlated inputs of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) * torch.logspace(-1, 0.5, columns)
+    X = torch.randn(tokens, columns, generator=generator) @ mix
+    return torch.randn(rows, columns, generator=generator) * 0.1, 2 / tokens * X.t() @ X
+
+
+def rise(made: QuantizedWeight, W: Tensor, H: Tensor) -> float:
+    """tr(D H D^T): what the layer's output loses."""
+    D = made.dequantize().double() - W.double()
+    return float((D @ H.double() * D).sum())
+
+
+def brute_force(W: Tensor, H: Tensor, bits: int, size: int, symmetric: bool, order: str, damping: float
+                ) -> tuple[Tensor, Tensor]:
+    """(codes, scales): OBQ in float64, one column at a time, the inverse updated by its own formula (OBQ, eq. 2-3)."""
+    W, H = W.double().clone(), H.double().clone()
+    half = 1 << (bits - 1)
+    H += damping * H.diagonal().mean() * torch.eye(len(H))
+    inverse = torch.linalg.inv(H)
+    perm = torch.argsort(H.diagonal(), descending=True, stable=True) if order == "activation" else torch.arange(len(H))
+    fixed = fit(W.float().view(len(W), -1, size), bits, symmetric, torch.float32)
+    codes, scales = torch.zeros_like(W), torch.zeros(len(W), W.shape[1] // size)
+    zeros = torch.zeros_like(scales)
+    for j in perm.tolist():
+        g = j // size
+        if order == "none" and j % size == 0:
+            now = fit(W[:, j:j + size].float().unsqueeze(1), bits, symmetric, torch.float32)
+        else:
+            now = None
+        if order == "activation":
+            scales[:, g] = fixed.scale[:, g]
+            zeros[:, g] = 0 if fixed.zero is None else fixed.zero[:, g].float()
+        elif now is not None:
+            scales[:, g] = now.scale[:, 0]
+            zeros[:, g] = 0 if now.zero is None else now.zero[:, 0].float()
+        s, z = scales[:, g].double(), zeros[:, g].double()
+        codes[:, j] = (torch.round(W[:, j] / s) + z).clamp(-half, half - 1)
+        error = (W[:, j] - (codes[:, j] - z) * s) / inverse[j, j]
+        W -= error.unsqueeze(1) * inverse[j].unsqueeze(0)
+        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        inverse[j, j] = 1.0  # the column is done; whatever is here is not used any more
+        inverse[j, :j] = inverse[j, j + 1:] = inverse[:j, j] = inverse[j + 1:, j] = 0
+    return codes, scales
+
+
+@pytest.mark.parametrize("order", ["activation", "none"])
+@pytest.mark.parametrize(("bits", "size", "symmetric"), [(4, 96, True), (3, 32, True), (2, 16, False), (4, 24, False),
+                                                         (8, 48, True)])
+def test_matches_optimal_brain_quantization_in_float64(bits: int, size: int, symmetric: bool, order: str) -> None:
+    W, H = made()
+    codes, scales = brute_force(W, H, bits, size, symmetric, order, 0.01)
+    for block in (16, 128):  # smaller than, and larger than, the groups
+        ours, _ = gptq(W, H, bits=bits, group_size=size, symmetric=symmetric, order=order, block=block)
+        torch.testing.assert_close(ours.scale, scales, rtol=2e-3, atol=1e-6)
+        assert (ours.codes != codes).float().mean() < 0.01  # float32 may turn a tie, and what follows it in that row
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("order", ["activation", "none"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_loses_less_than_rounding_to_nearest_at_every_width(bits: int, order: str, symmetric: bool) -> None:
+    W, H = made(seed=bits)
+    ours, solved = gptq(W, H, bits=bits, group_size=32, symmetric=symmetric, order=order)
+    plain = rtn(W, bits=bits, group_size=32, symmetric=symmetric)
+    most = 0.8 if order == "activation" else 1.0  # here the largest inputs come last, where nothing is left to give
+    assert rise(ours, W, H) < most * rise(plain, W, H)
+    damped = H + solved.damping * H.diagonal().mean() * torch.eye(len(H))
+    assert 2 * solved.loss == pytest.approx(rise(ours, W, damped), rel=0.02)  # the loss that is told is the true one
+    assert solved.failed == () and solved.dead == 0
+
+
+def test_the_searched_clip_loses_less_at_two_bits() -> None:
+    W, H = made(rows=64)
+    loss = {clip: rise(gptq(W, H, bits=2, group_size=32, clip=clip)[0], W, H) for clip in ("absmax", "mse")}
+    assert loss["mse"] < 0.8 * loss["absmax"]
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    _, H = made()
+    U, damping, failed = inverse_factor(H, 0.01)
+    inverse = torch.linalg.inv(H.double() + 0.01 * H.double().diagonal().mean() * torch.eye(len(H)))
+    assert damping == 0.01 and failed == ()
+    assert torch.equal(U, U.triu())
+    assert (U.double().t() @ U.double() - inverse).norm() < 1e-3 * inverse.norm()
+
+
+def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_change_nothing_else() -> None:
+    W, H = made()
+    dead = torch.tensor([3, 40, 95])
+    H[dead] = 0
+    H[:, dead] = 0
+    for order in ("activation", "none"):
+        ours, solved = gptq(W, H, bits=4, group_size=-1, order=order)
+        assert solved.dead == 3
+        assert torch.equal(ours.codes[:, dead], rtn(W, bits=4, group_size=-1).codes[:, dead])
+        assert rise(ours, W, H) < rise(rtn(W, bits=4, group_size=-1), W, H)
+    nothing, solved = gptq(W, torch.zeros_like(H), bits=4, group_size=32)
+    assert solved.dead == 96 and torch.equal(nothing.codes, rtn(W, bits=4, group_size=32).codes)
+
+
+def test_damping_is_raised_until_it_holds_and_told() -> None:
+    W, H = made()
+    low = torch.linalg.eigvalsh(H.double()).min()
+    broken = H - (low + 0.05 * H.diagonal().mean()).float() * torch.eye(len(H))  # least eigenvalue: -5 % of the mean
+    ours, solved = gptq(W, broken, bits=4, group_size=32)
+    assert solved.failed == pytest.approx((0.01,)) and solved.damping == pytest.approx(0.1)
+    assert rise(ours, W, H) < rise(rtn(W, bits=4, group_size=32), W, H)
+    with pytest.raises(StepError, match=r"damping 0\.01, 0\.1, 1; expected a positive definite"):
+        gptq(W, hopeless(H), bits=4)
+
+
+def hopeless(H: Tensor) -> Tensor:
+    """A matrix with a positive diagonal that no damping up to 1 makes positive definite."""
+    size = H.diagonal().sqrt()
+    return torch.outer(size, size) * -1 + 2 * torch.diag(size.square())
+
+
+def test_fewer_tokens_than_inputs_still_beat_rounding() -> None:
+    W, H = made(tokens=12)  # rank 12 of 96
+    ours, solved = gptq(W, H, bits=3, group_size=32)
+    assert torch.isfinite(ours.dequantize()).all()
+    assert rise(ours, W, H) < 0.5 * rise(rtn(W, bits=3, group_size=32), W, H)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("order", ["activation", "none"])
+def test_zeros_of_a_pruned_weight_stay_and_the_others_make_up_for_them(symmetric: bool, order: str) -> None:
+    W, H = made()
+    mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    W = W * mask
+    ours, _ = gptq(W, H, bits=3, group_size=32, symmetric=symmetric, order=order, clip="mse")
+    assert torch.all(ours.dequantize()[~mask] == 0)
+    assert rise(ours, W, H) < rise(rtn(W, bits=3, group_size=32, symmetric=symmetric, clip="mse"), W, H)
+
+
+def test_deterministic_and_back_from_the_stored_form() -> None:
+    W, H = made()
+    first, second = (gptq(W.bfloat16(), H.clone(), bits=3, group_size=32, symmetric=False)[0] for _ in range(2))
+    assert first.scale.dtype == torch.bfloat16
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
+    back = packing.unpack(packing.pack(first), bits=3, group_size=32)
+    assert torch.equal(back.dequantize(), first.dequantize())
+    wide, _ = gptq(W.bfloat16().float(), H, bits=3, group_size=32, symmetric=False, dtype=torch.bfloat16)
+    assert torch.equal(wide.codes, first.codes) and torch.equal(wide.scale, first.scale)
+
+
+def test_refuses_with_what_was_given_and_expected() -> None:
+    W, H = made()
+    with pytest.raises(LlmopsError, match=r"H is \(95, 95\); expected \(96, 96\)"):
+        gptq(W, H[1:, 1:], bits=4)
+    with pytest.raises(LlmopsError, match="Hessian holds NaN"):
+        gptq(W, H * float("nan"), bits=4)
+    with pytest.raises(LlmopsError, match='unknown order "act"; expected one of activation, none'):
+        gptq(W, H, bits=4, order="act")
+    with pytest.raises(LlmopsError, match="weight holds NaN"):
+        gptq(W * float("inf"), H, bits=4)
+    with pytest.raises(LlmopsError, match="group_size 36 does not divide the 96"):
+        gptq(W, H, bits=4, group_size=36)
