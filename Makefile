@@ -11,8 +11,9 @@ DEV    := $(VENV)/.installed-dev
 demo: install
 	$(BIN)/llmops tune recipes/quickstart.yaml
 
+# One torch thread a process and a process a core: the tests are many small things.
 test: dev lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: dev
 	$(BIN)/ruff check .

@@ -54,6 +54,10 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
     ("prune", "wanda"): (({"sparsity": 0.5}, "Sun et al. 2023, arXiv 2306.11695"), ({"pattern": "2:4"}, "")),
     ("prune", "depth"): (({}, "Men et al. 2024, arXiv 2403.03853"),),
     ("quantize", "rtn"): (({"scheme": "w8a16", **_GROUPS}, ""), ({"scheme": "w4a16", **_GROUPS}, "")),
+    ("quantize", "gptq"): (({"scheme": "w4a16", **_GROUPS}, "Frantar et al. 2022, arXiv 2210.17323"),),
+    ("quantize", "awq"): (({"scheme": "w4a16", **_GROUPS}, "Lin et al. 2023, arXiv 2306.00978"),),
+    ("quantize", "hqq"): (({"scheme": "w4a16", **_GROUPS}, "Badri and Shaji 2023"),),
+    ("quantize", "autoround"): (({"scheme": "w4a16", **_GROUPS}, "Cheng et al. 2023, arXiv 2309.05516"),),
     ("distill", "logits"): (({}, "Hinton et al. 2015, arXiv 1503.02531"),),
 }
 
