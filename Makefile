@@ -13,7 +13,7 @@ demo: install
 
 # One torch thread a process and a process a core: the tests are many small things.
 test: dev lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: dev
 	$(BIN)/ruff check .
