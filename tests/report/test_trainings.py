@@ -27,7 +27,8 @@ def trained():
     rows = copy.deepcopy(make_rows())
     row = next(row for row in rows if row["identity"]["variant"] == "tuned")
     row["building"] |= {
-        "looks": [[step, 0.4 + 0.01 * abs(step - 90)] for step in (30, 60, 90, 120)], "attempts": 2,
+        "looks": [[step, 0.4 + 0.01 * abs(step - 90)] for step in (30, 60, 90, 120)],
+        "attempts": [{"wall_s": 3.0, "energy_j": 20.0}, {"wall_s": 9.0, "energy_j": None}],
         "trace": {"energy_j": [[step, 30.0 * step] for step in range(1, 121)],
                   "learning_rate": [[step, 2e-4 * (1 - step / 121)] for step in range(1, 121)]},
         "merge": [{"target": "bf16 base", "kl_mean": 0.0004, "kl_max": 0.02, "chosen": True},
