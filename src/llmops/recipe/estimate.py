@@ -158,7 +158,8 @@ def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
     if name is None or not hasattr(options, "length"):
         return None
     context = dims.context if dims is not None and dims.context else options.length
-    return (recipe.data[name].samples or CROPS) * min(options.length, context)
+    crops: int = recipe.data[name].samples or CROPS
+    return crops * min(int(options.length), context)
 
 
 def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quantity:
