@@ -19,10 +19,14 @@ Deliberate differences from the paper and from others:
 
 - U comes from one Cholesky factorisation: of H with both axes reversed, whose factor, reversed back, is R with
   H = R R^T upper triangular, and U = R^-1. The inverse of H is never formed; float32 is enough.
-- order "activation" takes columns by falling diag(H) (large errors first, while many columns can still make up for
-  them), with the grids of groups fixed beforehand on the original columns. So the stored form needs no index of groups.
-- order "none" computes a group's grid when its first column is reached, from weights that hold every update so far,
-  also when groups are smaller than a block or larger than it.
+- order "groups" takes group after group by falling mean of diag(H), and the columns of a group by falling diag(H):
+  large errors come early, while many columns can still make up for them, and a group's columns stay together. Order
+  "activation" takes all columns by falling diag(H), with the grids of groups fixed beforehand on the original columns.
+  Neither needs an index of groups in the stored form.
+- in the orders "groups" and "none" a group's grid is computed when its first column is reached, from weights that hold
+  every update so far, also when groups are smaller than a block or larger than it.
+- the searched clip counts an error in column j by 1 / [H^-1]_jj, what it costs once the others have made up for it, not
+  by diag(H), which lets the few largest inputs alone decide a group's range.
 - a column whose input was always zero is rounded to nearest and gets no say: nothing tells that it stays unused.
 - damping that is too small for the factorisation is multiplied by 10, up to 1, and reported. There is no silent return
   to plain rounding: when all fails the step fails.
@@ -43,7 +47,7 @@ from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["MOST_DAMPING", "ORDERS", "Solved", "gptq", "inverse_factor"]
 
-ORDERS = ("activation", "none")
+ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
 _STEP = 32  # columns updated one by one
 
@@ -60,12 +64,12 @@ class Solved:
 
 
 def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = -1, symmetric: bool = True, damping: float = 0.01,
-         block: int = 128, order: str = "activation", clip: str = "absmax",
+         block: int = 128, order: str = "groups", clip: str = "absmax",
          dtype: torch.dtype | None = None) -> tuple[QuantizedWeight, Solved]:
     """Quantize `W` (out, in) so that the layer's output on the inputs behind `H` changes least.
 
     H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of the mean of it;
-    order: "activation" or "none"; clip: as `rtn`, "mse" weighs each column by diag(H); dtype: of the stored scale.
+    order: one of ORDERS; clip: as `rtn`, "mse" weighs column j by 1 / [H^-1]_jj; dtype: of the stored scale.
     Cost: in^3 + out in^2 multiplications. Raises LlmopsError as `rtn` does, or when H does not fit W or holds NaN;
     StepError when H cannot be factorised with damping up to 1.
     """
@@ -74,15 +78,17 @@ def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = -1, symmetric: bo
     G = grouped(W, group_size).float()
     _, groups, size = G.shape
     diagonal = H.diagonal().float()
-    perm = torch.argsort(diagonal, descending=True, stable=True) if order == "activation" else None
+    perm = _order(diagonal, order, size)
     U, used, failed = inverse_factor(H, damping, perm)
-    weights = diagonal.clamp(min=float(diagonal.mean()) * 1e-6 + 1e-30).view(groups, size)
+    importance = torch.empty_like(diagonal)
+    importance[perm] = 1 / U.square().sum(0)  # 1 / [H^-1]_jj
 
-    def fitted(part: Tensor, first: int) -> Grid:
-        """The grid of the groups `part` (out, some, group), of which the first is number `first`."""
-        return fit(part, bits, symmetric, dtype or W.dtype, clip, weights[first:first + part.shape[1]])
+    def fitted(part: Tensor, columns: Tensor) -> Grid:
+        """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
+        return fit(part, bits, symmetric, dtype or W.dtype, clip, importance[columns].view(-1, size))
 
-    work = _Pass(G.flatten(1), U, perm, fitted(G, 0), size, fitted if perm is None and groups > 1 else None)
+    work = _Pass(G.flatten(1), U, perm, fitted(G, torch.arange(groups * size, device=H.device)), size,
+                 fitted if order != "activation" and groups > 1 else None)
     loss = work.solve(block)
     return work.weight(group_size), Solved(used, failed, int((diagonal <= 0).sum()), loss)
 
@@ -118,10 +124,10 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tup
 class _Pass:
     """One pass over the columns. Everything is transposed, (in, out) and (groups, out), and in the order of solving."""
 
-    def __init__(self, W: Tensor, U: Tensor, perm: Tensor | None, grid: Grid, size: int,
-                 fresh: Callable[[Tensor, int], Grid] | None) -> None:
-        self.perm = torch.arange(W.shape[1], device=W.device) if perm is None else perm
-        self.w_t = W.t()[self.perm].contiguous()
+    def __init__(self, W: Tensor, U: Tensor, perm: Tensor, grid: Grid, size: int,
+                 fresh: Callable[[Tensor, Tensor], Grid] | None) -> None:
+        self.perm = perm
+        self.w_t = W.t()[perm].contiguous()
         self.keep_t = self.w_t != 0 if bool((W == 0).any()) else None
         self.U, self.size, self.fresh = U, size, fresh
         self.steps_t = torch.empty_like(self.w_t)
@@ -141,8 +147,9 @@ class _Pass:
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 if self.fresh is not None and first % self.size == 0:
+                    columns = self.perm[first:first + self.size]
                     now = self.w_t[first:first + self.size].t().unsqueeze(1)
-                    self.grids[first // self.size] = self.fresh(now, first // self.size)
+                    self.grids[int(columns[0]) // self.size] = self.fresh(now, columns)
                 self._columns(first, last, E[first - start:last - start])
                 if last < stop:
                     self.w_t[last:stop].addmm_(self.U[first:last, last:stop].t(), E[first - start:last - start],
@@ -181,6 +188,18 @@ class _Pass:
                     self.grids[0].bits)
         rows = steps.shape[1]
         return grid.weight(steps.t().reshape(rows, len(self.grids), self.size), group_size)
+
+
+def _order(diagonal: Tensor, order: str, size: int) -> Tensor:
+    """The columns in the order in which they are solved."""
+    if order == "none":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if order == "activation":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    within = torch.argsort(diagonal.view(-1, size), descending=True, stable=True)
+    firsts = torch.arange(0, len(diagonal), size, device=diagonal.device)
+    largest = torch.argsort(diagonal.view(-1, size).mean(1), descending=True, stable=True)
+    return (within + firsts.unsqueeze(1))[largest].flatten()
 
 
 def _check_hessian(W: Tensor, H: Tensor, order: str) -> None:

@@ -55,10 +55,11 @@ class Gptq(Calibrated):
     method: Literal["gptq"]
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; "
                                                          "ten times as much is tried, and told, where it fails")
-    order: Literal["activation", "none"] = Field("activation", description="columns by the size of their input, or as "
-                                                                           "they stand")
+    order: Literal["groups", "activation", "none"] = Field(
+        "groups", description="columns by the size of their input: group by group, all together (with the grids of the "
+                              "groups fixed beforehand), or as they stand")
     clip: Clip = Field("mse", description="range of a group: its largest weight, or the range that leaves the least "
-                                          "squared error, weighed by the inputs")
+                                          "squared error, each counted by what it costs")
 
 
 class Awq(Calibrated):
