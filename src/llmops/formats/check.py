@@ -38,7 +38,8 @@ def held_against(source: Source, folder: Path, name: str, written: Written) -> d
     Raises StepError when it was written without rounding and still reads back as something else.
     """
     model, tokenizer = load(source.folder, dtype="float32", device="cpu", kernel="reference")
-    ids = probe(min(len(tokenizer), model.config.vocab_size), model.config.max_position_embeddings)
+    window = getattr(model.config, "sliding_window", None) or LENGTH  # within it, having none is the same
+    ids = probe(min(len(tokenizer), model.config.vocab_size), min(window, model.config.max_position_embeddings))
     with torch.no_grad():
         ours = model(input_ids=ids).logits.float()
     del model

@@ -97,11 +97,17 @@ write_f16, write_q8_0, write_q4_0 = (partial(write, wanted=kind) for kind in ("F
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:
-    """By transformers' own GGUF loader, which takes everything from the file, but does not know a Llama's biases."""
-    silent = source.config.get("attention_bias") or source.config.get("mlp_bias")
-    described = source.folder if silent and source.config["model_type"] in ("llama", "mistral") else None
-    given = "" if described is None else " with the config of the source"
+    """By transformers' own GGUF loader, which takes everything from the file but what it does not look for there."""
+    described = source.folder if _overlooked(source) else None
+    given = "" if described is None else " and the config of the source"
     return f"transformers with gguf{given}", gguf_logits(folder / FILE, ids, described)
+
+
+def _overlooked(source: Source) -> bool:
+    """Whether the file holds what the loader leaves: biases of a Llama, heads of a Qwen3 that are not 128 wide."""
+    config, family = source.config, source.config["model_type"]
+    biases = FAMILIES[family] == "llama" and (config.get("attention_bias") or config.get("mlp_bias"))
+    return bool(biases or (family == "qwen3" and config.get("head_dim") != 128))
 
 
 # -------------------------------------------------------------------------------------------------------- metadata

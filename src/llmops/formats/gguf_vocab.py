@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: tokens, merges, types and the chat template of a byte-level BPE.
 
 llama.cpp splits text by rules that are compiled into it and have names; the file says which. The name is found by the
-splitting rule in tokenizer.json, and a rule without a name is refused: the model would read other tokens than it was
+splitting rule of the tokenizer, and a rule without a name is refused: the model would read other tokens than it was
 trained on, and nothing would say so.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import LlmopsError
+from llmops.models.load import load_tokenizer
 
 __all__ = ["add_tokenizer", "splitting_rule"]
 
@@ -25,9 +26,14 @@ NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     """Put the tokenizer of `folder` into a file. vocabulary: tokens that the model has, which may be more.
 
-    Raises LlmopsError when it is no byte-level BPE, or splits text by a rule without a name.
+    It is taken as transformers loads it, which is not always what lies in tokenizer.json: some families' classes bring
+    a splitting rule of their own. Raises LlmopsError when it is no byte-level BPE, or splits by a rule without a name.
     """
-    body, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    tokenizer = load_tokenizer(folder)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise LlmopsError(f"a {type(tokenizer).__name__}, written in Python; GGUF is written for byte-level BPE: use "
+                          "llama.cpp's converter on the dense export")
+    body = json.loads(tokenizer.backend_tokenizer.to_str())
     rule = splitting_rule(body)
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [UNUSED] * vocabulary
@@ -40,17 +46,15 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in body["model"]["merges"]])
-    for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id),
-                      ("pad", writer.add_pad_token_id), ("unk", writer.add_unk_token_id)):
-        given = settings.get(f"{name}_token")
-        token = given.get("content") if isinstance(given, Mapping) else given
-        if token in tokens:
-            add(tokens.index(token))
+    for index, add in ((tokenizer.bos_token_id, writer.add_bos_token_id),
+                       (tokenizer.eos_token_id, writer.add_eos_token_id),
+                       (tokenizer.pad_token_id, writer.add_pad_token_id),
+                       (tokenizer.unk_token_id, writer.add_unk_token_id)):
+        if index is not None:
+            add(index)
     writer.add_add_bos_token(_adds_first(body))
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
-    if text:
-        writer.add_chat_template(text)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def splitting_rule(body: Mapping[str, Any]) -> str:
@@ -77,11 +81,3 @@ def _adds_first(body: Mapping[str, Any]) -> bool:
     step = body.get("post_processor") or {}
     steps = step.get("processors", [step])
     return any("SpecialToken" in piece for each in steps for piece in each.get("single", [])[:1])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise LlmopsError(f"{path}: cannot be read ({error}); expected the tokenizer in the file that a GGUF is made "
-                          "of: save the model's tokenizer with save_pretrained") from error
