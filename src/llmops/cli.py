@@ -19,6 +19,7 @@ from typing import Any
 
 from llmops import __version__
 from llmops.errors import LlmopsError, unknown
+from llmops.formats.options import ABOUT as EXPORTS
 from llmops.parser import Argument, Command, Program, at_least
 from llmops.startup import at_once
 
@@ -169,6 +170,16 @@ def data_show(recipe: str, source: str | None, samples: int, sets: Sequence[str]
     _print_json(shown) if as_json else _console().print(shown)
 
 
+def export(variant: str, to: str, out: str | None, run: str | None, runs: str | None, force: bool,
+           as_json: bool) -> None:
+    """Write VARIANT in another format, read it back with a foreign reader, and print how far its logits are."""
+    from llmops.export import export as write
+    from llmops.export import lines
+
+    record = write(variant, to, out=out, run=run, runs=runs, force=force)
+    _print_json(record) if as_json else print("\n".join(lines(record)))
+
+
 def completion(shell: str) -> None:
     """Print what makes SHELL (bash, zsh or fish) complete llmops; its first line says where it goes."""
     if shell not in SHELLS:
@@ -217,6 +228,12 @@ COMMANDS: dict[str, Command] = {
                                                                           "a step trains on)."}),
                   (("-n", "--samples"), {"metavar": "N", "type": at_least(1), "default": 3,
                                          "help": "How many rows (default: 3)."}), SET, JSON),
+    "export": (export, (("variant",), {"metavar": "VARIANT", "help": "A variant of a run, a model folder, or "
+                                                                       "builtin:tiny."}),
+               (("--to",), {"metavar": "FORMAT", "required": True, "help": "One of " + ", ".join(EXPORTS) + "."}),
+               (("--out",), {"metavar": "DIR", "help": "Folder to write (default: VARIANT-FORMAT here)."}),
+               (("--run",), {"metavar": "RUN", "help": "The run that VARIANT is of (default: the latest)."}), RUNS,
+               (("--force",), {"action": "store_true", "help": "Write over an export that is there."}), JSON),
     "completion": (completion, (("shell",), {"metavar": "SHELL", "help": "bash, zsh or fish."})),
 }
 GROUPS = {"recipes": "List and copy the recipes that come with llmops.",

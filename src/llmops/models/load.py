@@ -1,10 +1,9 @@
 """Load a model and its tokenizer from the built-in one, a folder or the hub, as it will be run.
 
-A folder of ours is one of four kinds, told apart by what lies in it: dense weights, packed integers
-(compressed-tensors `pack-quantized`, which come back as `PackedLinear` and are never expanded), a PEFT adapter beside
-the model it belongs to, or an adapter with the record of the 4-bit base it was trained on (`base.json`), which is made
-again from the weights that it names and from no others. Weights are safetensors or the load is refused: a pickle runs
-code.
+A folder is one of four kinds, told apart by what lies in it: dense weights, packed integers (compressed-tensors, GPTQ
+or AWQ, which come back as `PackedLinear` and are never expanded), a PEFT adapter beside the model it belongs to, or an
+adapter with the record of the 4-bit base it was trained on (`base.json`), which is made again from the weights that it
+names and from no others. Weights are safetensors or the load is refused: a pickle runs code.
 """
 
 from __future__ import annotations
@@ -113,8 +112,10 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def _is_packed(folder: Path) -> bool:
+    """Whether the weights are integers in one of the layouts of `layouts.py`."""
     quantization = config_of(folder).get("quantization_config") or {}
-    return bool(quantization.get("format") == "pack-quantized")
+    integers = quantization.get("format") in ("pack-quantized", "int-quantized")
+    return integers or quantization.get("quant_method") in ("gptq", "awq")
 
 
 def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, trust_remote_code: bool) -> nn.Module:

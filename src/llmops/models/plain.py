@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-__all__ = ["plain_logits"]
+from llmops.errors import ModelError
+
+__all__ = ["gguf_logits", "plain_logits", "state_logits"]
 
 
 def plain_logits(folder: Path, ids: Tensor) -> Tensor:
     """(B, T, V) float32 logits of `ids` (B, T) from plain `AutoModelForCausalLM.from_pretrained(folder)`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+
+
+def gguf_logits(file: Path, ids: Tensor, described_in: Path | None = None) -> Tensor:
+    """The same of a GGUF file. described_in: a folder whose config.json is used instead of the file's own metadata."""
+    given = {} if described_in is None else {"config": _dense_config(described_in)}
+    return _logits(AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **given),
+                   ids)
+
+
+def state_logits(folder: Path, state: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """The same of dense weights that another reader decoded, in the model that the folder's config.json describes.
+
+    Raises ModelError when a weight is missing (a tied head apart) or left over.
+    """
+    model = AutoModelForCausalLM.from_config(_dense_config(folder), dtype=torch.float32)
+    told = model.load_state_dict(dict(state), strict=False)
+    model.tie_weights()
+    head = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if set(told.missing_keys) - head or told.unexpected_keys:
+        raise ModelError(f"{folder}: missing {told.missing_keys[:3]}, left over {told.unexpected_keys[:3]}; expected "
+                         f"the tensors that {type(model).__name__} and its config describe")
+    return _logits(model, ids)
+
+
+def _dense_config(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(input_ids=ids).logits
+        logits: Tensor = model.eval()(input_ids=ids).logits
     return logits.float()

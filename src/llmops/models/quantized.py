@@ -1,17 +1,19 @@
-"""Quantized models on disk and back: the compressed-tensors ``pack-quantized`` format.
+"""Quantized models on disk and back: the compressed-tensors ``pack-quantized`` format, and others to read.
 
     save_quantized   model + {layer name: QuantizedWeight} -> a folder that transformers and vLLM load unchanged
     load_quantized   such a folder -> the model with `PackedLinear` in place of the quantized layers
     pack             the same replacement for a model in memory
 
 The dense weights are never materialised on the way in: the model is built with empty parameters, each quantized layer
-is replaced, and tensors are read one at a time. One format serves 2 to 8 bits. Left out: several schemes in one
-folder, quantized activations, and quantized embeddings.
+is replaced, and tensors are read one at a time. One format serves 2 to 8 bits; GPTQ, AWQ and int-quantized checkpoints
+are read into it, code by code (`layouts.py`). Left out: several schemes in one folder, quantized activations, and
+quantized embeddings.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +23,16 @@ from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
-from llmops.methods.quantize.packing import PARTS
 from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.layouts import LAYOUTS, Scheme, as_stored, foreign_scheme, layout_of
 from llmops.models.packed import PackedLinear
 from llmops.ops.bitstream import words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PackedLinear", "kernels", "load_quantized", "pack", "quantization_config", "save_quantized", "scheme_of"]
+__all__ = ["PackedLinear", "PackedReader", "kernels", "load_quantized", "pack", "quantization_config", "save_quantized",
+           "scheme_of"]
 
 
 def quantization_config(*, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str]) -> dict[str, Any]:
@@ -105,10 +108,12 @@ def pack(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], kernel:
     return model
 
 
-def scheme_of(block: Mapping[str, Any]) -> tuple[int, int, bool]:
+def scheme_of(block: Mapping[str, Any]) -> Scheme:
     """(bits, group_size, symmetric) of a `quantization_config` block. Raises ModelError unless it is one scheme."""
+    if layout_of(block) != "pack-quantized":
+        return foreign_scheme(block)
     groups = list((block.get("config_groups") or {}).values())
-    if block.get("format") != "pack-quantized" or len(groups) != 1 or groups[0].get("input_activations"):
+    if len(groups) != 1 or groups[0].get("input_activations"):
         raise ModelError(f"quantization format {block.get('format')!r} with {len(groups)} schemes; expected "
                          f"pack-quantized integer weights under one scheme, activations left in 16 bit")
     weights = groups[0]["weights"]
@@ -129,14 +134,14 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    block = config.quantization_config
-    bits, group_size, _ = scheme_of(block if isinstance(block, dict) else block.to_dict())
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if wanted is not None:
         config.dtype = wanted
     with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, parameters are not
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    reader = _Reader(folder, wanted)
+    block = config.quantization_config
+    reader = PackedReader(folder, block if isinstance(block, dict) else block.to_dict(), wanted, model.dtype)
+    bits, group_size, _ = reader.scheme
     for name in reader.layers():
         _replace_layer(model, name, reader.parts(name), bits, group_size, reader.take(f"{name}.bias"), device, kernel)
     _fill(model, reader)
@@ -145,38 +150,52 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
     return model.to(device).eval()
 
 
-class _Reader:
-    """The tensors of a folder by name, each read from disk when it is taken, each taken once."""
+class PackedReader:
+    """The tensors of a folder by name, each read from disk when it is taken, each taken once.
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+    block: its `quantization_config`. dtype: of all that is not packed, None as stored; model_dtype: what scales of a
+    foreign layout are then given in, where that changes none of them (GPTQ and AWQ store float16 whatever the model).
+    Raises ModelError for a layout that cannot be read.
+    """
+
+    def __init__(self, folder: Path, block: Mapping[str, Any], dtype: torch.dtype | None = None,
+                 model_dtype: torch.dtype | None = None) -> None:
         from safetensors import safe_open
 
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{folder} holds no .safetensors file; expected model.safetensors")
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.scale_dtype = folder, dtype, dtype or model_dtype
+        self.layout, self.scheme = layout_of(block), scheme_of(block)
+        if any(group.get("input_activations") for group in (block.get("config_groups") or {}).values()):
+            warnings.warn(f"{folder}: made for quantized activations; they are left as they are here, the weights are "
+                          "the stored ones", stacklevel=3)
         handles: list[Any] = [safe_open(str(file), framework="pt") for file in files]
         self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
 
     def layers(self) -> list[str]:
-        ends = ".weight_packed"
+        ends = f".{LAYOUTS[self.layout].mark}"
         return [name.removesuffix(ends) for name in self.left if name.endswith(ends)]
 
-    def take(self, name: str) -> Tensor | None:
+    def take(self, name: str, as_it_is: bool = False) -> Tensor | None:
         handle = self.left.pop(name, None)
         if handle is None:
             return None
         tensor: Tensor = handle.get_tensor(name)
-        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+        kept = as_it_is or self.dtype is None or not tensor.is_floating_point()
+        return tensor if kept else tensor.to(self.dtype)
 
     def parts(self, layer: str) -> dict[str, Tensor]:
         if f"{layer}.weight_g_idx" in self.left:
             raise ModelError(f"{layer} has a weight_g_idx (dynamic act-order); expected groups in column order")
-        read = {part: self.take(f"{layer}.{part}") for part in PARTS}
-        missing = [part for part in PARTS[:3] if read[part] is None]
+        layout = LAYOUTS[self.layout]
+        exact = layout.read is not None  # float16 scales may not go through bfloat16
+        read = {part: self.take(f"{layer}.{part}", exact) for part in (*layout.needed, *layout.optional)}
+        missing = [part for part in layout.needed if read[part] is None]
         if missing:
             raise ModelError(f"{self.folder}: {layer} lacks {', '.join(missing)}; the folder is not whole")
-        return {part: tensor for part, tensor in read.items() if tensor is not None}
+        found = {part: tensor for part, tensor in read.items() if tensor is not None}
+        return as_stored(found, self.layout, self.scheme, layer, self.scale_dtype)
 
 
 def _replace_layer(model: nn.Module, name: str, parts: Mapping[str, Tensor], bits: int, group_size: int,
@@ -208,7 +227,7 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, layer)
 
 
-def _fill(model: PreTrainedModel, reader: _Reader) -> None:
+def _fill(model: PreTrainedModel, reader: PackedReader) -> None:
     """Every tensor that is not packed, into the parameter or buffer of its name; then ties; then a check for gaps."""
     for name in list(reader.left):
         parent, _, last = name.rpartition(".")

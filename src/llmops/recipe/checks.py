@@ -107,7 +107,8 @@ def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: 
     parent = variants.get(variant.parent)
     if variant.parent == BASE and dims is not None and dims.quantized:
         problems.add(trail, "given a base model that is quantized already (quantization_config in its config.json); "
-                            "expected 16- or 32-bit weights: start from the model it was made of")
+                            "expected 16- or 32-bit weights: start from the model it was made of (it can be scored as "
+                            "it is: variants: {})")
     if parent is None or parent.kind != "quantize":
         return
     if isinstance(variant.options, Adapters):

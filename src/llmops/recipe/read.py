@@ -294,7 +294,8 @@ def _read_variants(document: Document, parts: _Parts) -> None:
     if "variants" not in top:
         problems.add((), f'missing key "variants"; expected {example}')
         return
-    if not isinstance(top["variants"], dict) or not top["variants"]:
+    alone = top["variants"] == {} and parts.dims is not None and parts.dims.quantized  # scored, and nothing follows it
+    if not isinstance(top["variants"], dict) or not (top["variants"] or alone):
         problems.add(("variants",), f"given {shown(top['variants'])}; expected {example}", key=True)
         return
     for name in top["variants"]:

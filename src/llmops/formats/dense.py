@@ -1,0 +1,26 @@
+"""Dense weights in the type the model is stored in; packed ones are multiplied out, (q - z) s, and rounded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from llmops.formats.source import Source, Written, unpacked, write_folder
+from llmops.models.plain import plain_logits
+
+__all__ = ["read", "write"]
+
+
+def write(source: Source, folder: Path) -> Written:
+    state = dict(source.rest())
+    for name, parts in source.packed():
+        weight = unpacked(parts, source.whole, name)
+        state[f"{name}.weight"] = weight.dequantize().to(source.dtype)
+    write_folder(source, folder, state, None)
+    kind = str(source.dtype).removeprefix("torch.")
+    return Written([f"packed weights multiplied out and rounded to {kind}"] if source.scheme else [])
+
+
+def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:
+    return "transformers", plain_logits(folder, ids)
