@@ -35,13 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from llmops.build.job import Job, Work
-from llmops.build.training import SEED_OF_SPLIT, Rows, run_fit, schedule_of, train_all, trainable, work_of
+from llmops.build.training import SEED_OF_SPLIT, Rows, packing, run_fit, schedule_of, train_all, trainable, work_of
 from llmops.data.pairs import EncodedPairs, encode_pairs
 from llmops.data.render import IGNORED, collate
 from llmops.errors import StepError, StoreError
 from llmops.methods.finetune.dpo import dpo_loss, reward_margin
 from llmops.methods.finetune.lora import add_lora, merge_lora
 from llmops.methods.finetune.options import Dpo
+from llmops.models import parity
 from llmops.models.packed_rows import can_pack, evaluating, pack, row_of, use_packed_attention
 from llmops.models.save import save_adapter, save_dense
 from llmops.models.token_loss import pair_log_probs
@@ -73,6 +74,7 @@ class Pairs:
     packed: bool = True
     report: dict[str, int] = field(default_factory=dict)
     place: Callable[[int], str] = lambda index: f"pair {index + 1}"
+    events: tuple[str, ...] = ()
 
     def tokens(self, index: int) -> int:
         """Tokens of both sides."""
@@ -99,7 +101,7 @@ def dpo_step(job: Job, options: Dpo) -> Work:
         raise StepError("preferences cannot be trained into packed integers; expected a parent in 16 or 32 bit: start "
                         "from what was quantized, and quantize the result")
     pairs = _pairs(job, options)
-    model = trainable(job.model)
+    model = trainable(job.model, frozen=options.rank is not None)
     began = time.perf_counter()
     needed = _needed(pairs, options, job.seed)
     reference = reference_log_probs(model, pairs, [*needed, *pairs.held_out], _kept(job), job.progress)
@@ -107,7 +109,8 @@ def dpo_step(job: Job, options: Dpo) -> Work:
     events = [f"reference log-probabilities of {len(needed) + len(pairs.held_out):,} pairs ({tokens:,} tokens) in "
               f"{time.perf_counter() - began:.1f} s, used in every epoch"]
     rows = Rows(pair_rows(pairs, pairs.train, reference),
-                pair_rows(pairs, pairs.held_out, reference) if pairs.held_out else None, pairs.report, pairs.place)
+                pair_rows(pairs, pairs.held_out, reference) if pairs.held_out else None, pairs.report, pairs.place,
+                pairs.events)
     curve = _Curve(skip=options.learning_rate == "auto")
     told = replace(job, log=curve.beside(job.log)) if job.log is not None else job
     loss = partial(pair_loss, options=options, seen=curve.see if job.log is not None else None)
@@ -265,9 +268,9 @@ def _pairs(job: Job, options: Dpo) -> Pairs:
     """The pairs of a step, and those it holds out, as `stop` says."""
     encoded = _encoded(job, options, options.data)
     count, origin, source = len(encoded.chosen), encoded.origin, job.rows(options.data)
-    pairs = Pairs(encoded.chosen, encoded.rejected, list(range(count)), [], job.tokenizer.pad_token_id,
-                  options.packing and can_pack(job.model) is True, encoded.report,
-                  lambda index: source.place(origin[index]))
+    packed, events = packing(job, options)
+    pairs = Pairs(encoded.chosen, encoded.rejected, list(range(count)), [], job.tokenizer.pad_token_id, packed,
+                  encoded.report, lambda index: source.place(origin[index]), events)
     if options.stop is None:
         return pairs
     if options.stop.data is not None:
@@ -305,8 +308,8 @@ def _train_adapters(job: Job, options: Dpo, loss: Loss, rows: Rows) -> Work:
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     done.events.append(f"{trained:,} parameters trained (rank {options.rank})")
     if not options.merge:
-        return work_of(job, adapted, partial(save_adapter, adapted, job.tokenizer, base=job.base_source), done,
-                       backward=1.0)
+        save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source, revision=job.revision)
+        return work_of(job, adapted, save, done, backward=1.0, expected=parity.Expected(adapter_rank=options.rank))
     plain = merge_lora(adapted)
     return work_of(job, plain, partial(save_dense, plain, job.tokenizer, dtype=job.storage), done, backward=1.0)
 
