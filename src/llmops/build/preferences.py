@@ -48,8 +48,8 @@ from llmops.models.save import save_adapter, save_dense
 from llmops.models.token_loss import pair_log_probs
 from llmops.quantity import Quantity
 from llmops.train import Loss, Progress, TrainingSet
-from llmops.train.ranks import add_up, rank_and_size
-from llmops.train.rows import order
+from llmops.train.ranks import add_up, agree, rank_and_size
+from llmops.train.rows import order, to_device
 
 __all__ = ["Pairs", "answer_log_probs", "dpo_step", "pair_loss", "pair_rows", "reference_log_probs"]
 
@@ -168,15 +168,21 @@ def answer_log_probs(model: nn.Module, pairs: Pairs, indices: Sequence[int], pro
     passes = _passes(pairs, indices)
     packed = use_packed_attention(model) if pairs.packed else nullcontext()
     autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")  # as in the loop
-    with packed, evaluating(model), torch.no_grad(), autocast:
-        for number, places in enumerate(passes):
-            if number % size == rank:
-                batch = {key: value.to(device) if isinstance(value, Tensor) else value
-                         for key, value in pairs.batch([indices[place] for place in places]).items()}
-                found[:, places] = pair_log_probs(model, batch, batch["rows"]).view(2, -1).double().cpu()
-            done += len(places)
-            if progress is not None:
-                progress(done, len(indices), what)
+    trouble = None
+    try:
+        with packed, evaluating(model), torch.no_grad(), autocast:
+            for number, places in enumerate(passes):
+                if number % size == rank:
+                    batch = to_device(pairs.batch([indices[place] for place in places]), device)
+                    found[:, places] = pair_log_probs(model, batch, batch["rows"]).view(2, -1).double().cpu()
+                done += len(places)
+                if progress is not None:
+                    progress(done, len(indices), what)
+    except Exception as error:
+        if size == 1:
+            raise
+        trouble = f"{type(error).__name__}: {error}"
+    agree(trouble=trouble)  # before the sum, so that none waits in it for one that failed
     found = add_up(found)
     bad = (~found.isfinite()).any(0).nonzero().flatten().tolist()
     if bad:
