@@ -16,6 +16,7 @@ from llmops.errors import DataError, StepError
 from llmops.methods.finetune.dpo import dpo_loss
 from llmops.methods.finetune.lora import zero_masks
 from llmops.methods.finetune.options import Dpo, Stop
+from llmops.models import parity
 from llmops.models.load import load
 from llmops.models.packed_rows import use_packed_attention
 from llmops.train import Checkpoints
@@ -214,6 +215,43 @@ def test_what_is_saved_is_what_was_trained(tmp_path, merge):
     ids = torch.arange(5, 45).view(2, 20)
     torch.testing.assert_close(model(input_ids=ids).logits, work.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "out" / ("config.json" if merge else "adapter_config.json")).read_text())
+
+
+def test_an_adapter_apart_is_found_sound_where_its_base_is_stored_in_16_bits(tmp_path):
+    """The adapter itself is in float32: it promises its rank, not the type of the base."""
+    given = job(base_source=str(tmp_path / "base"), revision="main")
+    given.model, given.storage = given.model.bfloat16(), torch.bfloat16
+    given.model.save_pretrained(tmp_path / "base")
+    given.tokenizer.save_pretrained(tmp_path / "base")
+    work = dpo_step(given, options(merge=False, max_steps=1))
+    before = parity.snapshot(work.model, given.tokenizer, torch.arange(5, 45).view(2, 20))
+    (tmp_path / "out").mkdir()
+    work.save(tmp_path / "out")
+    model, tokenizer = load(tmp_path / "out", dtype="float32", device="cpu")
+    assert parity.check(before, model, tokenizer, tmp_path / "out", work.expected)["ok"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == "main"
+
+
+def test_a_head_that_is_not_known_is_refused_and_not_guessed(monkeypatch):
+    """Log-probabilities are taken from head(last hidden state); a scale that nobody knows of would ruin them."""
+    given = job()
+    forward = type(given.model).forward
+
+    def scaled(self, *arguments, **named):
+        out = forward(self, *arguments, **named)
+        out.logits = out.logits * 0.5
+        return out
+
+    monkeypatch.setattr(type(given.model), "forward", scaled)
+    with pytest.raises(StepError, match="a scale of its logits is not known here; expected a model whose logits"):
+        dpo_step(given, options(max_steps=1))
+
+
+def test_padded_pairs_say_so_where_a_pack_was_wanted(monkeypatch):
+    monkeypatch.setattr("llmops.build.training.can_pack", lambda model: "it carries state")
+    work = dpo_step(job(), options(max_steps=1))
+    assert "rows are padded: it carries state" in work.events
+    assert not any("padded" in event for event in dpo_step(job(), options(max_steps=1, packing=False)).events)
 
 
 def test_rows_of_another_kind_are_refused():

@@ -31,7 +31,7 @@ BEYOND = frozenset((
     "data without influence", "group size", "group size 0", "ignore misspelt", "tuned after quantized",
     "distilled after quantized", "loftq without qlora", "loftq turns alone", "pissa rank", "qlora on zeros",
     "dora on zeros", "adapter apart on zeros", "pissa on zeros", "stop data unknown",
-    "stop data trained on",
+    "stop data trained on", "pair adapter apart on zeros",
     "quantized twice", "quantized base", "teacher is the student", "teacher is the parent", "teacher unknown",
     "teacher circle", "matrix option", "matrix entry", "matrix twice", "matrix name", "matrix collision",
     "goal unknown", "goal on no score", "goal against", "goal against nothing", "goal min above max",

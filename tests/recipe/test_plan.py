@@ -73,6 +73,10 @@ def test_the_same_recipe_has_the_same_keys(home: Path) -> None:
     ("seed=1", {"base", "tuned", "w4", "half", "student", "other", "hidden"}),
     ("runtime.dtype=float32", {"base", "tuned", "w4", "half", "student", "other", "hidden"}),
     ("runtime.threads=3", set()),
+    ("runtime.checkpoint_s=5", set()),
+    ("report_to=[tensorboard]", set()),
+    ("variants.tuned.finetune.neftune_alpha=5", {"tuned", "w4", "half", "student"}),
+    ("variants.tuned.finetune.stop={holdout: 0.2}", {"tuned", "w4", "half", "student"}),
     ("name=renamed", set()),
     ("evaluate=[{perplexity: {data: test}}]", set()),
     ("measure={repeats: 3}", set()),
@@ -100,6 +104,16 @@ def test_bytes_of_data_and_model_are_in_the_keys(home: Path) -> None:
     assert "base" in changed(before, plan(home))
 
 
+def test_bytes_of_the_held_out_data_are_in_the_key_and_its_name_is_not(home: Path) -> None:
+    (home / "held.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    trees = [{"variants": f"variants:\n  tuned: {{finetune: {{method: lora, data: train, stop: {{data: {name}}}}}}}",
+              "data": makers.HEAD["data"] + f"\n  {name}: {{source: held.jsonl}}"} for name in ("held", "aside")]
+    first, renamed = (plan(home, **tree) for tree in trees)
+    assert first.keys == renamed.keys
+    (home / "held.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    assert changed(first, plan(home, **trees[0])) == {"tuned"}
+
+
 def test_versions_of_what_computes_are_in_the_keys(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = plan(home)
     assert before.stage("w4").key_parts["version.torch"] == keys_module.package_version("torch") != "absent"
@@ -117,6 +131,7 @@ def test_a_score_key_follows_what_is_scored(home: Path) -> None:
     assert score_keys("measure={repeats: 3}").isdisjoint(first)
     assert score_keys("runtime.kernel=reference").isdisjoint(first)
     assert score_keys("goals={disk_bytes: {max: 3}}") == first
+    assert score_keys("runtime.checkpoint_s=5") == first
 
 
 def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from llmops.errors import StepError, StoreError
 from llmops.methods.finetune.neftune import noisy_embeddings
 from llmops.models.token_loss import next_token_loss
 from llmops.train import Checkpoints, Hooks, Schedule, Stopping, fit, token_rows
-from llmops.train.checkpoint import Saved
+from llmops.train.checkpoint import Saved, _own
 
 
 class Killed(BaseException):
@@ -201,6 +201,14 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before_and_the_same_call_goes_
     found, again = train(tmp_path, every=1)
     assert found.loss == expected.loss and found.resumed == [2]
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_checkpoint_copies_only_what_it_has_to():
+    whole = torch.arange(12.0).view(3, 4)
+    held = _own({"a": whole, "same": whole, "part": whole[1], "turned": whole.t(), "other": torch.ones(2)})
+    assert held["a"].data_ptr() == whole.data_ptr()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in held.values()}) == len(held)
+    assert held["part"].untyped_storage().nbytes() == 16 and torch.equal(held["turned"], whole.t())
 
 
 def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):

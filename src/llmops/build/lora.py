@@ -66,8 +66,8 @@ def qlora_step(job: Job, options: Qlora) -> Work:
     shift: dict[str, Pair] = {}
 
     def rest(name: str, weight: Tensor) -> Tensor:
-        found = _start(options, weight, scaling, device)
-        if found is None or not _targeted(name, options):
+        found = _start(options, weight, scaling, device) if _targeted(name, options) else None
+        if found is None:
             return weight
         starts[name], shift[name], left = found
         return left

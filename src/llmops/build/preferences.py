@@ -35,20 +35,21 @@ import torch
 from torch import Tensor, nn
 
 from llmops.build.job import Job, Work
-from llmops.build.training import SEED_OF_SPLIT, Rows, run_fit, schedule_of, train_all, trainable, work_of
+from llmops.build.training import SEED_OF_SPLIT, Rows, packing, run_fit, schedule_of, train_all, trainable, work_of
 from llmops.data.pairs import EncodedPairs, encode_pairs
 from llmops.data.render import IGNORED, collate
 from llmops.errors import StepError, StoreError
 from llmops.methods.finetune.dpo import dpo_loss, reward_margin
 from llmops.methods.finetune.lora import add_lora, merge_lora
 from llmops.methods.finetune.options import Dpo
+from llmops.models import parity
 from llmops.models.packed_rows import can_pack, evaluating, pack, row_of, use_packed_attention
 from llmops.models.save import save_adapter, save_dense
 from llmops.models.token_loss import pair_log_probs
 from llmops.quantity import Quantity
 from llmops.train import Loss, Progress, TrainingSet
-from llmops.train.ranks import add_up, rank_and_size
-from llmops.train.rows import order
+from llmops.train.ranks import add_up, agree, rank_and_size
+from llmops.train.rows import order, to_device
 
 __all__ = ["Pairs", "answer_log_probs", "dpo_step", "pair_loss", "pair_rows", "reference_log_probs"]
 
@@ -73,6 +74,7 @@ class Pairs:
     packed: bool = True
     report: dict[str, int] = field(default_factory=dict)
     place: Callable[[int], str] = lambda index: f"pair {index + 1}"
+    events: tuple[str, ...] = ()
 
     def tokens(self, index: int) -> int:
         """Tokens of both sides."""
@@ -99,7 +101,7 @@ def dpo_step(job: Job, options: Dpo) -> Work:
         raise StepError("preferences cannot be trained into packed integers; expected a parent in 16 or 32 bit: start "
                         "from what was quantized, and quantize the result")
     pairs = _pairs(job, options)
-    model = trainable(job.model)
+    model = trainable(job.model, frozen=options.rank is not None)
     began = time.perf_counter()
     needed = _needed(pairs, options, job.seed)
     reference = reference_log_probs(model, pairs, [*needed, *pairs.held_out], _kept(job), job.progress)
@@ -107,7 +109,8 @@ def dpo_step(job: Job, options: Dpo) -> Work:
     events = [f"reference log-probabilities of {len(needed) + len(pairs.held_out):,} pairs ({tokens:,} tokens) in "
               f"{time.perf_counter() - began:.1f} s, used in every epoch"]
     rows = Rows(pair_rows(pairs, pairs.train, reference),
-                pair_rows(pairs, pairs.held_out, reference) if pairs.held_out else None, pairs.report, pairs.place)
+                pair_rows(pairs, pairs.held_out, reference) if pairs.held_out else None, pairs.report, pairs.place,
+                pairs.events)
     curve = _Curve(skip=options.learning_rate == "auto")
     told = replace(job, log=curve.beside(job.log)) if job.log is not None else job
     loss = partial(pair_loss, options=options, seen=curve.see if job.log is not None else None)
@@ -165,15 +168,21 @@ def answer_log_probs(model: nn.Module, pairs: Pairs, indices: Sequence[int], pro
     passes = _passes(pairs, indices)
     packed = use_packed_attention(model) if pairs.packed else nullcontext()
     autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")  # as in the loop
-    with packed, evaluating(model), torch.no_grad(), autocast:
-        for number, places in enumerate(passes):
-            if number % size == rank:
-                batch = {key: value.to(device) if isinstance(value, Tensor) else value
-                         for key, value in pairs.batch([indices[place] for place in places]).items()}
-                found[:, places] = pair_log_probs(model, batch, batch["rows"]).view(2, -1).double().cpu()
-            done += len(places)
-            if progress is not None:
-                progress(done, len(indices), what)
+    trouble = None
+    try:
+        with packed, evaluating(model), torch.no_grad(), autocast:
+            for number, places in enumerate(passes):
+                if number % size == rank:
+                    batch = to_device(pairs.batch([indices[place] for place in places]), device)
+                    found[:, places] = pair_log_probs(model, batch, batch["rows"]).view(2, -1).double().cpu()
+                done += len(places)
+                if progress is not None:
+                    progress(done, len(indices), what)
+    except Exception as error:
+        if size == 1:
+            raise
+        trouble = f"{type(error).__name__}: {error}"
+    agree(trouble=trouble)  # before the sum, so that none waits in it for one that failed
     found = add_up(found)
     bad = (~found.isfinite()).any(0).nonzero().flatten().tolist()
     if bad:
@@ -265,9 +274,9 @@ def _pairs(job: Job, options: Dpo) -> Pairs:
     """The pairs of a step, and those it holds out, as `stop` says."""
     encoded = _encoded(job, options, options.data)
     count, origin, source = len(encoded.chosen), encoded.origin, job.rows(options.data)
-    pairs = Pairs(encoded.chosen, encoded.rejected, list(range(count)), [], job.tokenizer.pad_token_id,
-                  options.packing and can_pack(job.model) is True, encoded.report,
-                  lambda index: source.place(origin[index]))
+    packed, events = packing(job, options)
+    pairs = Pairs(encoded.chosen, encoded.rejected, list(range(count)), [], job.tokenizer.pad_token_id, packed,
+                  encoded.report, lambda index: source.place(origin[index]), events)
     if options.stop is None:
         return pairs
     if options.stop.data is not None:
@@ -305,8 +314,8 @@ def _train_adapters(job: Job, options: Dpo, loss: Loss, rows: Rows) -> Work:
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     done.events.append(f"{trained:,} parameters trained (rank {options.rank})")
     if not options.merge:
-        return work_of(job, adapted, partial(save_adapter, adapted, job.tokenizer, base=job.base_source), done,
-                       backward=1.0)
+        save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source, revision=job.revision)
+        return work_of(job, adapted, save, done, backward=1.0, expected=parity.Expected(adapter_rank=options.rank))
     plain = merge_lora(adapted)
     return work_of(job, plain, partial(save_dense, plain, job.tokenizer, dtype=job.storage), done, backward=1.0)
 

@@ -30,7 +30,7 @@ from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, Training
 from llmops.train.finder import find_rate
 from llmops.train.rows import to_device
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "run_fit", "schedule_of", "train_all",
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "packing", "run_fit", "schedule_of", "train_all",
            "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
@@ -65,7 +65,7 @@ def logits_step(job: Job, options: Logits) -> Work:
     """Every weight of the student is trained towards the teacher's distribution."""
     if job.teacher is None:
         raise StepError("distillation needs a teacher; name one with `teacher:`")
-    teacher = trainable(job.teacher(options.teacher))
+    teacher = trainable(job.teacher(options.teacher), frozen=True)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
 
@@ -123,9 +123,8 @@ def trainable(model: Any, *, frozen: bool = False) -> Any:
 def training_rows(job: Job, options: Training) -> Rows:
     """The rows of a step, and those it holds out, as the loop wants them."""
     encoded = _encoded(job, options, options.data)
-    reason = can_pack(job.model) if options.packing else "packing: false"
-    events = (f"rows are padded: {reason}",) if options.packing and reason is not True else ()
-    made = partial(token_rows, pad_id=job.tokenizer.pad_token_id, packed=reason is True)
+    packed, events = packing(job, options)
+    made = partial(token_rows, pad_id=job.tokenizer.pad_token_id, packed=packed)
     place, stop = partial(_place, job.rows(options.data).place, encoded.origin), options.stop
     if stop is None:
         return Rows(made(encoded.examples), None, encoded.report, place, events)
@@ -142,6 +141,12 @@ def training_rows(job: Job, options: Training) -> Rows:
     return Rows(made([encoded.examples[index] for index in kept]), made([encoded.examples[index] for index in out]),
                 {**encoded.report, "held_out": count},
                 partial(_place, job.rows(options.data).place, [encoded.origin[index] for index in kept]), events)
+
+
+def packing(job: Job, options: Training) -> tuple[bool, tuple[str, ...]]:
+    """Whether rows are packed, and what to tell where they were to be and cannot."""
+    reason = can_pack(job.model) if options.packing else False
+    return reason is True, (f"rows are padded: {reason}",) if isinstance(reason, str) else ()
 
 
 def _place(place: Callable[[int], str], origin: list[int], index: int) -> str:
@@ -167,8 +172,11 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
     """Train `model` on `rows` as the options say: a learning rate first where it is `auto`, then the loop."""
     events = list(rows.events)
     fuse(model)
-    if loss is next_token_loss and len(rows.train):
+    if len(rows.train):
         reason = can_split(model, to_device(rows.train.batch([0]), next(iter(model.parameters())).device))
+        if reason is not True and loss is not next_token_loss:
+            raise StepError(f"{reason}; expected a model whose logits are its head on its last hidden state, which this "
+                            "step takes them for: they would be wrong without a word; use method: lora or full")
         if reason is not True:
             loss = full_logits_loss
             events.append(f"the loss is computed from all logits at once: {reason}")

@@ -82,8 +82,8 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_teacher(problems, trail, variant)
         if isinstance(options, Adapters):
             _check_adapters(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
-        if isinstance(options, Dpo) and not isinstance(options.targets, str):
-            _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
+        if isinstance(options, Dpo):
+            _check_pairs(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
 
@@ -147,8 +147,7 @@ def _check_adapters(problems: Problems, trail: Trail, options: Adapters, pruned:
             problems.add((*trail, "dora"), f"given true {why} (DoRA rescales whole rows); {masked}leave dora out, "
                                            "rslora can stay")
         if isinstance(options, Lora) and not options.merge:
-            problems.add((*trail, "merge"), f"given false {why}: an adapter apart is a plain PEFT one, which fills "
-                                            "them; expected merge: true, which masks what is folded in")
+            _refuse_apart(problems, trail, pruned)
         if options.init == "pissa":
             problems.add((*trail, "init"), f"given pissa {why} (its frozen rest is dense); {masked}init: default")
     if options.init == "loftq" and not isinstance(options, Qlora):
@@ -167,6 +166,20 @@ def _check_adapters(problems: Problems, trail: Trail, options: Adapters, pruned:
             problems.add((*trail, "rank"), f"given {options.rank} with init: {options.init}, which takes that many "
                                            f"singular directions of every weight; expected at most {fit}, the smaller "
                                            "side of the smallest layer", key="rank" not in options.model_fields_set)
+
+
+def _check_pairs(problems: Problems, trail: Trail, options: Dpo, pruned: str | None, dims: Dims | None) -> None:
+    """Adapters that are left apart on a parent with zeros, and names of layers."""
+    if pruned is not None and not options.merge:
+        _refuse_apart(problems, trail, pruned)
+    if not isinstance(options.targets, str):
+        _check_layer_names(problems, (*trail, "targets"), options.targets, dims, "every linear layer: all-linear")
+
+
+def _refuse_apart(problems: Problems, trail: Trail, pruned: str) -> None:
+    problems.add((*trail, "merge"), f"given false after {shown(pruned)}, whose zeros have to stay: an adapter apart is "
+                                    "a plain PEFT one, which fills them; expected merge: true, which masks what is "
+                                    "folded in")
 
 
 def _check_pattern(problems: Problems, trail: Trail, pattern: str, sparsity: float, ignore: Sequence[str],

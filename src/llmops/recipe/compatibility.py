@@ -49,6 +49,7 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
         ({"dora": True}, "Liu et al. 2024, arXiv 2402.09353"),
         ({"init": "pissa"}, "Meng et al. 2024, arXiv 2404.02948"),
         ({"init": "loftq"}, "Li et al. 2023, arXiv 2310.08659")),
+    ("finetune", "dpo"): (({}, "Rafailov et al. 2023, arXiv 2305.18290"), ({"merge": False}, ""), ({"rank": None}, "")),
     ("prune", "magnitude"): (({"sparsity": 0.5}, "Han et al. 2015, arXiv 1506.02626"),
                              ({"pattern": "2:4"}, "Mishra et al. 2021, arXiv 2104.08378")),
     ("prune", "wanda"): (({"sparsity": 0.5}, "Sun et al. 2023, arXiv 2306.11695"), ({"pattern": "2:4"}, "")),
@@ -112,7 +113,9 @@ def compatibility() -> str:
 
 
 def _label(method: str, options: dict[str, Any]) -> str:
-    shown = [f"{name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()]
+    words = {None: "null", True: "true", False: "false"}
+    shown = [f"{name}: {words[value] if value is None or isinstance(value, bool) else value}"
+             for name, value in options.items()]
     return ", ".join([f"`{method}`", *(f"`{text}`" for text in shown)])
 
 

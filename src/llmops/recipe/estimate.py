@@ -199,7 +199,7 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
     if rows is not None:
         bounds.append(rows * options.epochs * length)
     if options.max_steps is not None:
-        bounds.append(options.max_steps * options.batch_size * options.accumulate * length)
+        bounds.append(options.max_steps * options.accumulate * (options.batch_tokens or options.batch_size * length))
     if not bounds:
         return Quantity.null("tokens", why)
     return Quantity(float(round(min(bounds))), "tokens", "estimated", "rows x epochs x max_length, at most")

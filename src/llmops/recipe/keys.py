@@ -30,8 +30,8 @@ from llmops.recipe.schema import Recipe, Variant
 __all__ = ["BUILD_VERSION", "EVAL_VERSION", "HASH_MEMORY", "build_parts", "fingerprints", "hash_memory", "key_of",
            "model_parts", "names_of_data", "package_version", "score_key", "why"]
 
-BUILD_VERSION = 1  # raise it when the same step would make different weights
-EVAL_VERSION = 1  # raise it when the same variant would get different figures
+BUILD_VERSION = 2  # raise it when the same step would make different weights
+EVAL_VERSION = 2  # raise it when the same variant would get different figures
 HASH_MEMORY = "hashes.json"  # beside the store
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
@@ -76,6 +76,8 @@ def build_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], print
                 parts["data"] = prints[value]
         elif name == "teacher":
             parts["teacher"] = keys[value]
+        elif name == "stop" and value is not None and value["data"] is not None:
+            parts["option.stop"] = json.dumps({**value, "data": prints[value["data"]]}, sort_keys=True)
         elif name != "method":
             parts[f"option.{name}"] = json.dumps(value, sort_keys=True)
     return parts
@@ -90,7 +92,7 @@ def score_key(recipe: Recipe, key: str, prints: Mapping[str, str]) -> str:
         read = prints[used] if used else _folder_digest(recipe.base_dir, options.get("include"))
         entries.append([entry.metric, options, read])
     parts: dict[str, Any] = {
-        "key": key, "evaluate": entries, "runtime": recipe.runtime.model_dump(mode="json"),
+        "key": key, "evaluate": entries, "runtime": recipe.runtime.model_dump(mode="json", exclude={"checkpoint_s"}),
         "measure": recipe.measure.model_dump(mode="json") if recipe.measure is not None else None,
         "seed": recipe.seed, "version": EVAL_VERSION,
         "harness": package_version("lm-eval") if any(entry.metric == "harness" for entry in recipe.evaluate) else None}

@@ -138,8 +138,17 @@ class Checkpoints:
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that share no memory, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """On the CPU, whole, and sharing no memory, as safetensors wants them; copied only where they are not so yet."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        held = tensor.detach().cpu().contiguous()
+        storage = held.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != held.nbytes:
+            held = held.clone()
+        seen.add(held.untyped_storage().data_ptr())
+        found[name] = held
+    return found
 
 
 def _flat(state: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -261,11 +261,12 @@ class _Loop:
     # --------------------------------------------------------------------------------------- looking and stopping
 
     def _affordable(self, held_out: TrainingSet) -> TrainingSet:
-        """As many held-out rows as the share of the training between two looks pays for."""
+        """As many held-out rows as the share of the training pays for at every look, the one at the end included."""
         assert self.stopping is not None
-        mean = sum(self.rows.lengths[index] for step in self.steps for one in step for index in one) / len(self.steps)
+        whole = sum(self.rows.lengths[index] for step in self.steps for one in step for index in one)
+        looks = sum(self.stopping.due(step, len(self.steps)) for step in range(1, len(self.steps) + 1))
         frozen = len(self.trained) < sum(1 for _ in self.model.parameters())
-        budget = self.stopping.share * self.stopping.every * mean * (2 if frozen else 3)
+        budget = self.stopping.share * whole / looks * (2 if frozen else 3)
         tokens = count = 0
         while count < len(held_out) and (count == 0 or tokens + held_out.lengths[count] <= budget):
             tokens += held_out.lengths[count]

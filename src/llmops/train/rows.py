@@ -126,8 +126,14 @@ def shrunk(step: Step, halvings: int) -> Step:
 
 
 def share(step: Step, rank: int, size: int) -> Step:
-    """The part of a step that belongs to one of `size` processes: of every pass, each takes every size-th row."""
-    parts = [one[rank::size] for one in step]
+    """The part of a step that belongs to one of `size` processes: its rows are dealt out one after the other.
+
+    It goes on from pass to pass, so that passes of fewer rows than processes leave nobody idle.
+    """
+    parts, before = [], 0
+    for one in step:
+        parts.append(one[(rank - before) % size::size])
+        before += len(one)
     return [part for part in parts if part]
 
 

@@ -9,10 +9,11 @@ in nats per token, and nats per token per kilojoule. What is kept is the state w
 (Prechelt 1998, "Early Stopping - But When?", for the first; the second prices the same curve in energy.)
 
 Energy is the run's own meter. Where nothing is measured the meter's estimate, which is time multiplied by a power, or
-time at a nominal power stands in: then `unit` says so, and so does the row.
+time at a nominal power stands in. A counter moves in steps, of seconds with some; a look that comes before it has moved
+has no price and settles nothing, and the next step pays for all looks since the last.
 
-The look itself must not eat the run: it reads as many held-out rows as a fixed share of the training between two
-looks pays for, counted in tokens (a forward pass costs half of a training pass through frozen weights, a third of one
+The look itself must not eat the run: it reads as many held-out rows as a fixed share of the training pays for at every
+look, counted in tokens (a forward pass costs half of a training pass through frozen weights, a third of one
 through trained weights), so that the same rows are looked at whatever the machine.
 """
 
@@ -61,11 +62,15 @@ class Stopping:
         best, last = self.best, self.looks[-1] if self.looks else None
         worth: float | None = None
         if best is not None and last is not None:
-            gain = best.loss - loss
-            spent = energy_j - last.energy_j
-            worth = 1000.0 * gain / spent if spent > 0 else None
-            dear = self.min_gain_per_kilojoule is not None and worth is not None and worth < self.min_gain_per_kilojoule
-            self.poor = self.poor + 1 if gain <= self.min_gain or dear else 0
+            gain, spent = best.loss - loss, energy_j - last.energy_j
+            if spent > 0:  # it paid for all that was gained since the reading before it was first seen
+                before = sum(look.energy_j < last.energy_j for look in self.looks) + 1
+                worth = 1000.0 * (min(look.loss for look in self.looks[:before]) - loss) / spent
+            priced = self.min_gain_per_kilojoule is not None
+            if gain <= self.min_gain or (priced and worth is not None and worth < (self.min_gain_per_kilojoule or 0)):
+                self.poor += 1
+            elif worth is not None or not priced:
+                self.poor = 0
         self.looks.append(Look(step, loss, energy_j, worth))
         return self.poor >= self.patience
 
