@@ -95,7 +95,7 @@ def test_a_loaded_gptq_model_can_go_on_to_every_other_layout(made: Any, tmp_path
 
 
 def test_int_quantized_is_loaded_packed(made: Any, tmp_path: Path) -> None:
-    """Written here as compressed-tensors describes it; its activations, made for 8 bits, are left alone, and said so."""
+    """Written here as compressed-tensors describes it; that activations are left in 16 bit is said."""
     model, weights, tokenizer = quantized("qwen3", 8, -1)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -155,7 +155,7 @@ def test_an_export_that_reads_back_wrong_is_refused(made: Any, tmp_path: Path) -
     FORMATS["gptq"].write(source, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     for name in stored:
-        if name.endswith("qzeros"):  # as if the -1 had been forgotten
+        if name.endswith("qzeros"):  # as if the -1 had been forgotten: 8 in every nibble
             stored[name] = torch.full_like(stored[name], -2004318072)
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StepError, match="gptq: read back by .* it is not what was exported: KL"):
@@ -174,7 +174,7 @@ def test_unknown_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LlmopsError, match='unknown format "ggfu"; expected one of .*; did you mean "gguf"'):
         check_format("ggfu")
     monkeypatch.setattr("llmops.formats.options.find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(LlmopsError, match="needs onnxscript, not installed here; .*: pip install onnx onnxscript onnxr"):
+    with pytest.raises(LlmopsError, match="needs onnxscript, not installed here; .*: pip install onnx onnxscript o"):
         check_format("onnx")
     check_format("gguf-q8_0")
 

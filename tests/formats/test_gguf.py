@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.test_quantized import quantized
+from tests.twins import TEMPLATE, twin
 
 from llmops.errors import LlmopsError
 from llmops.formats import check
@@ -16,8 +18,6 @@ from llmops.formats.source import Source
 from llmops.formats.table import FORMATS
 from llmops.models.load import load
 from llmops.models.quantized import save_quantized
-from tests.models.test_quantized import quantized
-from tests.twins import TEMPLATE, twin
 
 gguf = pytest.importorskip("gguf")
 

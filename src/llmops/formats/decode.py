@@ -30,7 +30,8 @@ def decode_gptq(folder: Path) -> dict[str, Tensor]:
         codes = _fields(parts["qweight"].T, bits)  # (out, in): words follow each other along the input
         zeros = _fields(parts["qzeros"], bits) + offset  # (groups, out)
         group = parts["g_idx"]
-        return (parts["scales"][group].T.astype(np.float32) * (codes - zeros[group].T)).astype(np.float32)
+        dense: Array = parts["scales"][group].T.astype(np.float32) * (codes - zeros[group].T)
+        return dense.astype(np.float32)
 
     return _decoded(folder, ("qweight", "qzeros", "scales", "g_idx"), layer)
 
@@ -41,7 +42,8 @@ def decode_awq(folder: Path) -> dict[str, Tensor]:
         codes, zeros = (_unshuffled(_fields(parts[name], 4)) for name in ("qweight", "qzeros"))  # (in or groups, out)
         each = codes.shape[0] // zeros.shape[0]
         scale, zero = (np.repeat(part, each, axis=0) for part in (parts["scales"].astype(np.float32), zeros))
-        return (scale * (codes - zero)).T.astype(np.float32)
+        dense: Array = scale * (codes - zero)
+        return dense.T.astype(np.float32)
 
     return _decoded(folder, ("qweight", "qzeros", "scales"), layer)
 
@@ -51,7 +53,8 @@ def _fields(words: Array, bits: int) -> Array:
     raw = np.ascontiguousarray(words).view(np.uint8)
     stream = np.unpackbits(raw, axis=1, bitorder="little")
     stream = stream[:, :stream.shape[1] // bits * bits].reshape(len(stream), -1, bits)
-    return (stream.astype(np.int64) << np.arange(bits)).sum(-1)
+    fields: Array = (stream.astype(np.int64) << np.arange(bits)).sum(-1)
+    return fields
 
 
 def _unshuffled(fields: Array) -> Array:
