@@ -1,7 +1,7 @@
 """Everything that can be refused before a weight is loaded, once a run has work to do.
 
 The recipe has been validated by then; this reads the data itself: rows that cannot be read, training rows that stand in
-a scored split, a template that drops the terminator, rows with nothing to train on, rows of one answer for a step that
+a scored split or in the held-out data, held-out rows that stand in a scored split, a template that drops the terminator, rows with nothing to train on, rows of one answer for a step that
 compares two. Found here they cost a second (exit 2, nothing done); found by the step they would cost the steps before
 it. `preflight_report` is the same proof as figures, for each data and length that a step trains on.
 
@@ -126,19 +126,24 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
     for train in dict.fromkeys(use.data for use in uses):
         for test in scored:
             check_leak(rows(train), test)
+    for name in sorted(variants):
+        for held in recipe.variants[name].data_names()[1:] if name in recipe.variants else ():
+            check_leak(rows(recipe.variants[name].data_names()[0]), rows(held))
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
     return [(use, rows(use.data), *_proved(use, rows(use.data), recipe, tokenizer)) for use in uses]
 
 
 def _uses(recipe: Recipe, variants: set[str]) -> list[_Use]:
-    """What `variants` train on, in the order of the recipe."""
+    """What `variants` train on and hold out, in the order of the recipe."""
     found: dict[tuple[str, int, bool], list[str]] = {}
     for name, variant in recipe.variants.items():
         options = variant.options
         if name in variants and isinstance(options, Training):
-            key = (options.data, options.max_length, getattr(options, "method", None) == "dpo")
-            found.setdefault(key, []).append(name)
+            pairs = getattr(options, "method", None) == "dpo"
+            found.setdefault((options.data, options.max_length, pairs), []).append(name)
+            if options.stop is not None and options.stop.data is not None:
+                found.setdefault((options.stop.data, options.max_length, pairs), []).append(f"{name} (held out)")
     return [_Use(*key, variants=tuple(names)) for key, names in found.items()]
 
 

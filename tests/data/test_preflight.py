@@ -105,6 +105,26 @@ def test_a_step_with_the_wrong_kind_is_named(tmp_path: Path) -> None:
         preflight(plan_of(with_dpo(recipe_of(tmp_path, CHOICES), "short"), tmp_path))
 
 
+def test_held_out_data_is_checked_as_what_is_trained_on(tmp_path: Path) -> None:
+    def recipe(held: list[dict[str, Any]], scored: str = "") -> Plan:
+        for name, rows in (("train", PAIRS[:2]), ("held", held), ("test", PAIRS[2:])):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = ("version: 1\nname: check\nmodel: builtin:tiny\ndata:\n  train: {source: train.jsonl}\n"
+                f"  held: {{source: held.jsonl}}\n  test: {{source: test.jsonl}}\n{scored}variants:\n"
+                "  tuned: {finetune: {method: lora, data: train, stop: {data: held}}}\n")
+        return plan_of(parse_recipe(text, file="recipe.yaml", base_dir=tmp_path), tmp_path)
+
+    fresh = [{"prompt": "Where does Di live?", "completion": "In Diville."}]
+    assert [(entry["data"], entry["variants"]) for entry in preflight_report(recipe(fresh))] == [
+        ("train", ["tuned"]), ("held", ["tuned (held out)"])]
+    with pytest.raises(DataError, match=r'variant tuned \(held out\): data "held" holds rows of kind preference'):
+        preflight(recipe(CHOICES[:1]))
+    with pytest.raises(DataError, match="1 of 1 rows of held stand in the training data train"):
+        preflight(recipe(PAIRS[:1]))
+    with pytest.raises(DataError, match="1 of 1 rows of test stand in the training data held"):
+        preflight(recipe(PAIRS[2:], "evaluate:\n  - exact_match: {data: test}\n"))
+
+
 def test_a_split_that_the_file_does_not_have_is_told_with_the_recipes_line(tmp_path: Path) -> None:
     text = recipe_of(tmp_path, PAIRS).text.replace("{source: train.jsonl,", '{split: "[5:9]", source: train.jsonl,')
     recipe = parse_recipe(text, file="recipe.yaml", base_dir=tmp_path)

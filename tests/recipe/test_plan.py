@@ -265,3 +265,13 @@ def test_why_tells_changed_data_and_a_lost_build(home: Path) -> None:
     assert why("tuned", plan(home), [row(first, "tuned")])["lines"] == ["tuned: never built"]
     with pytest.raises(KeyError):
         why("nobody", first)
+
+
+@pytest.mark.parametrize(("step", "said"), [
+    ("method: lora, rslora: true, merge: false", "r16 rslora apart 1 epoch"),
+    ("method: qlora, init: pissa, max_steps: 9", "r16 pissa nf4 dequantized 9 steps"),
+    ("method: dpo, rank: 4", "r4 1 epoch"), ("method: dpo, rank: null", "all weights 1 epoch"),
+    ("method: full, epochs: 2", "2 epochs")])
+def test_every_way_to_train_is_told_in_a_few_words(step: str, said: str, home: Path) -> None:
+    made = plan(home, variants=f"variants:\n  a: {{finetune: {{data: train, {step}}}}}")
+    assert made.stage("a").summary == said

@@ -148,12 +148,17 @@ def _summary(recipe: Recipe, name: str) -> str:
     if hasattr(options, "layers"):
         words.append(f"{options.layers if isinstance(options.layers, int) else len(options.layers)} layers")
     if hasattr(options, "rank"):
-        words.append(f"r{options.rank}")
-        words += [name for name in ("rslora", "dora") if getattr(options, name)]
-        words += [options.init] if options.init != "default" else []
-        words += [f"lora+{options.lora_plus_ratio:g}"] if options.lora_plus_ratio else []
-        words += [options.quant, options.merge] if hasattr(options, "quant") else [] if options.merge else ["apart"]
+        words += _adapter_words(options)
     if hasattr(options, "epochs"):
         epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
         words.append(f"{options.max_steps} steps" if options.max_steps else epochs)
     return " ".join(words)
+
+
+def _adapter_words(options: Any) -> list[str]:
+    """The same of adapters, of whatever method."""
+    words = [f"r{options.rank}" if options.rank is not None else "all weights"]
+    words += [name for name in ("rslora", "dora") if getattr(options, name, False)]
+    words += [options.init] if getattr(options, "init", "default") != "default" else []
+    words += [f"lora+{options.lora_plus_ratio:g}"] if getattr(options, "lora_plus_ratio", 0) else []
+    return words + ([options.quant, options.merge] if hasattr(options, "quant") else [] if options.merge else ["apart"])
