@@ -1,9 +1,10 @@
 """Everything that can be refused before a weight is loaded, once a run has work to do.
 
 The recipe has been validated by then; this reads the data itself: rows that cannot be read, training rows that stand in
-a scored split or in the held-out data, held-out rows that stand in a scored split, a template that drops the terminator, rows with nothing to train on, rows of one answer for a step that
-compares two. Found here they cost a second (exit 2, nothing done); found by the step they would cost the steps before
-it. `preflight_report` is the same proof as figures, for each data and length that a step trains on.
+a scored split or in the held-out data, held-out rows that stand in a scored split, a template that drops the
+terminator, rows with nothing to train on, rows of one answer for a step that compares two. Found here they cost a
+second (exit 2, nothing done); found by the step they would cost the steps before it. `preflight_report` is the same
+proof as figures, for each data and length that a step trains on or holds out.
 
 It takes the tokenizer, and with it transformers and torch (`AutoTokenizer` imports both), but no weight.
 """

@@ -106,6 +106,13 @@ def test_what_is_rehearsed_is_the_recipe_made_short(tmp_path):
     assert Path(short["data"]["train"]["source"]).is_absolute()
 
 
+def test_pairs_that_train_every_weight_are_rehearsed_so(tmp_path):
+    folder = workplace(tmp_path)
+    body = recipe({"all": {"finetune": {"method": "dpo", "data": "train", "rank": None}}})
+    short = rehearsed(load_recipe(written(folder, body)), folder / "model")
+    assert short["variants"]["all"]["finetune"]["rank"] is None
+
+
 def test_a_recipe_on_a_qwen3_goes_through_every_stage(tmp_path):
     folder = workplace(tmp_path, "qwen3")
     body = recipe({"tuned": TUNED, "wanda": {"from": "tuned", "prune": {

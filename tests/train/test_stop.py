@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmops.train import Schedule, Stopping, fit, token_rows
+from llmops.train import Hooks, Schedule, Stopping, fit, token_rows
 
 
 def seen(looks: list[tuple[float, float]], **rule: object) -> list[bool]:
@@ -41,3 +41,13 @@ def test_looking_costs_no_more_than_its_share_of_the_training_however_short_that
     done = fit(net, rows, Schedule(max_steps=steps, batch_size=4), seed=0, held_out=rows,
                stopping=Stopping(patience=99, every=every, share=0.25))
     assert 0 < done.held_out_tokens / 3 <= 0.25 * done.tokens  # a training pass is three forward passes
+
+
+@pytest.mark.parametrize(("joules", "told"), [(None, True), (5.0, False)])
+def test_a_price_in_joules_that_nobody_measured_is_told(joules, told):
+    net = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64,
+                                       num_attention_heads=2, num_key_value_heads=1))
+    rows = token_rows([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4, pad_id=0)
+    done = fit(net, rows, Schedule(max_steps=1, batch_size=4), seed=0, held_out=rows, hooks=Hooks(spent=lambda: joules),
+               stopping=Stopping(min_gain_per_kilojoule=1.0, every=1, share=1.0))
+    assert any("a second counted as 100 J" in event for event in done.events) is told

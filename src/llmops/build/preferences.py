@@ -43,7 +43,7 @@ from llmops.methods.finetune.dpo import dpo_loss, reward_margin
 from llmops.methods.finetune.lora import add_lora, merge_lora
 from llmops.methods.finetune.options import Dpo
 from llmops.models import parity
-from llmops.models.packed_rows import can_pack, evaluating, pack, row_of, use_packed_attention
+from llmops.models.packed_rows import evaluating, pack, row_of, use_packed_attention
 from llmops.models.save import save_adapter, save_dense
 from llmops.models.token_loss import pair_log_probs
 from llmops.quantity import Quantity

@@ -30,8 +30,8 @@ from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, Training
 from llmops.train.finder import find_rate
 from llmops.train.rows import to_device
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "packing", "run_fit", "schedule_of", "train_all",
-           "trainable", "training_rows", "work_of"]
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "packing", "run_fit", "schedule_of",
+           "train_all", "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 
@@ -175,8 +175,8 @@ def run_fit(job: Job, options: Training, model: Any, rows: Rows, loss: Loss = ne
     if len(rows.train):
         reason = can_split(model, to_device(rows.train.batch([0]), next(iter(model.parameters())).device))
         if reason is not True and loss is not next_token_loss:
-            raise StepError(f"{reason}; expected a model whose logits are its head on its last hidden state, which this "
-                            "step takes them for: they would be wrong without a word; use method: lora or full")
+            raise StepError(f"{reason}; expected a model whose logits are its head on its last hidden state, as this "
+                            "step takes them, or what it learned would be wrong; use method: lora or full")
         if reason is not True:
             loss = full_logits_loss
             events.append(f"the loss is computed from all logits at once: {reason}")

@@ -158,7 +158,7 @@ def _step(variant: Variant) -> dict[str, Any]:
             options["learning_rate"] = 1e-4
         if variant.options.stop is not None:
             options["stop"] |= {"every": 1}
-        if "rank" in options:
+        if options.get("rank") is not None:  # null: every weight is trained
             options["rank"] = min(8, options["rank"])
     if "length" in type(variant.options).model_fields:
         options["length"] = min(64, variant.options.length)

@@ -155,6 +155,10 @@ class _Loop:
                 break
         self._clock()
         self._take_best()
+        priced = self.stopping is not None and self.stopping.min_gain_per_kilojoule is not None
+        if priced and self.hooks.spent() is None:
+            self.done.events.append(f"no energy was measured: a second counted as {NOMINAL_WATTS:g} J for "
+                                    "min_gain_per_kilojoule")
         if self.done.resumed:
             steps = self.done.resumed
             self.done.events.append("went on from the checkpoint of step " + ", then ".join(map(str, steps[-8:]))

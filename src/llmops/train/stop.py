@@ -9,8 +9,8 @@ in nats per token, and nats per token per kilojoule. What is kept is the state w
 (Prechelt 1998, "Early Stopping - But When?", for the first; the second prices the same curve in energy.)
 
 Energy is the run's own meter. Where nothing is measured the meter's estimate, which is time multiplied by a power, or
-time at a nominal power stands in. A counter moves in steps, of seconds with some; a look that comes before it has moved
-has no price and settles nothing, and the next step pays for all looks since the last.
+time at a nominal power stands in, and the row says so. A counter moves in steps, of seconds with some; a look that
+comes before it has moved has no price and settles nothing, and the next step pays for all looks since the last.
 
 The look itself must not eat the run: it reads as many held-out rows as a fixed share of the training pays for at every
 look, counted in tokens (a forward pass costs half of a training pass through frozen weights, a third of one
