@@ -170,7 +170,7 @@ def given(monkeypatch):
 
 def test_every_argument_reaches_its_parameter(given):
     few = {"tune": ["r"], "plan": ["r"], "validate": ["r"], "why": ["r", "v"], "recipes copy": ["n"],
-           "data show": ["r"], "completion": ["s"]}
+           "data show": ["r"], "export": ["v", "--to", "f"], "completion": ["s"]}
     for name in LEAVES:
         function = cli.COMMANDS[name][0]
         assert set(given(name, *few.get(name, []))) == set(inspect.signature(function).parameters)

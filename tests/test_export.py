@@ -42,7 +42,7 @@ def test_a_variant_of_the_latest_run(runs: Path, tmp_path: Path) -> None:
     before = (runs / "ledger.db").read_bytes()
     record = export("w4", "gptq", runs=str(runs))
     out = tmp_path / "w4-gptq"
-    assert record["folder"] == str(out) and record["max_logit_difference"]["value"] == 0
+    assert record["folder"] == str(out) and record["max_logit_difference"]["value"] < 0.05
     assert record["bytes"]["value"] > (out / "model.safetensors").stat().st_size
     kept = json.loads((out / "llmops.json").read_text())["export"]
     assert kept == {key: value for key, value in record.items() if key != "folder"}
@@ -77,7 +77,7 @@ def test_an_exported_folder_can_be_what_a_recipe_starts_from(runs: Path, tmp_pat
     ours, other = (score["value"]["value"] for each in (row, was) for score in each["quality"].values())
     assert ours == pytest.approx(other, rel=1e-3)
     assert row["size"]["weights_bytes"]["value"] == was["size"]["weights_bytes"]["value"]
-    assert export("base", "awq", runs=str(tmp_path / "runs"))["max_logit_difference"]["value"] == 0
+    assert export("base", "awq", runs=str(tmp_path / "runs"))["kl_mean"]["value"] < 1e-6
     with pytest.raises(LlmopsError, match="given a base model that is quantized already"):
         run({**given, "variants": {"tuned": TUNED}}, runs=tmp_path / "runs")
 

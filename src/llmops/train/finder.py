@@ -63,7 +63,7 @@ def find_rate(model: nn.Module, rows: TrainingSet, schedule: Schedule, *, seed: 
               steps: int = 60) -> Found:
     """Run the test on copies of the trained parameters. Raises StepError when the loss never falls."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    kept = {name: value.detach().clone() for name, value in trained.items()}
+    kept = {name: value.detach().cpu().clone() for name, value in trained.items()}
     random = torch.get_rng_state()
     curve: list[tuple[float, float]] = []
     grow = (high / low) ** (1 / max(1, steps - 1))
