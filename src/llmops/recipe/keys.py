@@ -68,7 +68,10 @@ def model_parts(recipe: Recipe, hashes: FileHashes) -> dict[str, str]:
 def build_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prints: Mapping[str, str]) -> dict[str, str]:
     """The parts of a variant. keys: of its parents, by name; prints: fingerprints of data, by name."""
     parts = _shared(recipe) | {"parent": keys[variant.parent], "step": f"{variant.kind}:{variant.method}"}
-    for package in _PACKAGES.get(parts["step"], ()):
+    packages = set(_PACKAGES.get(parts["step"], ()))
+    if str(getattr(variant.options, "optimizer", "")).endswith("_8bit"):
+        packages.add("bitsandbytes")
+    for package in sorted(packages):
         parts[f"version.{package}"] = package_version(package)
     for name, value in variant.options.model_dump(mode="json").items():
         if name == "data":
