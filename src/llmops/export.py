@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops import __version__
-from llmops.errors import LlmopsError, unknown
+from llmops.errors import LlmopsError, StepError, unknown
 from llmops.formats.options import check_format
 from llmops.models.builtin import local_folder
 from llmops.store import Store, replace_file
@@ -59,9 +59,16 @@ def export(variant: str, to: str, *, out: str | Path | None = None, run: str | N
     hush()
     with _standing_alone(found.folder) as (folder, said), staged(place) as scratch:
         source = Source.of(folder)
-        written = FORMATS[to].write(source, scratch)
-        record = {**held_against(source, scratch, to, written), "notes": [*said, *written.notes], **found.facts,
-                  "llmops": __version__, "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+        try:
+            written = FORMATS[to].write(source, scratch)
+            record = {**held_against(source, scratch, to, written), "notes": [*said, *written.notes], **found.facts,
+                      "llmops": __version__, "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+        except (LlmopsError, OSError):
+            raise
+        except Exception as error:  # other people's converters and readers raise what they like
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            raise StepError(f"{to}: could not be written or read back ({type(error).__name__}: {reason}); nothing was "
+                            "kept. Another format may hold the model: dense does") from error
         write_manifest(scratch, {"schema": 1, "export": record})
         if place.exists():
             shutil.rmtree(place) if any(place.iterdir()) else place.rmdir()
@@ -153,6 +160,11 @@ def _standing_alone(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _check_place(place: Path, force: bool) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmopsError(f"{place}: cannot be made ({error}); expected a folder that can be written to: name another "
+                          "with --out") from error
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     try:

@@ -112,8 +112,12 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def _is_packed(folder: Path) -> bool:
-    """Whether the weights are integers in one of the layouts of `layouts.py`."""
+    """Whether the weights are integers in one of the layouts of `layouts.py`. ModelError when only the file beside the
+    config says so, as the first GPTQ tools wrote it: transformers would fill the layers with noise."""
     quantization = config_of(folder).get("quantization_config") or {}
+    if not quantization and (folder / "quantize_config.json").exists():
+        raise ModelError(f"{folder}: has a quantize_config.json that its config.json does not know of; expected the "
+                         'same under "quantization_config" in config.json, with "quant_method": "gptq": put it there')
     integers = quantization.get("format") in ("pack-quantized", "int-quantized")
     return integers or quantization.get("quant_method") in ("gptq", "awq")
 

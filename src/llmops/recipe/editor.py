@@ -105,7 +105,7 @@ def _top() -> dict[str, Any]:
                      "description": "scores that every variant gets"},
         "measure": {"anyOf": [_ref(MeasureOptions), {"type": "null"}],
                     "description": "the workload whose speed, memory and energy are compared; null measures none"},
-        "variants": {**_named({"$ref": "#/$defs/Variant"}, "the tree of variants", ("base",)), "minProperties": 1},
+        "variants": _named({"$ref": "#/$defs/Variant"}, "the tree of variants", ("base",)),
         "report_to": {"anyOf": [{"type": "array", "items": {"enum": list(TRACKERS)}}, {"type": "null"}],
                       "description": "trackers that are told every step of every training"},
         "tracking": {"anyOf": [_ref(Tracking), {"type": "null"}]},
