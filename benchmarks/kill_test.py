@@ -120,7 +120,7 @@ def _attempt(recipe: Path, here: Round, moment: str | None, draw: random.Random,
         time.sleep(0.001)
     if child.poll() is None and moment is not None:
         os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+        child.communicate()  # waits, and closes its pipe
         here.moments.append(moment)
         here.notes |= _notes(store)
         say(f"  killed: {moment}; checkpoints: {', '.join(sorted(_checkpoints(store))) or 'none'}")
