@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.train.makers import examples
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmops.errors import StepError, StoreError
@@ -23,15 +24,6 @@ def model(dropout: float = 0.0) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64,
                                         num_attention_heads=2, num_key_value_heads=1, attention_dropout=dropout))
-
-
-def examples(count: int = 10, seed: int = 0) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for number in range(count):
-        ids = torch.randint(3, 64, (4 + number,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
-    return made
 
 
 def rows(packed: bool = True, count: int = 10):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tests.train.makers import examples
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmops.errors import StepError
@@ -11,15 +12,6 @@ def model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64,
                                         num_attention_heads=2, num_key_value_heads=1))
-
-
-def examples(count: int = 8, seed: int = 0) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for number in range(count):
-        ids = torch.randint(3, 64, (4 + number,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
-    return made
 
 
 def weights(trained) -> torch.Tensor:
@@ -44,8 +36,8 @@ def test_loss_is_the_sum_over_trained_tokens_written_out():
 def test_accumulation_equals_the_big_batch_also_with_rows_of_different_length():
     big, small = model(), model()
     schedule = {"epochs": 2, "learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0}
-    one = fit(big, token_rows(examples(), pad_id=0), Schedule(**schedule, batch_size=8), seed=1)
-    two = fit(small, token_rows(examples(), pad_id=0), Schedule(**schedule, batch_size=2, accumulate=4), seed=1)
+    one = fit(big, token_rows(examples(8), pad_id=0), Schedule(**schedule, batch_size=8), seed=1)
+    two = fit(small, token_rows(examples(8), pad_id=0), Schedule(**schedule, batch_size=2, accumulate=4), seed=1)
     assert one.steps == two.steps == 2
     assert [loss for _, loss in one.loss] == pytest.approx([loss for _, loss in two.loss], rel=1e-4)
     torch.testing.assert_close(weights(big), weights(small), rtol=1e-3, atol=2e-4)
@@ -54,11 +46,11 @@ def test_accumulation_equals_the_big_batch_also_with_rows_of_different_length():
 def test_same_seed_same_weights_and_the_loss_falls():
     first, second = model(), model()
     schedule = Schedule(epochs=20, learning_rate=1e-2, batch_size=4)
-    found = fit(first, token_rows(examples(), pad_id=0), schedule, seed=5)
-    fit(second, token_rows(examples(), pad_id=0), schedule, seed=5)
+    found = fit(first, token_rows(examples(8), pad_id=0), schedule, seed=5)
+    fit(second, token_rows(examples(8), pad_id=0), schedule, seed=5)
     assert torch.equal(weights(first), weights(second))
     assert found.loss[-1][1] < 0.5 * found.loss[0][1]
-    assert found.steps == 40 and found.tokens == 20 * sum(len(row["input_ids"]) for row in examples())
+    assert found.steps == 40 and found.tokens == 20 * sum(len(row["input_ids"]) for row in examples(8))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
@@ -75,6 +67,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows():
 
 def test_after_step_runs_after_every_optimizer_step():
     net, calls = model(), []
-    fit(net, token_rows(examples(), pad_id=0), Schedule(epochs=1, batch_size=4), seed=0,
+    fit(net, token_rows(examples(8), pad_id=0), Schedule(epochs=1, batch_size=4), seed=0,
         hooks=Hooks(after_step=lambda: calls.append(1)))
     assert len(calls) == 2
