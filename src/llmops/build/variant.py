@@ -31,6 +31,7 @@ from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
 from llmops.models import parity
 from llmops.models.builtin import locate
+from llmops.models.experts import split_experts
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
@@ -55,7 +56,10 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:
     """Take one step on the job's model, in memory. Raises StepError where the numbers break."""
-    return STEPS[kind, options.method](job, options)  # type: ignore[attr-defined]
+    method = options.method  # type: ignore[attr-defined]
+    if kind == "quantize" or (kind, method) in (("prune", "magnitude"), ("prune", "wanda")):
+        split_experts(job.model)  # what looks for linear layers would pass them by
+    return STEPS[kind, method](job, options)
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,

@@ -6,6 +6,7 @@ the model is deep; what a config stores per layer is listed in the tables below,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["PRODUCERS", "decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
-           "resize_depth", "text_config"]
+__all__ = ["PRODUCERS", "ROUTERS", "decoder_layers", "expert_of", "is_ignored", "linear_layers", "renumber_layers",
+           "resize_depth", "routers", "text_config"]
 
 #: Config keys that hold one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "attn_layer_types", "no_rope_layers", "layers_block_type", "block_types")
@@ -29,6 +30,10 @@ POSITIONAL: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 0, 1), "
 #: A layer's name -> its sibling whose output features reach its input one by one (up to attention, and a gate that
 #: multiplies): a factor taken from one can be given to the other.
 PRODUCERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
+
+#: Names of what chooses experts, or weighs a shared one, where it stands beside `experts`: always left in 16 bit.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -60,6 +65,18 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """(path of the experts, number) of a layer inside one of many experts, None for any other: by its full name."""
+    found = _EXPERT.match(name)
+    return (found.group(1), int(found.group(2))) if found is not None else None
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Full names of the modules that choose experts or weigh a shared one."""
+    return [f"{name}.{child}" if name else child for name, module in model.named_modules()
+            if "experts" in module._modules for child in ROUTERS if module._modules.get(child) is not None]
 
 
 def is_ignored(name: str, ignore: Sequence[str]) -> bool:

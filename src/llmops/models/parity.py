@@ -104,10 +104,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def sparsity(model: nn.Module) -> tuple[int, int]:
-    """(zeros, weights) of the dense linear layers that are not the output head."""
+    """(zeros, weights) of the dense linear layers that are not the output head, fused experts included."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head
                and not hasattr(module, "packed_tensors")]
+    weights += [parameter for module in model.modules() if hasattr(module, "down_proj")
+                for parameter in module._parameters.values() if parameter is not None and parameter.dim() == 3]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
 from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.arch import expert_of, routers
+from llmops.models.experts import Experts, dense_experts, split_experts, stored_names
 from llmops.models.layouts import COMPRESSED, LAYOUTS, as_stored, foreign_scheme, layout_of
 from llmops.models.packed import PackedLinear
 from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
@@ -54,28 +56,37 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.quantization_config = quantization_config(schemes, ignore=sorted(linears - set(weights)))
+    dense = {*(linears - set(weights)), *routers(model)}
+    stored = stored_names(model)
+    dense |= {stored.get(f"{name}.weight", "").removesuffix(".weight") for name in dense} - {""}
+    config.quantization_config = quantization_config(schemes, ignore=sorted(dense))
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(_stored_state(model, weights), folder, max_shard_size="5GB")
+    save_torch_state_dict(_stored_state(model, weights, stored), folder, max_shard_size="5GB")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight],
+                  names: Mapping[str, str]) -> dict[str, Tensor]:
+    """names: what tensors are called in checkpoints, where that is something else (`experts.stored_names`)."""
+    state: dict[str, Tensor] = dense_experts(model, weights)
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
         layer, _, last = name.rpartition(".")
+        place = names.get(name, name)
         if last == "weight" and layer in weights:
-            state |= {f"{layer}.{part}": value.cpu() for part, value in packing.pack(weights[layer]).items()}
+            place = place.removesuffix(".weight")
+            state |= {f"{place}.{part}": value.cpu() for part, value in packing.pack(weights[layer]).items()}
             continue
+        if expert_of(name) is not None and names:
+            continue  # left dense: written with its neighbours
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             continue  # tied: the first name holds it, and the model ties it again after loading
         seen.add(key)
-        state[name] = tensor.detach().cpu().contiguous()
+        state[place] = tensor.detach().cpu().contiguous()
     return state
 
 
@@ -112,6 +123,9 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     block = config.quantization_config
     reader = PackedReader(folder, block if isinstance(block, dict) else block.to_dict(), wanted, model.dtype)
+    if any(expert_of(name) is not None for name in reader.layers()):
+        split_experts(model)
+        reader.rename({stored: name for name, stored in stored_names(model).items()})
     for name in reader.layers():
         _replace_layer(model, name, reader.parts(name), reader.schemes[name], reader.take(f"{name}.bias"), device,
                        kernel)
@@ -145,10 +159,22 @@ class PackedReader:
             warnings.warn(f"{folder}: made for quantized activations; they are left as they are here, the weights are "
                           "the stored ones", stacklevel=3)
         handles: list[Any] = [safe_open(str(file), framework="pt") for file in files]
+        self.stored: dict[str, str] = {}  # names that were changed -> as they are in the file
         self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
         self.schemes: dict[str, LayerScheme] = (
             schemes_of(block, self.layers()) if self.layout in COMPRESSED
             else dict.fromkeys(self.layers(), foreign_scheme(block)))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Tensors by other names from here on. names: {dense name as stored: name to go by}, its parts likewise."""
+        for name in list(self.left):
+            layer, _, part = name.rpartition(".")
+            whole = names.get(f"{layer}.weight")
+            known = names.get(name) or (whole and f"{whole.removesuffix('.weight')}.{part}")
+            if known and known != name:
+                self.left[known], self.stored[known] = self.left.pop(name), name
+                if layer in self.schemes and whole:
+                    self.schemes[whole.removesuffix(".weight")] = self.schemes.pop(layer)
 
     def layers(self) -> list[str]:
         ends = f".{LAYOUTS[self.layout].mark}"
@@ -158,7 +184,7 @@ class PackedReader:
         handle = self.left.pop(name, None)
         if handle is None:
             return None
-        tensor: Tensor = handle.get_tensor(name)
+        tensor: Tensor = handle.get_tensor(self.stored.get(name, name))
         kept = as_it_is or self.dtype is None or not tensor.is_floating_point()
         return tensor if kept else tensor.to(self.dtype)
 
@@ -211,7 +237,11 @@ def _fill(model: PreTrainedModel, reader: PackedReader) -> None:
         module = _submodule(model, parent)
         if module is None:
             continue
-        if last in module._parameters:
+        if isinstance(module, Experts):
+            tensor = reader.take(name)
+            assert tensor is not None
+            module.fill(last, tensor)
+        elif last in module._parameters:
             tensor = reader.take(name)
             assert tensor is not None
             if tensor.shape != module._parameters[last].shape:

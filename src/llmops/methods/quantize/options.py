@@ -12,6 +12,7 @@ __all__ = ["BITS", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", 
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16"]
 Clip = Literal["absmax", "mse"]
+Experts = Literal["routed", "all"]
 BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2}
 
 
@@ -39,6 +40,8 @@ class Calibrated(WeightOnly):
 
     data: str = Field(description="name of the calibration data; its `samples` are the crops, 128 by default")
     length: int = Field(2048, ge=8, description="tokens a calibration crop holds (at most the model's context)")
+    experts: Experts = Field("routed", description="what experts of a mixture are measured on: the tokens that were "
+                                                   "sent to them, or all")
 
 
 class Rtn(WeightOnly):
