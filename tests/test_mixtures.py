@@ -23,7 +23,7 @@ from llmops.methods.quantize import gptq, rtn
 from llmops.models.arch import expert_of
 from llmops.models.experts import split_experts
 from llmops.models.parity import sparsity
-from llmops.models.quantized import PackedLinear, load_quantized
+from llmops.models.quantized import PackedLinear, load_quantized, save_quantized
 from llmops.recipe import parse_recipe
 
 
@@ -150,6 +150,23 @@ def test_projections_left_dense_are_read_beside_packed_ones_and_single_experts_c
     one = take(place, "rtn", "mixtral", ignore=["lm_head", "layers.0.mlp.experts.2.down_proj"])
     with pytest.raises(LlmopsError, match=r"experts\.2\.down_proj is left dense and 3 of the same kind are not"):
         one.save(tmp_path / "b")
+
+
+@torch.no_grad()
+def test_experts_may_have_other_bits_than_the_rest_but_all_the_same(place: Path, tmp_path: Path) -> None:
+    work = take(place, "rtn", "mixtral")
+    weights = {name: rtn(weight.dequantize(), bits=8, group_size=32) if expert_of(name) is None else weight
+               for name, weight in work.packed.items()}
+    for name, weight in weights.items():
+        work.model.get_submodule(name).weight.copy_(weight.dequantize())
+    save_quantized(work.model, weights, tmp_path / "a")
+    logits = work.model(tokens(2, 24)).logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a", experts_implementation="eager")
+    assert torch.equal(plain(tokens(2, 24)).logits, logits)
+    assert torch.equal(load_quantized(tmp_path / "a", kernel="reference")(tokens(2, 24)).logits, logits)
+    weights["model.layers.1.mlp.experts.0.down_proj"] = weights["model.layers.1.self_attn.o_proj"]
+    with pytest.raises(LlmopsError, match="expected one scheme for all experts of a model"):
+        save_quantized(work.model, weights, tmp_path / "b")
 
 
 PRUNED: dict[str, Any] = {
