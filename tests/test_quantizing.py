@@ -157,15 +157,12 @@ def test_nan_weights_are_named(place: Path, method: str) -> None:
         apply_step("quantize", job(place, model=model), METHODS[method])
 
 
-def test_too_few_tokens_and_a_tied_head_are_refused(place: Path) -> None:
+def test_too_few_tokens_are_refused(place: Path) -> None:
     with pytest.raises(DataError, match="one calibration crop needs 256; use more rows"):
         short = job(place)
         rows = load_rows("calib", {"calib": DataSource(source="train.jsonl", samples=2)}, place, 0)
         short.rows = lambda key: rows
         apply_step("quantize", short, METHODS["gptq"].model_copy(update={"length": 256}))
-    for method in METHODS:
-        with pytest.raises(LlmopsError, match="lm_head shares its weight"):
-            take(place, method, ignore=[])
 
 
 def test_an_untied_head_is_solved_where_a_method_can_and_refused_where_not(place: Path) -> None:

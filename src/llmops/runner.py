@@ -394,10 +394,14 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
     config = folder / "config.json"
     if config.exists():
+        from llmops.models.embeddings import without_group
         from llmops.models.schemes import stored_as
 
         body = json.loads(config.read_text(encoding="utf-8"))
-        found["storage_dtype"] = stored_as(body.get("quantization_config") or {}) or body.get("dtype")
+        block, embedding = without_group(body.get("quantization_config") or {})
+        found["storage_dtype"] = stored_as(block) or body.get("dtype")
+        if embedding:
+            found["storage_dtype"] += ", embeddings int8" + (" with the head" if len(embedding) > 1 else "")
     record = folder / "base.json"
     if record.exists():
         base = json.loads(record.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
+from llmops.build.embedding import joined, prepared
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
@@ -31,6 +32,7 @@ from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
 from llmops.models import parity
 from llmops.models.builtin import locate
+from llmops.models.embeddings import is_tied
 from llmops.models.experts import split_experts
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
@@ -59,7 +61,11 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
     method = options.method  # type: ignore[attr-defined]
     if kind == "quantize" or (kind, method) in (("prune", "magnitude"), ("prune", "wanda")):
         split_experts(job.model)  # what looks for linear layers would pass them by
-    return STEPS[kind, method](job, options)
+    if kind != "quantize":
+        return STEPS[kind, method](job, options)
+    was_tied = is_tied(job.model)
+    rounded = prepared(job, options)
+    return joined(STEPS[kind, method](job, options), rounded, was_tied)
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,

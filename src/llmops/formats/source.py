@@ -93,11 +93,16 @@ class Source:
                 yield name, reader.parts(name)
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of everything that is not part of a packed layer."""
+        """(name, tensor) of everything that is not part of a packed layer; an 8-bit embedding multiplied out."""
         from safetensors import safe_open
 
         reader = self._reader()
-        taken = [f"{name}." for name in reader.layers()] if reader is not None else []
+        if reader is not None and reader.embedding:
+            embedding = reader.embedding[0]
+            codes, scale = reader.take(f"{embedding}.weight"), reader.take(f"{embedding}.weight_scale")
+            assert codes is not None and scale is not None
+            yield f"{embedding}.weight", codes.to(scale.dtype) * scale
+        taken = [f"{name}." for name in (*reader.layers(), *reader.embedding)] if reader is not None else []
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(str(file), framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - no dict

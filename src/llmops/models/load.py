@@ -118,7 +118,7 @@ def _is_packed(folder: Path) -> bool:
     if not quantization and (folder / "quantize_config.json").exists():
         raise ModelError(f"{folder}: has a quantize_config.json that its config.json does not know of; expected the "
                          'same under "quantization_config" in config.json, with "quant_method": "gptq": put it there')
-    integers = quantization.get("format") in ("pack-quantized", "int-quantized")
+    integers = quantization.get("format") in ("pack-quantized", "int-quantized", "mixed-precision")
     return integers or quantization.get("quant_method") in ("gptq", "awq")
 
 

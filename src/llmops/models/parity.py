@@ -97,7 +97,8 @@ def divergence(log_p: Tensor, log_q: Tensor) -> tuple[float, float]:
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of a model, a packed weight counted as the dense one it stands for."""
-    packed = [module for module in model.modules() if hasattr(module, "packed_tensors")]
+    packed = [module for module in model.modules() if hasattr(module, "packed_tensors")
+              and not getattr(module, "tied", False)]
     held = {id(module._parameters["weight"]) for module in packed if "weight" in module._parameters}
     dense: int = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
     return dense + sum(int(module.in_features) * int(module.out_features) for module in packed)

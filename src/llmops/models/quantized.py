@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.arch import expert_of, routers
+from llmops.models.embeddings import BITS as EMBEDDING_BITS
+from llmops.models.embeddings import PackedEmbedding, embedding_name, head_name, same_weight, with_group, without_group
 from llmops.models.experts import Experts, dense_experts, split_experts, stored_names
 from llmops.models.layouts import COMPRESSED, LAYOUTS, as_stored, foreign_scheme, layout_of
 from llmops.models.packed import PackedLinear
 from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
-from llmops.ops.bitstream import words
+from llmops.ops.bitstream import pack_bits, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,10 +50,12 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight
     from huggingface_hub import save_torch_state_dict
 
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not weights or not set(weights) <= linears:
-        raise LlmopsError(f"weights name {sorted(set(weights) - linears)[:3] or 'nothing'}; expected linear layers of "
+    embedding, shared = _embedding_and_head(model, weights)
+    packed = {name: weight for name, weight in weights.items() if name not in (embedding, shared)}
+    if not packed or not set(packed) <= linears:
+        raise LlmopsError(f"weights name {sorted(set(packed) - linears)[:3] or 'nothing'}; expected linear layers of "
                           f"the model, at least one")
-    schemes = packed_schemes(weights)
+    schemes = packed_schemes(packed)
     check_fused(schemes)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
@@ -60,22 +64,42 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight
     stored = stored_names(model)
     dense |= {stored.get(f"{name}.weight", "").removesuffix(".weight") for name in dense} - {""}
     config.quantization_config = quantization_config(schemes, ignore=sorted(dense))
+    if embedding is not None:
+        config.quantization_config = with_group(config.quantization_config, embedding, shared)
+        config.tie_word_embeddings = shared is not None
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(_stored_state(model, weights, stored), folder, max_shard_size="5GB")
+    state = _stored_state(model, packed, stored, {embedding, shared} - {None})
+    if embedding is not None:
+        state |= {f"{embedding}.weight": weights[embedding].codes.cpu(),
+                  **{f"{name}.weight_scale": weights[name].scale.detach().cpu().clone().contiguous()
+                     for name in (embedding, shared) if name is not None}}
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight],
-                  names: Mapping[str, str]) -> dict[str, Tensor]:
-    """names: what tensors are called in checkpoints, where that is something else (`experts.stored_names`)."""
+def _embedding_and_head(model: PreTrainedModel,
+                        weights: Mapping[str, QuantizedWeight]) -> tuple[str | None, str | None]:
+    """(full name of the embedding, of a head that shares its codes) where `weights` hold them."""
+    if model.get_input_embeddings() is None or (name := embedding_name(model)) not in weights:
+        return None, None
+    head = head_name(model)
+    return name, head if head in weights and same_weight(weights[name], weights[head]) else None
+
+
+def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], names: Mapping[str, str],
+                  apart: Container[str | None] = ()) -> dict[str, Tensor]:
+    """names: what tensors are called in checkpoints, where that is something else (`experts.stored_names`); apart:
+    modules whose weight is stored elsewhere."""
     state: dict[str, Tensor] = dense_experts(model, weights)
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
         layer, _, last = name.rpartition(".")
         place = names.get(name, name)
+        if last == "weight" and layer in apart:
+            continue
         if last == "weight" and layer in weights:
             place = place.removesuffix(".weight")
             state |= {f"{place}.{part}": value.cpu() for part, value in packing.pack(weights[layer]).items()}
@@ -93,16 +117,30 @@ def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight],
 def pack(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], kernel: str = "auto") -> PreTrainedModel:
     """Put a `PackedLinear` in the place of every layer that `weights` names, in place; the dense weights are let go.
 
-    Raises LlmopsError when a name is no linear layer of the model.
+    An embedding among them becomes a `PackedEmbedding`, which shares its codes with a head that has the same. Raises
+    LlmopsError when a name is no linear layer of the model.
     """
+    embedding, shared = _embedding_and_head(model, weights)
     for name, weight in weights.items():
+        if name == embedding:
+            continue
         linear = _submodule(model, name)
         if not isinstance(linear, nn.Linear):
             raise LlmopsError(f"{name} is {type(linear).__name__}; expected the name of a linear layer")
         bias = None if linear.bias is None else linear.bias.detach()
         _put(model, name, PackedLinear(packing.pack(weight), bits=weight.bits, group_size=weight.group_size, bias=bias,
                                        kernel=kernel))
+    if embedding is not None:
+        _put_embedding(model, embedding, shared, weights[embedding].codes, weights[embedding].scale)
     return model
+
+
+def _put_embedding(model: PreTrainedModel, name: str, head: str | None, codes: Tensor, scale: Tensor) -> None:
+    """head: already packed, from the same codes."""
+    made = PackedEmbedding(codes, scale, model.get_submodule(name))
+    if head is not None:
+        made.share(model.get_submodule(head))
+    _put(model, name, made)
 
 
 def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu",
@@ -119,17 +157,23 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if wanted is not None:
         config.dtype = wanted
+    block = config.quantization_config
+    block = block if isinstance(block, dict) else block.to_dict()
+    tied = config.tie_word_embeddings
+    if without_group(block)[1]:
+        config.tie_word_embeddings = False  # packed modules have no weight that could be tied; codes are shared below
     with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, parameters are not
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    block = config.quantization_config
-    reader = PackedReader(folder, block if isinstance(block, dict) else block.to_dict(), wanted, model.dtype)
+    reader = PackedReader(folder, block, wanted, model.dtype)
     if any(expert_of(name) is not None for name in reader.layers()):
         split_experts(model)
         reader.rename({stored: name for name, stored in stored_names(model).items()})
     for name in reader.layers():
         _replace_layer(model, name, reader.parts(name), reader.schemes[name], reader.take(f"{name}.bias"), device,
                        kernel)
+    _load_embedding(model, reader, device, kernel)
     _fill(model, reader)
+    model.config.tie_word_embeddings = tied
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device).eval()
@@ -151,6 +195,7 @@ class PackedReader:
         if not files:
             raise ModelError(f"{folder} holds no .safetensors file; expected model.safetensors")
         self.folder, self.dtype, self.scale_dtype = folder, dtype, dtype or model_dtype
+        block, self.embedding = without_group(block)
         self.layout = layout_of(block)
         if any(group.get("input_activations") for group in (block.get("config_groups") or {}).values()):
             if self.layout == "pack-quantized":
@@ -178,7 +223,8 @@ class PackedReader:
 
     def layers(self) -> list[str]:
         ends = f".{LAYOUTS[self.layout].mark}"
-        return [name.removesuffix(ends) for name in self.left if name.endswith(ends)]
+        return [layer for name in self.left if name.endswith(ends)
+                and (layer := name.removesuffix(ends)) not in self.embedding]
 
     def take(self, name: str, as_it_is: bool = False) -> Tensor | None:
         handle = self.left.pop(name, None)
@@ -216,6 +262,25 @@ def _replace_layer(model: nn.Module, name: str, parts: Mapping[str, Tensor], sch
     moved = {part: tensor if part == "weight_shape" else tensor.to(device) for part, tensor in parts.items()}
     _put(model, name, PackedLinear(moved, bits=bits, group_size=group_size, kernel=kernel,
                                    bias=None if bias is None else bias.to(device)))
+
+
+def _load_embedding(model: PreTrainedModel, reader: PackedReader, device: str | torch.device, kernel: str) -> None:
+    if not reader.embedding:
+        return
+    name, *heads = reader.embedding
+    codes, scale = reader.take(f"{name}.weight"), reader.take(f"{name}.weight_scale")
+    like = _submodule(model, name)
+    if codes is None or scale is None or not isinstance(like, nn.Embedding) or codes.shape != like.weight.shape:
+        raise ModelError(f"{reader.folder}: {name} is {None if codes is None else tuple(codes.shape)} with scales "
+                         f"{None if scale is None else tuple(scale.shape)}; the config describes {like}")
+    codes, scale = codes.to(device), scale.to(device)
+    for head in heads:
+        reader.take(f"{head}.weight_scale")  # the same once more
+        parts = {"weight_packed": pack_bits(codes, EMBEDDING_BITS), "weight_scale": scale,
+                 "weight_shape": torch.tensor(codes.shape)}
+        _put(model, head, PackedLinear(parts, bits=EMBEDDING_BITS, group_size=-1, kernel=kernel,
+                                       bias=reader.take(f"{head}.bias")))
+    _put_embedding(model, name, heads[0] if heads else None, codes, scale)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

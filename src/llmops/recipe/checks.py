@@ -74,10 +74,14 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_groups(problems, trail, options, dims)
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)
-        if isinstance(options, Awq | Autoround) and dims is not None and not dims.tied \
-                and not _ignored("lm_head", options.ignore):
+        if isinstance(options, Awq | Autoround) and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
                          "lm_head in `ignore`, or method: gptq", key=True)
+        if isinstance(options, Magnitude | Wanda) and dims is not None and dims.tied \
+                and not _ignored("lm_head", options.ignore):
+            problems.add((*trail, "ignore"), "given no lm_head, which shares its weight with the token embedding here "
+                         "(tie_word_embeddings), so that words would lose entries, too; expected lm_head in `ignore`",
+                         key=True)
         if isinstance(options, Logits):
             _check_teacher(problems, trail, variant)
         if isinstance(options, Adapters):
@@ -261,7 +265,7 @@ def _widths(dims: Dims | None, ignore: Sequence[str]) -> dict[str, int]:
         return {}
     widths = {name.rsplit(".", 1)[-1]: shape[1] for name, shape in dims.linear_shapes().items()
               if not all(_ignored(f"model.layers.{layer}.{name}", ignore) for layer in range(dims.layers))}
-    if not dims.tied and not _ignored("lm_head", ignore):
+    if not _ignored("lm_head", ignore):
         widths["lm_head"] = dims.hidden
     return widths
 

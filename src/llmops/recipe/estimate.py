@@ -104,7 +104,20 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         groups = out * (1 if options.group == -1 else -(-into // options.group))
         packed = out * into * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
         dense += layers * (packed - width * out * into)
-    return dense
+    return dense + _ends(options, dims, width)
+
+
+def _ends(options: WeightOnly, dims: Dims, width: int) -> float:
+    """Bytes that embedding and head take more than in 16 bit: 8 bits and a scale a token, the scheme's for a head."""
+    table, change = dims.vocab * dims.hidden, 0.0
+    head = not any(ending == "lm_head" for ending in options.ignore)
+    if options.embeddings:
+        change += table * (1 - width) + 2 * dims.vocab * (2 if dims.tied and not head else 1)
+    if head:
+        groups = dims.vocab * (1 if options.group == -1 else -(-dims.hidden // options.group))
+        packed = table * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
+        change += packed - (0 if dims.tied else width * table)
+    return change
 
 
 def _adapter(options: Adapters | Dpo, dims: Dims, layers: int) -> int:

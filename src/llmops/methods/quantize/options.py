@@ -23,7 +23,9 @@ class WeightOnly(Options):
     group_size: int | None = Field(None, description="weights that share a scale along the input; -1 a whole row. "
                                                      "Default: -1 at 8 bits, 128 below")
     symmetric: bool = Field(True, description="false stores a zero point for every scale")
-    ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
+    ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name; [] quantizes "
+                                                       "the head, too")
+    embeddings: bool = Field(False, description="token embeddings in 8 bits, and with them a head that is tied to them")
 
     @property
     def bits(self) -> int:
