@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,20 +42,20 @@ def prepared(job: Job, options: Any) -> dict[str, QuantizedWeight]:
 def joined(work: Work, rounded: dict[str, QuantizedWeight], was_tied: bool) -> Work:
     """The work with what `prepared` rounded among its weights, and what became of head and embedding told."""
     head = head_name(work.model) if was_tied else ""
+    bits = work.expected.bits if isinstance(work.expected.bits, Mapping) else {}
     for name, weight in rounded.items():
         work.packed[name] = weight  # the very mapping that is saved
     told = [f"{name} in {BITS} bits, one scale a token" for name in rounded if name != head]
     if head in rounded:
         told.append(f"{head} shares the codes of the embedding")
-    elif head in work.packed:
+    elif head in bits:
         embedding = embedding_name(work.model)
         again = embedding in rounded and same_weight(rounded[embedding], work.packed[head])
         told.append(f"{head} was tied to the embedding: " + (
             "both became the same codes and are tied again" if again else
-            f"it has a weight of its own now, in {work.packed[head].bits} bits"
+            f"it has a weight of its own now, in {bits[head]} bits"
             + ("" if rounded else ", beside the embedding in 16 bit")))
-    bits = work.expected.bits
-    if rounded and not isinstance(bits, int | None):
+    if rounded:
         work.expected = replace(work.expected, bits={**bits, **{name: BITS for name in rounded}})
     work.events[1:1] = told
     return work

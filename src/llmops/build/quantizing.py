@@ -18,7 +18,7 @@ from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip, awq_scales
 from llmops.methods.quantize.gptq import Solved, gptq
 from llmops.methods.quantize.hqq import hqq
-from llmops.methods.quantize.options import Autoround, Awq, Calibrated, Gptq, Hqq, Rtn
+from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Calibrated, Gptq, Hqq, Rtn
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
@@ -38,6 +38,10 @@ def _plain(layer: nn.Linear, options: Calibrated, storage: torch.dtype) -> Quant
 
 
 def rtn_step(job: Job, options: Rtn) -> Work:
+    if options.scheme in BITSANDBYTES:
+        from llmops.build.bnb import bitsandbytes_step
+
+        return bitsandbytes_step(job, options)
     weights: Weights = {}
 
     def update(name: str, layer: nn.Linear, _: Tensor | None) -> Tensor:

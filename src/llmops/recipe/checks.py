@@ -10,7 +10,8 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Autoround, Awq, Hqq, WeightOnly
+from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Hqq, Rtn, WeightOnly
+from llmops.recipe.bnb_checks import check_bitsandbytes
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.schema import BASE, Variant
@@ -70,7 +71,9 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_pattern(problems, trail, pattern, options.sparsity, options.ignore, dims)
         if isinstance(options, Depth):
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
-        if isinstance(options, WeightOnly):
+        if isinstance(options, Rtn):
+            check_bitsandbytes(problems, trail, options)
+        if isinstance(options, WeightOnly) and options.scheme not in BITSANDBYTES:
             _check_groups(problems, trail, options, dims)
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)

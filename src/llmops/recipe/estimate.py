@@ -35,7 +35,7 @@ from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import Autoround, Calibrated, WeightOnly
+from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
@@ -103,8 +103,19 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
             continue
         groups = out * (1 if options.group == -1 else -(-into // options.group))
         packed = out * into * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
+        if options.scheme in BITSANDBYTES:
+            packed = out * into * options.bits / 8 + _bitsandbytes_scales(options, out, into)
         dense += layers * (packed - width * out * into)
     return dense + _ends(options, dims, width)
+
+
+def _bitsandbytes_scales(options: WeightOnly, out: int, into: int) -> float:
+    """Float32 a row or a block of 64; with double quantization a byte a block and float32 for 256 of them. And the
+    tables of a layer: 16 levels, what the codes mean, 256 levels of the scales."""
+    if str(options.scheme) == "llm_int8":
+        return 4.0 * out
+    double = getattr(options, "double_quant", False)
+    return 226 + 1024 * double + out * into / 64 * (1 + 4 / 256 if double else 4)
 
 
 def _ends(options: WeightOnly, dims: Dims, width: int) -> float:

@@ -8,12 +8,15 @@ from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["BITS", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme", "WeightOnly"]
+__all__ = ["BITS", "BITSANDBYTES", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme",
+           "WeightOnly"]
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16"]
 Clip = Literal["absmax", "mse"]
 Experts = Literal["routed", "all"]
-BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2}
+BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "nf4": 4, "llm_int8": 8}
+#: Schemes that bitsandbytes stores and runs.
+BITSANDBYTES = ("nf4", "llm_int8")
 
 
 class WeightOnly(Options):
@@ -50,8 +53,23 @@ class Rtn(WeightOnly):
     """Round to nearest: no data, one scale a group (or a row)."""
 
     method: Literal["rtn"]
+    scheme: Scheme | Literal["nf4", "llm_int8"] = Field(  # type: ignore[assignment]
+        description="bits of the weights; nf4 and llm_int8 are bitsandbytes' (llm_int8 rounds activations, too)")
     clip: Clip = Field("absmax", description="range of a group: its largest weight, or the range that leaves the least "
                                              "squared error")
+    double_quant: bool = Field(False, description="nf4: the scales of the blocks in 8 bits, too")
+    threshold: float | None = Field(None, ge=0, description="llm_int8: input features with a value beyond it are "
+                                                            "multiplied in 16 bit; 0 for none. Default: 6")
+
+    @property
+    def group(self) -> int:
+        """The group size with its default filled in."""
+        return 64 if self.scheme == "nf4" and self.group_size is None else super().group
+
+    @property
+    def outliers(self) -> float:
+        """The threshold with its default filled in."""
+        return 6.0 if self.threshold is None else self.threshold
 
 
 class Gptq(Calibrated):
