@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llmops.block_stream import finite
 from llmops.build.job import Job, Work
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
@@ -34,6 +35,7 @@ def prepared(job: Job, options: Any) -> dict[str, QuantizedWeight]:
         return {}
     name = embedding_name(model)
     embedding = model.get_submodule(name)
+    finite(embedding.weight, f"{name}: the weight holds")
     rounded = rtn(embedding.weight, bits=BITS, group_size=-1, dtype=job.storage)
     embedding.weight.copy_(rounded.dequantize())
     return {name: rounded, **({head_name(model): rounded} if is_tied(model) else {})}

@@ -29,7 +29,8 @@ class Job:
 
     base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
-    in the type it is stored in, for steps that change the one in memory and need both.
+    in the type it is stored in, for steps that change the one in memory and need both. notes: what a step had to do
+    with less than was asked, told in the row.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Job:
     checkpoints: Checkpoints | None = None
     spent: Callable[[], float | None] = lambda: None
     log: Callable[[int, Mapping[str, float]], None] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def keeps_zeros(self) -> bool:
@@ -76,10 +78,11 @@ class Work:
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:
-    """(samples, length) token ids of the calibration data."""
+    """(samples, length) token ids of the calibration data. Less data than that is noted for the row."""
     source, rows = job.limits(data), job.rows(data)
     length = min(length, job.model.config.max_position_embeddings)
-    return calibration_tokens(rows, job.tokenizer, samples=source.samples or 128, length=length, seed=job.seed)
+    return calibration_tokens(rows, job.tokenizer, samples=source.samples or 128, length=length, seed=job.seed,
+                              note=job.notes.append)
 
 
 def calibrated(tokens: Tensor) -> str:

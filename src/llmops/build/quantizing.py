@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from llmops import calibrate
 from llmops.build.job import Job, Work, bar, calibrated, calibration
+from llmops.errors import LlmopsError
 from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip, awq_scales
 from llmops.methods.quantize.gptq import Solved, gptq
+from llmops.methods.quantize.grid import grouped
 from llmops.methods.quantize.hqq import hqq
 from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Calibrated, Gptq, Hqq, Rtn
 from llmops.methods.quantize.rtn import rtn
@@ -101,6 +103,7 @@ def awq_step(job: Job, options: Awq) -> Work:
                     symmetric=options.symmetric, dtype=job.storage)
 
     def update(block: calibrate.Block) -> None:
+        _check_groups(block, options)
         turns = block.turns()
         seen = block.measure("hessian", [turn[0] for turn in turns])
         H = {name: known for turn in turns for name in turn if (known := seen[turn[0]]) is not None}
@@ -142,6 +145,8 @@ def autoround_step(job: Job, options: Autoround) -> Work:
     tuned: list[Tuned] = []
 
     def update(block: calibrate.Block) -> None:
+        _check_groups(block, options)
+
         def loss(candidate: Mapping[str, Tensor], batch: int) -> Tensor:
             out = block.run(batch, candidate)
             return nn.functional.mse_loss(out.float(), block.targets[batch].to(out.device).float())
@@ -166,6 +171,15 @@ def autoround_step(job: Job, options: Autoround) -> Work:
     gained = ", ".join(f"{each.start:.3g} to {each.best:.3g}" for each in tuned)
     return _quantized(job, options.bits, weights, tokens, [f"squared error of each block's output: {gained}",
                                                            *routing.events(INSTEAD)])
+
+
+def _check_groups(block: calibrate.Block, options: Calibrated) -> None:
+    """Raises LlmopsError naming the layer that the groups do not fit."""
+    for name, layer in block.layers.items():
+        try:
+            grouped(layer.weight, options.group)
+        except LlmopsError as error:
+            raise LlmopsError(f"{name}: {error}") from error
 
 
 def _compute(job: Job) -> torch.dtype | None:

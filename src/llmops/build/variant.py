@@ -28,6 +28,7 @@ from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_ste
 from llmops.build.trace import Trace
 from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
+from llmops.errors import LlmopsError
 from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
 from llmops.models import parity
@@ -59,13 +60,29 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
 def apply_step(kind: str, job: Job, options: Options) -> Work:
     """Take one step on the job's model, in memory. Raises StepError where the numbers break."""
     method = options.method  # type: ignore[attr-defined]
+    if kind in ("quantize", "prune"):
+        _check_plain(job.model, kind)
     if kind == "quantize" or (kind, method) in (("prune", "magnitude"), ("prune", "wanda")):
         split_experts(job.model)  # what looks for linear layers would pass them by
     if kind != "quantize":
-        return STEPS[kind, method](job, options)
-    was_tied = is_tied(job.model)
-    rounded = prepared(job, options)
-    return joined(STEPS[kind, method](job, options), rounded, was_tied)
+        work = STEPS[kind, method](job, options)
+    else:
+        was_tied = is_tied(job.model)
+        rounded = prepared(job, options)
+        work = joined(STEPS[kind, method](job, options), rounded, was_tied)
+    work.events += job.notes
+    return work
+
+
+def _check_plain(model: Any, kind: str) -> None:
+    """Raises LlmopsError for a model whose weights are codes, or lie beside an adapter, already."""
+    coded = next((name for name, module in model.named_modules() if hasattr(module, "packed_tensors")), None)
+    if coded is not None:
+        raise LlmopsError(f"{coded} is quantized already; expected a model in 16 or 32 bit to {kind}: take the one "
+                          "that it was made of")
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise LlmopsError(f"the model carries an adapter apart; expected a plain model to {kind}: merge it first "
+                          "(merge_and_unload), or the adapter's own matrices would be taken for layers")
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,

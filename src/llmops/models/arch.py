@@ -56,7 +56,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
              if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in inside]
     if not found:
         raise ModelError(f"no list of {depth} decoder layers in {type(model).__name__}; expected one nn.ModuleList as "
-                         f"long as num_hidden_layers")
+                         f"long as num_hidden_layers inside what get_decoder() gives (models/arch.py, decoder_layers, "
+                         "is where another place would have to be named)")
     return min(found, key=lambda item: item[0].count("."))
 
 
