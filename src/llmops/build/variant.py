@@ -20,12 +20,13 @@ from torch import Tensor
 
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
+from llmops.build.distilling import logits_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
 from llmops.build.trace import Trace
-from llmops.build.training import full_step, logits_step
+from llmops.build.training import full_step
 from llmops.data.sources import Rows, load_rows
 from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training

@@ -56,11 +56,10 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
     for name, variant in variants.items():
         trail: Trail = ("variants", name, variant.kind)
         stop = getattr(variant.options, "stop", None)
-        if getattr(variant.options, "data", None):
-            refer(problems, (*trail, "data"), variant.options.data, data_names, "data")
+        _check_data(problems, trail, variant, data_names)
         if stop is not None and stop.data is not None:
             refer(problems, (*trail, "stop", "data"), stop.data, data_names, "data")
-            if stop.data == variant.options.data:
+            if stop.data in variant.read_names():
                 problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
                              "loss falls whatever is learned; expected other data, or holdout: 0.05")
         _check_parent(problems, variants, variant, dims)
@@ -86,6 +85,16 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_pairs(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
+
+
+def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Sequence[str] | None) -> None:
+    """Names of data that lead somewhere, each given once."""
+    names = variant.read_names()
+    for index, name in enumerate(names):
+        place: Trail = (*trail, "data") if isinstance(variant.options.data, str) else (*trail, "data", index)
+        if refer(problems, place, name, known, "data") and name in names[:index]:
+            problems.add(place, f"given {shown(name)} twice; expected each name once: for more of its rows than of the "
+                                "others', give the others fewer `samples`")
 
 
 def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) -> int | None:

@@ -30,7 +30,7 @@ from typing import Any
 from llmops.data.locate import locate, named
 from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
-from llmops.data.world_size import SIZES
+from llmops.data.world_size import ROWS, SIZES
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
@@ -194,14 +194,15 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
         return Quantity.null("tokens", "the step reads no tokens")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
     length *= _sides(options)
-    rows, why = row_count(options.data, recipe.data, recipe.base_dir)
+    counts = [row_count(name, recipe.data, recipe.base_dir) for name in options.mixed]
+    known, unknown = [rows for rows, _ in counts if rows is not None], [why for rows, why in counts if rows is None]
     bounds = []
-    if rows is not None:
-        bounds.append(rows * options.epochs * length)
+    if not unknown:
+        bounds.append(sum(known) * options.epochs * length)
     if options.max_steps is not None:
         bounds.append(options.max_steps * options.accumulate * (options.batch_tokens or options.batch_size * length))
     if not bounds:
-        return Quantity.null("tokens", why)
+        return Quantity.null("tokens", unknown[0])
     return Quantity(float(round(min(bounds))), "tokens", "estimated", "rows x epochs x max_length, at most")
 
 
@@ -232,7 +233,7 @@ def _rows_of(source: DataSource, base_dir: Path) -> tuple[int | None, str]:
     if where.what == "builtin":
         if where.label == "builtin:world":
             return None, "builtin:world is as long as `samples` says"
-        return SIZES.get(split.name or "train"), ""
+        return ROWS.get(where.label, SIZES.get(split.name or "train")), ""
     path = where.path if where.what == "file" else where.files.get(split.name or "train")
     if path is None or path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
         return None, f"rows of {where.label} are not counted before they are read"

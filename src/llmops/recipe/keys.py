@@ -76,7 +76,7 @@ def build_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], print
     for name, value in variant.options.model_dump(mode="json").items():
         if name == "data":
             if value is not None:
-                parts["data"] = prints[value]
+                parts["data"] = prints[value] if isinstance(value, str) else json.dumps([prints[one] for one in value])
         elif name == "teacher":
             parts["teacher"] = keys[value]
         elif name == "stop" and value is not None and value["data"] is not None:

@@ -130,9 +130,17 @@ class Variant:
 
     def data_names(self) -> list[str]:
         """The data that the step reads: what it trains or calibrates on, then what it holds out."""
-        stop = getattr(self.options, "stop", None)
-        names = [getattr(self.options, "data", None), getattr(stop, "data", None)]
-        return list(dict.fromkeys(name for name in names if name))
+        return list(dict.fromkeys([*self.read_names(), *self.held_names()]))
+
+    def read_names(self) -> list[str]:
+        """The data that the step trains or calibrates on."""
+        data = getattr(self.options, "data", None) or []
+        return [data] if isinstance(data, str) else list(data)
+
+    def held_names(self) -> list[str]:
+        """The data that the step holds out."""
+        name = getattr(getattr(self.options, "stop", None), "data", None)
+        return [name] if name else []
 
 
 @dataclass(frozen=True)
