@@ -59,7 +59,8 @@ class Job:
 class Work:
     """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost.
 
-    merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each.
+    merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each;
+    allocation: what each choice of bits was found to cost each group of layers, and what was chosen.
     """
 
     model: Any
@@ -73,6 +74,7 @@ class Work:
     events: list[str] = field(default_factory=list)
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     merge: list[dict[str, Any]] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:

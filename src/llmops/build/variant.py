@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmops.build.allocating import auto_step
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.job import Job, Work
@@ -50,7 +51,8 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("distill", "logits"): logits_step,
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
-    ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step}
+    ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
+    ("quantize", "auto"): auto_step}
 
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:
@@ -89,7 +91,8 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
-            "looks": work.looks, "merge": work.merge, "trace": trace.as_dict(), "attempts": spent.attempts,
+            "looks": work.looks, "merge": work.merge, "allocation": work.allocation,
+            "trace": trace.as_dict(), "attempts": spent.attempts,
             "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
                      "flops": work.flops.as_dict(),
                      "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}

@@ -15,10 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.errors import LlmopsError, ModelError
-from llmops.methods.quantize.weight import QuantizedWeight
+
+if TYPE_CHECKING:  # recipes are checked without torch
+    from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["FUSED", "LayerScheme", "average_bits", "check_fused", "fused_groups", "packed_schemes",
            "quantization_config", "schemes_of", "stored_as", "told"]
