@@ -57,8 +57,8 @@ def test_the_budget_is_kept_and_fused_layers_agree(place: Path, solver: str, sen
 
 def test_the_same_step_twice_gives_the_same_choice_and_codes(place: Path) -> None:
     for sensitivity in ("kl", "gradient"):
-        first, again = (take(place, solver="rtn", sensitivity=sensitivity, bits=3.4, candidates=["w3a16", "w4a16", "w8a16"
-                                                                                         ]) for _ in range(2))
+        options = {"solver": "rtn", "sensitivity": sensitivity, "candidates": ["w3a16", "w4a16", "w8a16"]}
+        first, again = (take(place, bits=4.4, **options) for _ in range(2))
         assert again.allocation == first.allocation
         assert all(torch.equal(weight.codes, again.packed[key].codes) for key, weight in first.packed.items())
 
@@ -138,7 +138,7 @@ def test_a_run_tells_of_it_in_row_and_report(place: Path, tmp_path: Path) -> Non
                     "every 32 weights"),
     ({"bits": 3, "group_size": [32, 48]}, "given 48, but .* takes 128 inputs"),
     ({"bits": 3, "group_size": []}, "given an empty list; expected at least one size"),
-    ({"bits": 3, "candidates": []}, "at least 1"),
+    ({"bits": 3, "candidates": []}, "given an empty list; expected a list of entries, not empty"),
     ({"bits": 3, "candidates": ["w5a16"]}, '"w5a16"'),
     ({"bytes": 100_000}, r"given 100,000; expected at least 3\d\d,\d\d\d: 13\d,\d\d\d that stay in 16 bit"),
     ({"bits": 3, "solver": "awq", "ignore": []}, ""),
@@ -161,3 +161,16 @@ def test_the_smallest_budget_of_a_recipe_is_the_smallest_of_the_step(place: Path
         take(place, bytes=least - 1, sensitivity="gradient", crops=1, solver="rtn")
 
 
+
+
+def test_another_budget_takes_the_costs_that_were_measured(place: Path, tmp_path: Path) -> None:
+    def at(bits: float, **more: Any) -> Work:
+        return apply_step("quantize", job(place, memory=tmp_path / "measured" / "a.json"),
+                          Auto(**{**PLAIN, "solver": "rtn", "sensitivity": "gradient", "bits": bits, **more}))
+
+    first, second = at(3.0), at(4.0)
+    assert "(measured before" not in first.events[1] and "(measured before, for another budget)" in second.events[1]
+    assert [each["cost"] for each in second.allocation["groups"]] == [each["cost"] for each in
+                                                                     first.allocation["groups"]]
+    assert second.allocation["predicted"] < first.allocation["predicted"] and second.tokens == 0 < first.tokens
+    assert "(measured before" not in at(4.0, candidates=["w3a16"]).events[1]  # other candidates: another table

@@ -4,12 +4,17 @@ Every group of layers that must share a scheme (q, k and v; gate and up) is quan
 that will do it in the end, on what the unchanged model sees; its cost is what the swap does to the model's output
 (`methods/quantize/sensitivity.py`). The choice is exact (`allocation.py`), and the solver's own step makes the weights:
 later layers then see what earlier ones became, which the costs, taken one at a time, did not. Candidates are kept as
-8-bit codes until they were measured: a byte a weight and candidate.
+8-bit codes until they were measured: a byte a weight and candidate. The table of costs does not depend on the budget,
+so it is measured once for all budgets of the same parent, data and candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,35 +36,35 @@ __all__ = ["auto_step"]
 
 KL_CROPS = 32  # of a measurement that names none: one forward pass a swap
 Candidates = dict[str, list[QuantizedWeight]]
+Costs = list[list[float]]
 Groups = Sequence[tuple[str, ...]]
 
 
 def auto_step(job: Job, options: Auto) -> Work:
     tokens = calibration(job, options.data, options.length)
     schemes = [LayerScheme(bits, group, options.symmetric) for bits, group in options.grids()]
-    candidates = _candidates(job, options, schemes, tokens)
-    groups = fused_groups(candidates)
+    shapes = _shapes(job, options)
+    groups = fused_groups(shapes)
+    numbers = [sum(math.prod(shapes[name]) for name in group) for group in groups]
+    sizes = _sizes(shapes, groups, schemes, torch.finfo(job.storage).bits)
+    budget = _budget(job, options, sum(numbers), len(shapes), smallest(sizes))
     crops = tokens[:options.crops or (KL_CROPS if options.sensitivity == "kl" else len(tokens))]
-    costs = {"kl": _kl, "gradient": _gradient}[options.sensitivity](job, candidates, groups, crops)
-    scale_bits = torch.finfo(job.storage).bits
-    sizes = [[sum(_size(candidates[name][c], scale_bits) for name in group) for c in range(len(schemes))]
-             for group in groups]
-    numbers = [sum(candidates[name][0].codes.numel() for name in group) for group in groups]
-    choice = allocate(costs, sizes, _budget(job, options, candidates, sizes))
+    costs, measured = _remembered(job, groups, schemes, lambda: _costs(job, options, groups, schemes, tokens, crops))
+    choice = allocate(costs, sizes, budget)
     chosen = {name: schemes[c] for group, c in zip(groups, choice, strict=True) for name in group}
-    del candidates
     work = _solve(job, options, chosen)
+    predicted = sum(row[c] for row, c in zip(costs, choice, strict=True))
     work.allocation = {
         "sensitivity": options.sensitivity, "unit": "nats a token", "crops": list(crops.shape),
         "budget": {"bits": options.bits} if options.bits is not None else {"bytes": options.bytes},
-        "average_bits": average_bits(work.packed),
-        "predicted": sum(row[c] for row, c in zip(costs, choice, strict=True)),
+        "average_bits": average_bits(work.packed), "predicted": predicted,
         "candidates": [str(scheme) for scheme in schemes],
         "groups": [{"layers": list(group), "bits": [size / number for size in row], "cost": cost, "chosen": c}
                    for group, row, number, cost, c in zip(groups, sizes, numbers, costs, choice, strict=True)]}
-    work.events.insert(1, f"bits chosen by {options.sensitivity} on {crops.shape[0]} crops of {crops.shape[1]} tokens: "
-                       + _counted(chosen) + f"; expected to cost {work.allocation['predicted']:.3g} nats a token")
-    work.tokens += crops.numel()
+    work.events.insert(1, f"bits chosen by {options.sensitivity} on {crops.shape[0]} crops of {crops.shape[1]} tokens"
+                       + ("" if measured else " (measured before, for another budget)") + f": {_counted(chosen)}; "
+                       f"expected to cost {predicted:.3g} nats a token")
+    work.tokens += crops.numel() if measured else 0
     return work
 
 
@@ -69,6 +74,32 @@ def _counted(chosen: dict[str, LayerScheme]) -> str:
 
 
 # --------------------------------------------------------------------------------------------- candidates and costs
+
+
+def _remembered(job: Job, groups: Groups, schemes: Sequence[LayerScheme],
+                measure: Callable[[], Costs]) -> tuple[Costs, bool]:
+    """(costs, whether they were measured now): a table that another budget's build left is taken as it is."""
+    asked = {"groups": [list(group) for group in groups], "candidates": [str(scheme) for scheme in schemes]}
+    if job.memory is not None:
+        with suppress(OSError, ValueError, KeyError):
+            found = json.loads(job.memory.read_text(encoding="utf-8"))
+            if {key: found[key] for key in asked} == asked:
+                return found["costs"], False
+    costs = measure()
+    if job.memory is not None:
+        with suppress(OSError):  # a full disk costs the next build its time, not this one its result
+            job.memory.parent.mkdir(parents=True, exist_ok=True)
+            scratch = job.memory.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps({**asked, "costs": costs}), encoding="utf-8")
+            scratch.replace(job.memory)
+    return costs, True
+
+
+def _costs(job: Job, options: Auto, groups: Groups, schemes: Sequence[LayerScheme], tokens: Tensor,
+           crops: Tensor) -> Costs:
+    """(groups, schemes) nats a token."""
+    candidates = _candidates(job, options, schemes, tokens)
+    return {"kl": _kl, "gradient": _gradient}[options.sensitivity](job, candidates, groups, crops)
 
 
 def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens: Tensor) -> Candidates:
@@ -91,14 +122,14 @@ def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens:
     return found
 
 
-def _kl(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> list[list[float]]:
+def _kl(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> Costs:
     count = len(next(iter(candidates.values())))
     tried = [{name: candidates[name][c] for name in group} for group in groups for c in range(count)]
     scores = swaps.swap_scores(job.model, crops, tried, divergence, compute=computed(job), progress=bar(job))
     return [scores[first:first + count] for first in range(0, len(scores), count)]
 
 
-def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> list[list[float]]:
+def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> Costs:
     count = len(next(iter(candidates.values())))
     owner = {name: place for place, group in enumerate(groups) for name in group}
     shifts = torch.zeros(len(groups), count, len(crops))
@@ -117,23 +148,34 @@ def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -
 # --------------------------------------------------------------------------------------------- budget and solution
 
 
-def _size(weight: QuantizedWeight, scale_bits: int) -> int:
-    return stored_bits(*weight.shape, bits=weight.bits, group_size=weight.group_size, symmetric=weight.symmetric,
-                       scale_bits=scale_bits)
+def _shapes(job: Job, options: Auto) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer to be quantized, by full name."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, layer: nn.Linear, _: Tensor | None) -> None:
+        found[name] = layer.out_features, layer.in_features
+
+    calibrate.walk(job.model, None, "none", note, ignore=options.ignore)
+    return found
 
 
-def _budget(job: Job, options: Auto, candidates: Candidates, sizes: Sequence[Sequence[int]]) -> int:
-    """Bits for the quantized weights. Raises LlmopsError when they are too few, in the unit that was asked for."""
-    total = sum(each[0].codes.numel() for each in candidates.values())
-    rest = sum(parameter.numel() for parameter in job.model.parameters()) - total
-    outside = rest * torch.finfo(job.storage).bits + 128 * len(candidates)  # and the shape of each layer, two int64
-    least = smallest(sizes)
+def _sizes(shapes: Mapping[str, tuple[int, int]], groups: Groups, schemes: Sequence[LayerScheme],
+           scale_bits: int) -> list[list[int]]:
+    return [[sum(stored_bits(*shapes[name], bits=scheme.bits, group_size=scheme.group_size, scale_bits=scale_bits,
+                             symmetric=scheme.symmetric) for name in group) for scheme in schemes] for group in groups]
+
+
+def _budget(job: Job, options: Auto, total: int, layers: int, least: int) -> int:
+    """Bits for the `total` weights of `layers`. Raises LlmopsError when they are fewer than `least`, in the unit that
+    was asked for."""
     if options.bits is not None:
         if options.bits * total < least:
             raise LlmopsError(f"bits is {options.bits:g}; expected at least {least / total:.4g}, what the smallest "
                               "candidates take with their scales")
         return int(options.bits * total)
     assert options.bytes is not None
+    rest = sum(parameter.numel() for parameter in job.model.parameters()) - total
+    outside = rest * torch.finfo(job.storage).bits + 128 * layers  # and the shape of each layer, two int64
     if 8 * options.bytes < least + outside:
         raise LlmopsError(f"bytes is {options.bytes:,}; expected at least {-(-(least + outside) // 8):,}: "
                           f"{outside // 8:,} of what stays in 16 bit, and the smallest candidates")

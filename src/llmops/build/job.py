@@ -29,7 +29,8 @@ class Job:
 
     base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
-    in the type it is stored in, for steps that change the one in memory and need both.
+    in the type it is stored in, for steps that change the one in memory and need both. memory: a file for what a step
+    measures of its parent and builds with another budget can use again.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class Job:
     progress: Progress | None = None
     checkpoints: Checkpoints | None = None
     spent: Callable[[], float | None] = lambda: None
+    memory: Path | None = None
     log: Callable[[int, Mapping[str, float]], None] | None = None
 
     @property

@@ -36,6 +36,7 @@ from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
 from llmops.quantity import Quantity
+from llmops.recipe.keys import key_of
 from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
 from llmops.store import Store
@@ -116,6 +117,8 @@ def _take(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None,
     variant = recipe.variants[stage.variant]
     job = _job(stage, recipe, store, progress)
     job.spent, job.log = spent, log
+    job.memory = store.measured(key_of({name: part for name, part in stage.key_parts.items()
+                                        if name not in ("option.bits", "option.bytes")}))
     job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)
     return job, apply_step(variant.kind, job, variant.options)
 

@@ -90,8 +90,8 @@ def bits(page: Page) -> Markup:
     found = [(row, seen) for row in page.rows if (seen := allocation_of(row)) is not None]
     if not found:
         return NOTHING
-    note = ("Columns: blocks, the first at the left. Rows: layers that share a scheme, with each candidate. The darker, "
-            "the more these layers alone cost in it (logarithmic); ring: the scheme they got.")
+    note = ("Columns: blocks, the first at the left. Rows: layers that share a scheme, with each candidate. The "
+            "darker, the more these layers alone cost in it (logarithmic); ring: the scheme they got.")
     maps = [tag("figure", tag("figcaption", page.link(row), f": {_headline(seen)}"), heat_map(seen),
                 tag("p", in_words(seen))) for row, seen in found]
     return tag("section", tag("h2", "Bits by layer", id="bits"), tag("p", note, class_="dim"), maps,
