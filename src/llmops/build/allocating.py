@@ -34,7 +34,7 @@ from llmops.models.schemes import LayerScheme, average_bits, fused_groups
 
 __all__ = ["auto_step"]
 
-KL_CROPS = 32  # of a measurement that names none: one forward pass a swap
+KL_CROPS = 16  # of a measurement that names none: one forward pass a swap
 Candidates = dict[str, list[QuantizedWeight]]
 Costs = list[list[float]]
 Groups = Sequence[tuple[str, ...]]
@@ -173,7 +173,8 @@ def _budget(job: Job, options: Auto, total: int, layers: int, least: int) -> int
             raise LlmopsError(f"bits is {options.bits:g}; expected at least {least / total:.4g}, what the smallest "
                               "candidates take with their scales")
         return int(options.bits * total)
-    assert options.bytes is not None
+    if options.bytes is None:
+        raise LlmopsError("neither bits nor bytes; expected one budget, as bits: 3.5")
     rest = sum(parameter.numel() for parameter in job.model.parameters()) - total
     outside = rest * torch.finfo(job.storage).bits + 128 * layers  # and the shape of each layer, two int64
     if 8 * options.bytes < least + outside:

@@ -114,7 +114,7 @@ class Auto(Options):
         "kl", description="what fewer bits cost a layer: the measured divergence of the next-token distribution, or "
                           "its second-order estimate, which takes one backward pass for all layers")
     crops: int | None = Field(None, ge=1, description="calibration crops that the sensitivity is measured on. "
-                                                      "Default: 32 for kl, all for gradient")
+                                                      "Default: 16 for kl, all for gradient")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
 
     @property
