@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,33 @@ from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip, awq_scales
 from llmops.methods.quantize.gptq import Solved, gptq
 from llmops.methods.quantize.hqq import hqq
-from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn
+from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn, WeightOnly
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
 from llmops.models.fold import find_links, fold
 from llmops.models.quantized import save_quantized
+from llmops.models.schemes import LayerScheme, average_bits, packed_schemes
 
-__all__ = ["autoround_step", "awq_step", "gptq_step", "hqq_step", "rtn_step"]
+__all__ = ["autoround_step", "awq_step", "computed", "gptq_step", "hqq_step", "rtn_step"]
 
 Weights = dict[str, QuantizedWeight]
+Chosen = Mapping[str, LayerScheme] | None  # a scheme for each layer, in place of the one that the options name
 
 
-def rtn_step(job: Job, options: Rtn) -> Work:
+def _scheme(options: WeightOnly, chosen: Chosen, name: str) -> dict[str, Any]:
+    """The keyword arguments that tell a solver the scheme of a layer."""
+    if chosen is None:
+        return {"bits": options.bits, "group_size": options.group, "symmetric": options.symmetric}
+    scheme = chosen[name]
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+
+
+def rtn_step(job: Job, options: Rtn, chosen: Chosen = None) -> Work:
     weights: Weights = {}
 
     def update(name: str, layer: nn.Linear, _: Tensor | None) -> Tensor:
-        weights[name] = rtn(layer.weight, bits=options.bits, group_size=options.group, symmetric=options.symmetric,
-                            clip=options.clip)
+        weights[name] = rtn(layer.weight, **_scheme(options, chosen, name), clip=options.clip)
         return weights[name].dequantize().to(layer.weight.dtype)
 
     calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
@@ -53,20 +63,19 @@ def hqq_step(job: Job, options: Hqq) -> Work:
     return _quantized(job, options.bits, weights)
 
 
-def gptq_step(job: Job, options: Gptq) -> Work:
+def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
     weights: Weights = {}
     solved: dict[str, Solved] = {}
 
     def update(name: str, layer: nn.Linear, H: Tensor | None) -> Tensor:
         assert H is not None
-        weights[name], solved[name] = gptq(layer.weight, H, bits=options.bits, group_size=options.group,
-                                           symmetric=options.symmetric, damping=options.damping, order=options.order,
-                                           clip=options.clip, dtype=job.storage)
+        weights[name], solved[name] = gptq(layer.weight, H, **_scheme(options, chosen, name), damping=options.damping,
+                                           order=options.order, clip=options.clip, dtype=job.storage)
         return weights[name].dequantize().to(layer.weight.dtype)
 
     tokens = calibration(job, options.data, options.length)
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True,
-                   compute=_compute(job), progress=bar(job))
+                   compute=computed(job), progress=bar(job))
     return _quantized(job, options.bits, weights, tokens, _troubles(solved))
 
 
@@ -81,19 +90,18 @@ def _troubles(solved: dict[str, Solved]) -> list[str]:
     return events
 
 
-def awq_step(job: Job, options: Awq) -> Work:
+def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
     weights: Weights = {}
     found: list[int] = []
-    solve = partial(awq_clip if options.clip else rtn, bits=options.bits, group_size=options.group,
-                    symmetric=options.symmetric, dtype=job.storage)
 
     def update(block: calibrate.Block) -> None:
         turns = block.turns()
         seen = block.measure("hessian", [turn[0] for turn in turns])
         H = {name: seen[turn[0]] for turn in turns for name in turn}
-        found.append(_folded(block, options, H, job.storage) if options.grid else 0)
+        found.append(_folded(block, options, H, job.storage, chosen) if options.grid else 0)
         for name, layer in block.layers.items():
-            weights[name] = solve(layer.weight, H[name]) if options.clip else solve(layer.weight)
+            how = _scheme(options, chosen, name) | {"dtype": job.storage}
+            weights[name] = awq_clip(layer.weight, H[name], **how) if options.clip else rtn(layer.weight, **how)
             block.put(name, weights[name].dequantize().to(layer.weight.dtype))
 
     tokens = calibration(job, options.data, options.length)
@@ -102,7 +110,7 @@ def awq_step(job: Job, options: Awq) -> Work:
     return _quantized(job, options.bits, weights, tokens, events)
 
 
-def _folded(block: calibrate.Block, options: Awq, H: dict[str, Tensor], storage: torch.dtype) -> int:
+def _folded(block: calibrate.Block, options: Awq, H: dict[str, Tensor], storage: torch.dtype, chosen: Chosen) -> int:
     """Fold the best factors of every link of a block, and change H with the inputs. Returns how many were folded."""
     count = 0
     for link in find_links(block.module, block.run):
@@ -110,9 +118,9 @@ def _folded(block: calibrate.Block, options: Awq, H: dict[str, Tensor], storage:
         quantized = [name for name in targets if name in block.layers]
         if not quantized:
             continue
-        scales = awq_scales([block.layers[name].weight for name in quantized], H[quantized[0]], bits=options.bits,
-                            group_size=options.group, symmetric=options.symmetric, steps=options.grid,
-                            shared=link.shared, dtype=storage)
+        scales = awq_scales([block.layers[name].weight for name in quantized], H[quantized[0]],
+                            **_scheme(options, chosen, quantized[0]), steps=options.grid, shared=link.shared,
+                            dtype=storage)
         if scales.alpha:
             s = fold(block.module, link, scales.s, storage)
             changed = H[targets[0]] / torch.outer(s, s)
@@ -140,18 +148,21 @@ def autoround_step(job: Job, options: Autoround) -> Work:
 
     tokens = calibration(job, options.data, options.length)
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, batch_size=options.batch_size,
-                          compute=_compute(job), targets=True, progress=bar(job))
+                          compute=computed(job), targets=True, progress=bar(job))
     gained = ", ".join(f"{each.start:.3g} to {each.best:.3g}" for each in tuned)
     return _quantized(job, options.bits, weights, tokens, [f"squared error of each block's output: {gained}"])
 
 
-def _compute(job: Job) -> torch.dtype | None:
+def computed(job: Job) -> torch.dtype | None:
+    """The type that blocks compute in while they are worked on; None for the one they are stored in."""
     return torch.float32 if job.model.device.type == "cpu" else None
 
 
 def _quantized(job: Job, bits: int, weights: Weights, tokens: Tensor | None = None,
                events: Sequence[str] = ()) -> Work:
-    told = [f"{len(weights)} linear layers in {bits} bits"]
+    mixed = len(set(packed_schemes(weights).values())) > 1
+    told = [f"{len(weights)} linear layers in {average_bits(weights):.2f} bits on average, scales counted" if mixed
+            else f"{len(weights)} linear layers in {bits} bits"]
     if tokens is not None:
         told.append(calibrated(tokens))
         widest = max(weight.shape[1] for weight in weights.values())
@@ -159,5 +170,5 @@ def _quantized(job: Job, bits: int, weights: Weights, tokens: Tensor | None = No
             told.append(f"{tokens.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: "
                         "what they say of it is thin")
     return Work(job.model, partial(save_quantized, job.model, weights, tokenizer=job.tokenizer),
-                parity.Expected(bits=bits), tokens=0 if tokens is None else tokens.numel(), events=[*told, *events],
-                packed=weights)
+                parity.Expected(bits={name: weight.bits for name, weight in weights.items()}),
+                tokens=0 if tokens is None else tokens.numel(), events=[*told, *events], packed=weights)

@@ -10,7 +10,8 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Autoround, Awq, Hqq, WeightOnly
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, WeightOnly
+from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.schema import BASE, Variant
@@ -70,7 +71,11 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
         if isinstance(options, Depth):
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
         if isinstance(options, WeightOnly):
-            _check_groups(problems, trail, options, dims)
+            _check_groups(problems, trail, options.group, options, dims)
+        if isinstance(options, Auto):
+            for group in options.sizes:
+                _check_groups(problems, trail, group, options, dims)
+            check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)
         if isinstance(options, Awq | Autoround) and dims is not None and not dims.tied \
@@ -235,8 +240,7 @@ def _check_depth(problems: Problems, trail: Trail, options: Depth, available: in
                                           f"model: {sorted(set(kept))}")
 
 
-def _check_groups(problems: Problems, trail: Trail, options: WeightOnly, dims: Dims | None) -> None:
-    group = options.group
+def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightOnly | Auto, dims: Dims | None) -> None:
     place: Trail = (*trail, "group_size")
     if group == -1:
         return

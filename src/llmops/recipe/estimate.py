@@ -13,6 +13,7 @@ size, V the vocabulary, L the layers kept.
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
+      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq
       autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -35,7 +36,7 @@ from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import Autoround, Calibrated, WeightOnly
+from llmops.methods.quantize.options import Auto, Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
@@ -96,6 +97,9 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         assert isinstance(options, Adapters | Dpo)
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
+    if isinstance(options, Auto):
+        linear = layers * dims.linear_parameters
+        return float(options.bytes or dense + linear * ((options.bits or 0) / 8 - width))
     if not isinstance(options, WeightOnly):
         return dense
     for name, (out, into) in dims.linear_shapes().items():
@@ -136,6 +140,10 @@ def _solving(options: Any, dims: Dims) -> float:
     if isinstance(options, Autoround):
         length = min(options.length, dims.context or options.length)
         return 20.0 * dims.linear_parameters + 2.0 * 34 * dims.hidden * options.batch_size * length
+    if isinstance(options, Auto):
+        held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
+        return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
+                                                                        dims.linear_shapes().values()) ** 2
     if isinstance(options, Calibrated):
         return 12.0 * max(into for _, into in dims.linear_shapes().values()) ** 2
     return 0.0

@@ -400,6 +400,8 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
                       *([f"beta {o['beta']:g}"] if isinstance(o.get("beta"), int | float) else []), *_training(o)],
     "magnitude": _zeros, "wanda": _zeros, "depth": _layers, "rtn": _scheme,
     "gptq": _scheme, "awq": _scheme, "autoround": _scheme,
+    "auto": lambda o: [f"{o['bits']:g} bits" if o.get("bits") else f"{o.get('bytes') or 0:,} bytes",
+                       *([str(o["solver"])] if o.get("solver") else [])],
     "hqq": lambda o: _scheme({**o, "group_size": o.get("group_size") or 64}),
     "logits": lambda o: [*([f"of {o['teacher']}"] if o.get("teacher") else []), *_training(o)],
 }
