@@ -9,9 +9,10 @@ the scales in float32. compressed-tensors in plain transformers imitates it in t
 
     reference     any device. The sum as products in float32 over at most 1,024 inputs, each exact (127 * 128 * 1024 <
                   2^24), added up in float64.
-    torch:qlinear CPU: oneDNN's int8 product behind `onednn::qlinear_pointwise`, weights in its own layout. Takes unsigned
-                  activations, so a_tk + 128 goes in and 128 as zero point. Chosen where the CPU adds the products without
-                  saturation (VNNI; older AVX2 code adds pairs in 16 bits), which is tried once on the worst case.
+    torch:qlinear CPU: oneDNN's int8 product behind `onednn::qlinear_pointwise`, weights in its own layout. It takes
+                  unsigned activations, so a_tk + 128 goes in with 128 as zero point. Chosen where the CPU adds the
+                  products without saturation (VNNI; older AVX2 code adds pairs in 16 bits): tried once, on the worst
+                  case.
     torch:int_mm  CUDA: `torch._int_mm`.
 
 Why not the op with the best name: `quantized::linear_dynamic` (fbgemm) rounds the whole batch with one scale and a zero
@@ -31,7 +32,8 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, unknown
 
-__all__ = ["TOP", "accumulate", "choose", "dequantize", "describe", "int8_matmul", "prepare", "quantize_rows", "recover"]
+__all__ = ["TOP", "accumulate", "choose", "describe", "int8_matmul", "prepare", "qlinear_is_exact", "quantize_rows",
+           "recover"]
 
 REFERENCE, QLINEAR, INT_MM = "reference", "torch:qlinear", "torch:int_mm"
 TOP = 127.0
@@ -75,7 +77,7 @@ def qlinear_is_exact() -> bool:
         found = _qlinear(a, torch.ops.onednn.qlinear_prepack(w, None), 16)
     except RuntimeError:
         return False
-    return torch.equal(found.double(), a.double() @ w.double().t())
+    return bool(torch.equal(found.double(), a.double() @ w.double().t()))
 
 
 def quantize_rows(x: Tensor, top: float = TOP) -> tuple[Tensor, Tensor]:
@@ -97,13 +99,8 @@ def prepare(parts: Held, name: str) -> dict[str, Tensor]:
 def recover(held: Held, name: str) -> dict[str, Tensor]:
     """The inverse of `prepare`, exact."""
     if name == QLINEAR:
-        return {"weight": _codes_qlinear(held), "weight_scale": held["weight_scale"]}
+        return {"weight": held["weight"].to_dense().t().contiguous(), "weight_scale": held["weight_scale"]}
     return dict(held)
-
-
-def dequantize(parts: Held) -> Tensor:
-    """(out, in) in the type of the scales."""
-    return parts["weight"].to(parts["weight_scale"].dtype) * parts["weight_scale"]
 
 
 def int8_matmul(x: Tensor, held: Held, name: str, bias: Tensor | None = None, top: float = TOP) -> Tensor:
@@ -134,8 +131,8 @@ def accumulate(codes: Tensor, held: Held, name: str) -> Tensor:
 
 def _qlinear(codes: Tensor, packed: Tensor, rows: int) -> Tensor:
     unsigned = (codes.view(torch.uint8) ^ 128).contiguous()  # a + 128
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, packed, *_unit(rows), None, 1.0, 0, torch.float32,
-                                                   "none", [], "")
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, packed, *_unit(rows), None, 1.0, 0,
+                                                   torch.float32, "none", [], "")
     return y
 
 
@@ -143,18 +140,6 @@ def _qlinear(codes: Tensor, packed: Tensor, rows: int) -> Tensor:
 def _unit(rows: int) -> tuple[Tensor, Tensor]:
     """Scales of 1 and zero points of 0: what the op multiplies its integers by."""
     return torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
-
-
-def _codes_qlinear(held: Held) -> Tensor:
-    """Codes out of oneDNN's layout, by multiplying unit vectors."""
-    rows, columns = held["weight_scale"].shape[0], held["weight"].shape[0]
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    for start in range(0, columns, 256):
-        stop = min(start + 256, columns)
-        unit = torch.zeros(stop - start, columns, dtype=torch.int8)
-        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        codes[:, start:stop] = _qlinear(unit, held["weight"], rows).t().to(torch.int8)
-    return codes
 
 
 def _int_mm(codes: Tensor, weight: Tensor) -> Tensor:

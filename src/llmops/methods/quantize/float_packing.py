@@ -35,8 +35,8 @@ def unpack_int8(parts: Mapping[str, Tensor], name: str = "weight") -> QuantizedW
     """The inverse of `pack_int8`. Raises ModelError, naming the layer, when the tensors do not fit together."""
     codes, scale = parts["weight"], parts["weight_scale"]
     if codes.dtype != torch.int8 or codes.dim() != 2 or scale.shape != (codes.shape[0], 1):
-        raise ModelError(f"{name}: weight {codes.dtype} {tuple(codes.shape)}, scale {tuple(scale.shape)}; expected int8 "
-                         "(out, in) with a scale (out, 1)")
+        raise ModelError(f"{name}: weight {codes.dtype} {tuple(codes.shape)}, scale {tuple(scale.shape)}; expected "
+                         "int8 (out, in) with a scale (out, 1)")
     return QuantizedWeight(codes, scale, None, 8, -1, activation_bits=8)
 
 

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError
+from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.ops.fp4_matmul import VALUES as E2M1  # by code; the fourth bit is the sign
 
-__all__ = ["BLOCK", "E2M1", "FLOATS", "MXFP4_SCALES", "FloatFormat", "FloatGrid", "FloatWeight", "bound",
+__all__ = ["BLOCK", "E2M1", "FLOATS", "MXFP4_SCALES", "AnyWeight", "FloatFormat", "FloatGrid", "FloatWeight", "bound",
            "float_between", "round_e2m1", "round_e4m3"]
 
 BLOCK = 128  # rows and columns of a block of fp8-block
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; the fourth bit is the sign
 E4M3_MAX, E2M1_MAX, E4M3_LEAST = 448.0, 6.0, 2.0**-9
 MXFP4_SCALES = ("even", "floor", "up")
 
@@ -96,6 +97,11 @@ class FloatWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
+    def kind(self) -> str:
+        """What the numbers are."""
+        return self.format
+
+    @property
     def bits(self) -> int:
         return FLOATS[self.format].bits
 
@@ -123,6 +129,9 @@ class FloatWeight:
             scale = scale / self.global_scale
         values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=self.codes.device)[self.codes.long()]
         return (values.view(rows, scale.shape[1], -1) * scale.unsqueeze(-1)).view(rows, columns)
+
+
+AnyWeight = QuantizedWeight | FloatWeight
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,8 @@ class FloatGrid:
                 return FloatWeight(codes, (torch.log2(self.stored) + 127).to(torch.uint8), None, name)
             return FloatWeight(codes, self.stored.to(torch.float8_e4m3fn), self._global().reshape(1), name)
         rows = self.format.rows
-        scale = self.stored[:1, 0] if rows == 0 else self.stored[::rows]
-        return FloatWeight(flat.to(torch.float8_e4m3fn), scale.to(self.dtype).contiguous(), None, name)
+        scale = (self.stored[:1, 0] if rows == 0 else self.stored[::rows]).clone()
+        return FloatWeight(flat.to(torch.float8_e4m3fn), scale.to(self.dtype), None, name)
 
     def _global(self) -> Tensor:
         assert self.format.reach is not None
