@@ -200,5 +200,6 @@ def _quantized(job: Job, options: WeightOnly, found: Weights, tokens: Tensor | N
             told.append(f"{tokens.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: "
                         "what they say of it is thin")
     return Work(job.model, partial(save_quantized, job.model, weights, tokenizer=job.tokenizer),
-                parity.Expected(bits={name: weight.bits for name, weight in weights.items()}),
+                parity.Expected(bits={name: weight.bits for name, weight in weights.items()},
+                                number_format=options.number_format),
                 tokens=0 if tokens is None else tokens.numel(), events=[*told, *events], packed=weights)

@@ -34,15 +34,15 @@ from llmops.methods.quantize.float_packing import PARTS as FLOAT_PARTS
 from llmops.models.schemes import LayerScheme
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
-__all__ = ["COMPRESSED", "GPTQ_BITS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of", "to_awq",
+__all__ = ["COMPRESSED", "GPTQ_BITS", "INTEGERS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of", "to_awq",
            "to_gptq", "zeros_fit_v1"]
 
 Parts = Mapping[str, Tensor]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_BITS = (2, 3, 4, 8)
 #: Formats of compressed-tensors, whose config tells the scheme of each layer.
-COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized",
-              "mixed-precision")
+INTEGERS = ("pack-quantized", "int-quantized")
+COMPRESSED = (*INTEGERS, "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "mixed-precision")
 
 
 # ----------------------------------------------------------------------------------------------- what a config says

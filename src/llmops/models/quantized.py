@@ -27,8 +27,8 @@ from llmops.methods.quantize import packing
 from llmops.methods.quantize.float_packing import pack_floats, pack_int8
 from llmops.methods.quantize.floats import AnyWeight, FloatWeight
 from llmops.models.formatted import FormattedLinear
-from llmops.models.layouts import COMPRESSED, LAYOUTS, as_stored, foreign_scheme, layout_of
-from llmops.models.number_formats import activations_are_left, kind_of
+from llmops.models.layouts import COMPRESSED, INTEGERS, LAYOUTS, as_stored, foreign_scheme, layout_of
+from llmops.models.number_formats import FORMATS, activations_are_left, kind_of
 from llmops.models.packed import PackedLinear
 from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
 from llmops.ops.bitstream import words
@@ -163,6 +163,11 @@ class PackedReader:
         self.schemes: dict[str, LayerScheme] = (
             schemes_of(block, self.layers()) if self.layout in COMPRESSED
             else dict.fromkeys(self.layers(), foreign_scheme(block)))
+        for name, scheme in self.schemes.items() if self.layout in COMPRESSED[:-1] else ():
+            wanted = INTEGERS if scheme.kind == "int" else (FORMATS[scheme.kind],)
+            if self.layout not in wanted:
+                raise ModelError(f"{folder}: format {self.layout} in config.json, but {name} is {scheme}; expected "
+                                 f"{' or '.join(wanted)}")
 
     def _check_activations(self, block: Mapping[str, Any]) -> None:
         groups = [] if self.layout not in COMPRESSED else (block.get("config_groups") or {}).values()
@@ -175,8 +180,9 @@ class PackedReader:
                       "left as they are, the weights are the stored ones", stacklevel=4)
 
     def layers(self) -> list[str]:
-        ends = ".weight_scale" if self.layout in COMPRESSED else f".{LAYOUTS[self.layout].mark}"
-        return [name.removesuffix(ends) for name in self.left if name.endswith(ends)]
+        marks = ("weight_packed", "weight_scale") if self.layout in COMPRESSED else (LAYOUTS[self.layout].mark,)
+        return list(dict.fromkeys(layer for layer, _, last in (name.rpartition(".") for name in self.left)
+                                  if last in marks))
 
     def _layout(self, layer: str) -> str:
         """Of one layer: compressed-tensors may mix them."""

@@ -52,7 +52,7 @@ def describe(name: str) -> str:
 
 
 def quantize_tokens(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
-    """(codes (tokens, in) float8_e4m3fn, scales (tokens, groups) float32) of x (tokens, in); a group is by default a row.
+    """(codes (tokens, in) float8_e4m3fn, scales (tokens, groups) float32) of x (tokens, in), a scale a row by default.
 
     A group of zeros gets the scale 1. Raises ValueError when `group` does not divide the inputs.
     """

@@ -119,11 +119,12 @@ class FloatWeight:
         extra = self.scale.numel() * self.scale.element_size() * 8 + (32 if self.global_scale is not None else 0)
         return self.bits + float(extra) / float(self.codes.numel())
 
-    def dequantize(self) -> Tensor:
-        """(out, in): fp8 in the type of its scales, as every reader multiplies it; the 4-bit ones in float32."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in): fp8 in `dtype`, by default that of its scales, as readers multiply it; fp4 always in float32."""
         rows, columns = self.codes.shape
         if self.bits == 8:
-            return self.codes.to(self.scale.dtype) * spread(self.scale, self.format, rows, columns)
+            scale = self.scale if dtype is None else self.scale.to(dtype)
+            return self.codes.to(scale.dtype) * spread(scale, self.format, rows, columns)
         scale = self.scale.float() if self.global_scale is not None else torch.exp2(self.scale.float() - 127)
         if self.global_scale is not None:
             scale = scale / self.global_scale
