@@ -75,8 +75,8 @@ class Source:
         self.check_packed()
         other = next((scheme for scheme in self.schemes.values() if scheme.kind != "int"), None)
         if other is not None:
-            raise LlmopsError(f"{self.folder.name} holds {other}, and {layout}'s layout integers whose activations stay "
-                              "in 16 bit; expected a variant of scheme w4a16 or the like: export to "
+            raise LlmopsError(f"{self.folder.name} holds {other}, and {layout}'s layout integers whose activations "
+                              "stay in 16 bit; expected a variant of scheme w4a16 or the like: export to "
                               "compressed-tensors or dense")
         if len(set(self.schemes.values())) > 1:
             raise LlmopsError(f"{self.folder.name} mixes schemes ({told(self.schemes)}), and {layout}'s layout "

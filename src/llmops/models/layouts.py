@@ -34,8 +34,8 @@ from llmops.methods.quantize.float_packing import PARTS as FLOAT_PARTS
 from llmops.models.schemes import LayerScheme
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
-__all__ = ["COMPRESSED", "GPTQ_BITS", "INTEGERS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of", "to_awq",
-           "to_gptq", "zeros_fit_v1"]
+__all__ = ["COMPRESSED", "GPTQ_BITS", "INTEGERS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of",
+           "to_awq", "to_gptq", "zeros_fit_v1"]
 
 Parts = Mapping[str, Tensor]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

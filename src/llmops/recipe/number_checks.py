@@ -1,4 +1,4 @@
-"""What can be wrong with a number format: options that it fixes, methods that cannot make it, layers it does not fit."""
+"""What can be wrong with a number format: options it fixes, methods that cannot make it, layers it does not fit."""
 
 from __future__ import annotations
 
