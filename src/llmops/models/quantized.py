@@ -260,6 +260,9 @@ def _fill(model: PreTrainedModel, reader: PackedReader) -> None:
         if last in module._parameters:
             tensor = reader.take(name)
             assert tensor is not None
+            if tensor.element_size() == 1:
+                raise ModelError(f"{reader.folder}: {parent} lacks weight_scale: {name} holds codes ({tensor.dtype}); "
+                                 "the folder is not whole")
             if tensor.shape != module._parameters[last].shape:
                 raise ModelError(f"{name} is {tuple(tensor.shape)}; the config describes "
                                  f"{tuple(module._parameters[last].shape)}")
