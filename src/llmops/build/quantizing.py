@@ -26,8 +26,8 @@ from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
 from llmops.models.fold import find_links, fold
+from llmops.models.imitated import imitate
 from llmops.models.quantized import save_quantized
-from llmops.models.rounded_inputs import round_inputs
 from llmops.models.schemes import LayerScheme, average_bits, fused_groups, packed_schemes
 
 __all__ = ["autoround_step", "awq_step", "computed", "gptq_step", "hqq_step", "rtn_step"]
@@ -168,7 +168,7 @@ def _shared(options: WeightOnly, layers: Mapping[str, nn.Linear]) -> dict[str, d
     kind = FLOATS.get(options.number_format or "")
     if kind is None or not kind.whole:
         return {}
-    return {name: {"bits": replace(kind, reach=max(float(layers[each].weight.abs().max()) for each in names))}
+    return {name: {"bits": replace(kind, reach=max(float(layers[each].weight.detach().abs().max()) for each in names))}
             for names in fused_groups(layers) for name in names}
 
 
@@ -186,7 +186,7 @@ def _quantized(job: Job, options: WeightOnly, found: Weights, tokens: Tensor | N
     weights: Weights = {name: replace(weight, activation_bits=8)
                         if options.scheme == "w8a8" and isinstance(weight, QuantizedWeight) else weight
                         for name, weight in found.items()}
-    round_inputs(job.model, weights)
+    imitate(job.model, weights)
     schemes = set(packed_schemes(weights).values())
     if len(schemes) > 1:
         told = [f"{len(weights)} linear layers in {average_bits(weights):.2f} bits on average, scales counted"]

@@ -19,10 +19,11 @@ from torch import Tensor
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
 from llmops.methods.quantize.float_packing import unpack_floats, unpack_int8
+from llmops.methods.quantize.floats import AnyWeight
 from llmops.models.builtin import config_of
 from llmops.models.number_formats import activations
 from llmops.models.quantized import PackedReader
-from llmops.models.schemes import AnyWeight, LayerScheme, told
+from llmops.models.schemes import LayerScheme, told
 
 __all__ = ["Source", "Written", "activations_note", "unpacked", "write_beside", "write_folder"]
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class FloatFormat:
     rows: int = 1
     power: str = "even"
     reach: float | None = None
+
+    @property
+    def ranges(self) -> tuple[float, ...] | None:
+        """Fractions of a group's range that a search has to try, the whole first; None where any may do. A power of two
+        has few neighbours."""
+        return (1.0, 2.0, 0.5) if self.name == "mxfp4" else None
 
     @property
     def whole(self) -> bool:
@@ -199,7 +206,7 @@ def bound(kind: int | FloatFormat, W: Tensor) -> int | FloatFormat:
     """The format with its reach filled in from `W` where it needs one; integers (a number of bits) as they are."""
     if isinstance(kind, int) or not kind.whole or kind.reach is not None:
         return kind
-    return replace(kind, reach=float(W.abs().max()))
+    return replace(kind, reach=float(W.detach().abs().max()))
 
 
 def float_between(low: Tensor, high: Tensor, kind: FloatFormat, dtype: torch.dtype) -> FloatGrid:
@@ -239,15 +246,23 @@ def spread(scale: Tensor, name: str, rows: int, columns: int) -> Tensor:
 
 def round_e2m1(x: Tensor) -> Tensor:
     """To the nearest of +-E2M1, ties to an even mantissa, beyond 6 to 6; float32."""
-    x = x.float().clamp(-E2M1_MAX, E2M1_MAX)
-    size = x.abs()
-    step = 0.5 + 0.5 * (size >= 2).float() + (size >= 4).float()  # 0.5 below 2, 1 below 4, 2 above
-    return torch.round(x / step) * step + 0.0  # + 0.0: no negative zeros
+    x = x.float()
+    bounds, values = _e2m1(x.device.type)
+    return values[torch.bucketize(x.abs().contiguous(), bounds, right=True)].copysign_(x).add_(0.0)  # 0: no negative zeros
 
 
 def round_e4m3(x: Tensor) -> Tensor:
     """To the nearest number of float8_e4m3fn, beyond 448 to 448; float32."""
     return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() + 0.0
+
+
+@cache
+def _e2m1(device: str) -> tuple[Tensor, Tensor]:
+    """(where each next number begins, the numbers). Half way between two it begins if its place is even."""
+    values = torch.tensor(E2M1)
+    middle = (values[1:] + values[:-1]) / 2
+    above = torch.nextafter(middle, torch.tensor(torch.inf))
+    return torch.where(torch.arange(7) % 2 == 1, middle, above).to(device), values.to(device)
 
 
 def _e2m1_codes(values: Tensor) -> Tensor:
