@@ -13,7 +13,7 @@ from torch import Tensor
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens
 from llmops.data.sources import Rows
-from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.methods.quantize.floats import AnyWeight
 from llmops.models import parity
 from llmops.quantity import Quantity
 from llmops.train import Checkpoints, Progress
@@ -74,7 +74,7 @@ class Work:
     looks: list[tuple[int, float]] = field(default_factory=list)
     data: dict[str, int | float] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
-    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+    packed: dict[str, AnyWeight] = field(default_factory=dict)
     merge: list[dict[str, Any]] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
 

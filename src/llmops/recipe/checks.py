@@ -14,6 +14,7 @@ from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, WeightOnl
 from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
 from llmops.recipe.names import refer
+from llmops.recipe.number_checks import check_number_format
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
 from llmops.recipe.tree import cycle
@@ -71,7 +72,9 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
         if isinstance(options, Depth):
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
         if isinstance(options, WeightOnly):
-            _check_groups(problems, trail, options.group, options, dims)
+            check_number_format(problems, trail, options, _widths(dims, options.ignore))
+            if options.number_format is None:
+                _check_groups(problems, trail, options.group, options, dims)
         if isinstance(options, Auto):
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)

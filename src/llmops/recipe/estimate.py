@@ -106,7 +106,10 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         if any(name.endswith(ending) for ending in options.ignore):
             continue
         groups = out * (1 if options.group == -1 else -(-into // options.group))
-        packed = out * into * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
+        if options.number_format == "fp8-block":
+            groups = -(-out // options.group) * -(-into // options.group)
+        scale = 1 if options.scheme in ("mxfp4", "nvfp4") else 2
+        packed = out * into * options.bits / 8 + groups * (scale + (0 if options.symmetric else options.bits / 8))
         dense += layers * (packed - width * out * into)
     return dense
 

@@ -380,8 +380,13 @@ def _layers(options: Mapping[str, Any]) -> list[str]:
     return [f"{len(kept) if isinstance(kept, list) else kept} layers"] if kept is not None else []
 
 
+FORMATS = ("w8a8", "fp8", "mxfp4", "nvfp4")  # which fix their groups themselves
+
+
 def _scheme(options: Mapping[str, Any]) -> list[str]:
     scheme, size = options.get("scheme"), options.get("group_size")
+    if scheme in FORMATS:
+        return [f"{scheme} {options.get('scales') or 'channel'}" if scheme == "fp8" else str(scheme)]
     size = (None if scheme == "w8a16" else 128) if size is None else size  # the default of all but hqq
     words = [str(scheme)] if scheme else []
     words += [f"g{size}"] if size is not None and size != -1 else []

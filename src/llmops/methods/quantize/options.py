@@ -8,20 +8,30 @@ from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["BITS", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme", "WeightOnly"]
+__all__ = ["BITS", "FIXED", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme",
+           "WeightOnly"]
 
-Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16"]
+Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "fp8", "mxfp4", "nvfp4"]
+Scales = Literal["tensor", "channel", "block"]
 Clip = Literal["absmax", "mse"]
-BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2}
+BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
+#: Schemes that say all there is to say: weights that share a scale (-1 a row, for fp8 what `scales` says), symmetric.
+FIXED = {"w8a8": -1, "fp8": -1, "mxfp4": 32, "nvfp4": 16}
+BLOCK = 128
 
 
 class WeightOnly(Options):
     """What every quantization of weights shares: bits, groups, which layers."""
 
-    scheme: Scheme = Field(description="bits of the weights; activations stay 16 bit")
+    scheme: Scheme = Field(description="wNa16: integers of N bits, activations stay 16 bit. w8a8: int8, activations "
+                                       "too, token by token. fp8: E4M3, activations too. mxfp4, nvfp4: E2M1 in groups "
+                                       "of 32 or 16, activations stay 16 bit")
+    scales: Scales | None = Field(None, description="for scheme fp8: one for the weight, for each row, or for each "
+                                                    "block of 128 x 128 (activations then by 128, else by token). "
+                                                    "Default: channel")
     group_size: int | None = Field(None, description="weights that share a scale along the input; -1 a whole row. "
-                                                     "Default: -1 at 8 bits, 128 below")
-    symmetric: bool = Field(True, description="false stores a zero point for every scale")
+                                                     "Default: -1 at 8 bits, 128 below. Only for wNa16")
+    symmetric: bool = Field(True, description="false stores a zero point for every scale. Only for wNa16")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
 
     @property
@@ -29,8 +39,17 @@ class WeightOnly(Options):
         return BITS[self.scheme]
 
     @property
+    def number_format(self) -> str | None:
+        """The kind of numbers, "w8a8", "fp8-channel" and so on; None for integers of any group size."""
+        if self.scheme == "fp8":
+            return f"fp8-{self.scales or 'channel'}"
+        return self.scheme if self.scheme in FIXED else None
+
+    @property
     def group(self) -> int:
         """The group size with its default filled in."""
+        if self.scheme in FIXED:
+            return BLOCK if self.scales == "block" else FIXED[self.scheme]
         return self.group_size if self.group_size is not None else (-1 if self.bits == 8 else 128)
 
 
