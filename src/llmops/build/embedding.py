@@ -31,7 +31,7 @@ def prepared(job: Job, options: Any) -> dict[str, QuantizedWeight]:
     tied = is_tied(model)
     if tied and not is_ignored("lm_head", options.ignore):
         untie(model)
-    if not options.embeddings:
+    if not getattr(options, "embeddings", False):
         return {}
     name = embedding_name(model)
     embedding = model.get_submodule(name)

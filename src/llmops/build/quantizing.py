@@ -7,7 +7,9 @@ are then exact where they can be. Scales are rounded to the stored dtype by the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +19,52 @@ from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip, awq_scales
+from llmops.methods.quantize.floats import FLOATS, AnyWeight
 from llmops.methods.quantize.gptq import Solved, gptq
 from llmops.methods.quantize.grid import grouped
 from llmops.methods.quantize.hqq import hqq
-from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Calibrated, Gptq, Hqq, Rtn
+from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Calibrated, Gptq, Hqq, Rtn, WeightOnly
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
 from llmops.models.arch import expert_of
 from llmops.models.experts import Routing
 from llmops.models.fold import find_links, fold
+from llmops.models.imitated import imitate
 from llmops.models.quantized import save_quantized
+from llmops.models.schemes import LayerScheme, average_bits, fused_groups, packed_schemes
 
-__all__ = ["autoround_step", "awq_step", "gptq_step", "hqq_step", "rtn_step"]
+__all__ = ["autoround_step", "awq_step", "computed", "gptq_step", "hqq_step", "rtn_step"]
 
-Weights = dict[str, QuantizedWeight]
+Weights = dict[str, AnyWeight]
 INSTEAD = "rounded to nearest"  # what becomes of experts that saw too little
+Chosen = Mapping[str, LayerScheme] | None  # a scheme for each layer, in place of the one that the options name
 
 
-def _plain(layer: nn.Linear, options: Calibrated, storage: torch.dtype) -> QuantizedWeight:
-    return rtn(layer.weight, bits=options.bits, group_size=options.group, symmetric=options.symmetric, dtype=storage)
+def _scheme(options: WeightOnly, chosen: Chosen, name: str) -> dict[str, Any]:
+    """The keyword arguments that tell a solver the scheme of a layer."""
+    if chosen is None:
+        return {"bits": FLOATS.get(options.number_format or "", options.bits), "group_size": options.group,
+                "symmetric": options.symmetric}
+    scheme = chosen[name]
+    return {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
 
 
-def rtn_step(job: Job, options: Rtn) -> Work:
+def rtn_step(job: Job, options: Rtn, chosen: Chosen = None) -> Work:
     if options.scheme in BITSANDBYTES:
         from llmops.build.bnb import bitsandbytes_step
 
         return bitsandbytes_step(job, options)
     weights: Weights = {}
+    shared = _shared(options, _linears(job.model))
 
     def update(name: str, layer: nn.Linear, _: Tensor | None) -> Tensor:
-        weights[name] = rtn(layer.weight, bits=options.bits, group_size=options.group, symmetric=options.symmetric,
-                            clip=options.clip)
+        how = _scheme(options, chosen, name) | shared.get(name, {})
+        weights[name] = rtn(layer.weight, **how, clip=options.clip)
         return weights[name].dequantize().to(layer.weight.dtype)
 
     calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
-    return _quantized(job, options.bits, weights)
+    return _quantized(job, options, weights)
 
 
 def hqq_step(job: Job, options: Hqq) -> Work:
@@ -63,26 +75,27 @@ def hqq_step(job: Job, options: Hqq) -> Work:
         return weights[name].dequantize().to(layer.weight.dtype)
 
     calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
-    return _quantized(job, options.bits, weights)
+    return _quantized(job, options, weights)
 
 
-def gptq_step(job: Job, options: Gptq) -> Work:
+def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
     weights: Weights = {}
     solved: dict[str, Solved] = {}
+    shared = _shared(options, _linears(job.model))
 
     def update(name: str, layer: nn.Linear, H: Tensor | None) -> Tensor:
-        if H is None:
-            weights[name] = _plain(layer, options, job.storage)
+        how = _scheme(options, chosen, name) | shared.get(name, {})
+        if H is None:  # an expert that saw too little
+            weights[name] = rtn(layer.weight, **how, dtype=job.storage)
             return weights[name].dequantize().to(layer.weight.dtype)
-        weights[name], solved[name] = gptq(layer.weight, H, bits=options.bits, group_size=options.group,
-                                           symmetric=options.symmetric, damping=options.damping, order=options.order,
+        weights[name], solved[name] = gptq(layer.weight, H, **how, damping=options.damping, order=options.order,
                                            clip=options.clip, dtype=job.storage)
         return weights[name].dequantize().to(layer.weight.dtype)
 
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True,
-                   compute=_compute(job), progress=bar(job), routing=routing)
-    return _quantized(job, options.bits, weights, tokens, [*_troubles(solved), *routing.events(INSTEAD)])
+                   compute=computed(job), progress=bar(job), routing=routing)
+    return _quantized(job, options, weights, tokens, [*_troubles(solved), *routing.events(INSTEAD)])
 
 
 def _troubles(solved: dict[str, Solved]) -> list[str]:
@@ -96,32 +109,31 @@ def _troubles(solved: dict[str, Solved]) -> list[str]:
     return events
 
 
-def awq_step(job: Job, options: Awq) -> Work:
+def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
     weights: Weights = {}
     found: list[int] = []
-    solve = partial(awq_clip if options.clip else rtn, bits=options.bits, group_size=options.group,
-                    symmetric=options.symmetric, dtype=job.storage)
 
     def update(block: calibrate.Block) -> None:
         _check_groups(block, options)
         turns = block.turns()
         seen = block.measure("hessian", [turn[0] for turn in turns])
         H = {name: known for turn in turns for name in turn if (known := seen[turn[0]]) is not None}
-        found.append(_folded(block, options, H, job.storage) if options.grid else 0)
+        found.append(_folded(block, options, H, job.storage, chosen) if options.grid else 0)
+        shared = _shared(options, block.layers)
         for name, layer in block.layers.items():
-            known = H.get(name)
-            weights[name] = (_plain(layer, options, job.storage) if known is None
-                             else solve(layer.weight, known) if options.clip else solve(layer.weight))
+            how = _scheme(options, chosen, name) | shared.get(name, {}) | {"dtype": job.storage}
+            weights[name] = (awq_clip(layer.weight, H[name], **how) if options.clip and name in H
+                             else rtn(layer.weight, **how))
             block.put(name, weights[name].dequantize().to(layer.weight.dtype))
 
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, compute=torch.float32, progress=bar(job),
                           routing=routing)
     events = [f"factors folded into {sum(found)} norms and layers of {len(found)} blocks"] if options.grid else []
-    return _quantized(job, options.bits, weights, tokens, [*events, *routing.events(INSTEAD)])
+    return _quantized(job, options, weights, tokens, [*events, *routing.events(INSTEAD)])
 
 
-def _folded(block: calibrate.Block, options: Awq, H: dict[str, Tensor], storage: torch.dtype) -> int:
+def _folded(block: calibrate.Block, options: Awq, H: dict[str, Tensor], storage: torch.dtype, chosen: Chosen) -> int:
     """Fold the best factors of every link of a block, and change H with the inputs. Returns how many were folded."""
     count = 0
     for link in find_links(block.module, block.run):
@@ -129,9 +141,9 @@ def _folded(block: calibrate.Block, options: Awq, H: dict[str, Tensor], storage:
         quantized = [name for name in targets if name in block.layers]
         if not quantized or not H.keys() >= set(targets):
             continue
-        scales = awq_scales([block.layers[name].weight for name in quantized], H[quantized[0]], bits=options.bits,
-                            group_size=options.group, symmetric=options.symmetric, steps=options.grid,
-                            shared=link.shared, dtype=storage)
+        scales = awq_scales([block.layers[name].weight for name in quantized], H[quantized[0]],
+                            **_scheme(options, chosen, quantized[0]), steps=options.grid, shared=link.shared,
+                            dtype=storage)
         if scales.alpha:
             s = fold(block.module, link, scales.s, storage)
             changed = H[targets[0]] / torch.outer(s, s)
@@ -154,12 +166,12 @@ def autoround_step(job: Job, options: Autoround) -> Work:
         inside = [name for name in block.layers if expert_of(name) is not None]
         few = [name for name, seen in block.measure("x_absmax", inside).items() if seen is None] if inside else []
         for name in few:
-            weights[name] = _plain(block.layers[name], options, job.storage)
+            weights[name] = rtn(block.layers[name].weight, **_scheme(options, None, name), dtype=job.storage)
             block.put(name, weights[name].dequantize().to(block.layers[name].weight.dtype))
         tuning = {name: layer.weight for name, layer in block.layers.items() if name not in few}
-        made, report = autoround(tuning, loss, block.batches,
-                                 bits=options.bits, group_size=options.group, symmetric=options.symmetric,
-                                 iterations=options.iterations, seed=job.seed + block.index, dtype=job.storage)
+        made, report = autoround(tuning, loss, block.batches, bits=options.bits, group_size=options.group,
+                                 symmetric=options.symmetric, iterations=options.iterations,
+                                 seed=job.seed + block.index, dtype=job.storage)
         tuned.append(report)
         for name, weight in made.items():
             weights[name] = weight
@@ -167,28 +179,52 @@ def autoround_step(job: Job, options: Autoround) -> Work:
 
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, batch_size=options.batch_size,
-                          compute=_compute(job), targets=True, progress=bar(job), routing=routing)
+                          compute=computed(job), targets=True, progress=bar(job), routing=routing)
     gained = ", ".join(f"{each.start:.3g} to {each.best:.3g}" for each in tuned)
-    return _quantized(job, options.bits, weights, tokens, [f"squared error of each block's output: {gained}",
-                                                           *routing.events(INSTEAD)])
+    return _quantized(job, options, weights, tokens, [f"squared error of each block's output: {gained}",
+                                                      *routing.events(INSTEAD)])
 
 
 def _check_groups(block: calibrate.Block, options: Calibrated) -> None:
     """Raises LlmopsError naming the layer that the groups do not fit."""
-    for name, layer in block.layers.items():
+    for name, layer in block.layers.items() if options.number_format is None else ():
         try:
             grouped(layer.weight, options.group)
         except LlmopsError as error:
             raise LlmopsError(f"{name}: {error}") from error
 
 
-def _compute(job: Job) -> torch.dtype | None:
+def _shared(options: WeightOnly, layers: Mapping[str, nn.Linear]) -> dict[str, dict[str, Any]]:
+    """For formats with a scale of the whole weight: the same scale for q, k and v, and for gate and up, as a keyword
+    argument for the solver. Servers run them as one product, and round again where their scales differ."""
+    kind = FLOATS.get(options.number_format or "")
+    if kind is None or not kind.whole:
+        return {}
+    return {name: {"bits": replace(kind, reach=max(float(layers[each].weight.detach().abs().max()) for each in names))}
+            for names in fused_groups(layers) for name in names}
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def computed(job: Job) -> torch.dtype | None:
+    """The type that blocks compute in while they are worked on; None for the one they are stored in."""
     return torch.float32 if job.model.device.type == "cpu" else None
 
 
-def _quantized(job: Job, bits: int, weights: Weights, tokens: Tensor | None = None,
+def _quantized(job: Job, options: WeightOnly, found: Weights, tokens: Tensor | None = None,
                events: Sequence[str] = ()) -> Work:
-    told = [f"{len(weights)} linear layers in {bits} bits"]
+    weights: Weights = {name: replace(weight, activation_bits=8)
+                        if options.scheme == "w8a8" and isinstance(weight, QuantizedWeight) else weight
+                        for name, weight in found.items()}
+    imitate(job.model, weights)
+    schemes = set(packed_schemes(weights).values())
+    if len(schemes) > 1:
+        told = [f"{len(weights)} linear layers in {average_bits(weights):.2f} bits on average, scales counted"]
+    else:
+        one = str(schemes.pop()) if options.number_format is not None else f"{options.bits} bits"
+        told = [f"{len(weights)} linear layers in {one}"]
     if tokens is not None:
         told.append(calibrated(tokens))
         widest = max(weight.shape[1] for weight in weights.values())
@@ -199,5 +235,6 @@ def _quantized(job: Job, bits: int, weights: Weights, tokens: Tensor | None = No
         told.append("experts with zero points: llmops.load runs them, transformers 5.17 with compressed-tensors 0.20 "
                     "refuses the folder (it takes no weight_zero_point of an expert); symmetric: true is read by both")
     return Work(job.model, partial(save_quantized, job.model, weights, tokenizer=job.tokenizer),
-                parity.Expected(bits={name: weight.bits for name, weight in weights.items()}),
+                parity.Expected(bits={name: weight.bits for name, weight in weights.items()},
+                                number_format=options.number_format),
                 tokens=0 if tokens is None else tokens.numel(), events=[*told, *events], packed=weights)

@@ -36,7 +36,8 @@ from torch import Tensor
 from llmops.errors import LlmopsError
 from llmops.formats.gguf_vocab import add_tokenizer
 from llmops.formats.kquants import FALLBACK, KQUANTS, SUPER, mixture
-from llmops.formats.source import Source, Written, unpacked
+from llmops.formats.source import Source, Written, activations_note, unpacked
+from llmops.methods.quantize.floats import FloatWeight
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.plain import gguf_logits
 
@@ -76,8 +77,13 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
         writer.add_tensor(place, data, raw_dtype=GGMLQuantizationType[kind])
 
     for name, parts in source.packed():
-        weight = _reordered(unpacked(parts, source.schemes[name], name), name, source)
-        kind, data, exact = _packed_tensor(weight, _wanted(f"{name}.weight", wanted, source, packed=True))
+        weight = unpacked(parts, source.schemes[name], name)
+        kind_wanted = _wanted(f"{name}.weight", wanted, source, packed=True)
+        if isinstance(weight, FloatWeight):  # a type for 8-bit floats ggml has none, and its 4-bit ones lie otherwise
+            dense = _rows(weight.dequantize(torch.float32), name, source)
+            kind, data, exact = *_dense_tensor(dense, kind_wanted), False
+        else:
+            kind, data, exact = _packed_tensor(_reordered(weight, name, source), kind_wanted)
         again[kind] += not exact
         counts[kind] += 1
         put(f"{name}.weight", kind, data)
@@ -106,7 +112,8 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
     if fallen:
         notes.append(f"{fallen} linear layers have rows that are no multiple of {SUPER}: they took the type that "
                      f"llama.cpp falls back to ({', '.join(f'{b} for {a}' for a, b in FALLBACK.items())})")
-    return Written(notes, exact=rounded == again["F16"])
+    return Written([*notes, *activations_note(source)],
+                   exact=rounded == again["F16"] and not source.rounds_activations)
 
 
 write_f16, write_q8_0, write_q4_0 = (partial(write, wanted=kind) for kind in ("F16", "Q8_0", "Q4_0"))

@@ -103,8 +103,10 @@ def untie(model: Any) -> None:
     model.config.tie_word_embeddings = False
 
 
-def same_weight(first: QuantizedWeight, second: QuantizedWeight) -> bool:
-    """Whether two weights are the same codes with the same scales."""
+def same_weight(first: object, second: object) -> bool:
+    """Whether two weights are the same codes of 8 bits with the same scales."""
+    if not isinstance(first, QuantizedWeight) or not isinstance(second, QuantizedWeight):
+        return False
     return (first.bits == second.bits and first.symmetric and second.symmetric and first.scale.shape ==
             second.scale.shape and torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale))
 

@@ -13,6 +13,7 @@ size, V the vocabulary, L the layers kept.
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
+      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq
       autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -30,12 +31,12 @@ from typing import Any
 from llmops.data.locate import locate, named
 from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
-from llmops.data.world_size import SIZES
+from llmops.data.world_size import ROWS, SIZES
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Calibrated, WeightOnly
+from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
@@ -96,13 +97,19 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         assert isinstance(options, Adapters | Dpo)
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
+    if isinstance(options, Auto):
+        linear = layers * dims.linear_parameters
+        return float(options.bytes or dense + linear * ((options.bits or 0) / 8 - width))
     if not isinstance(options, WeightOnly):
         return dense
     for name, (out, into) in dims.linear_shapes().items():
         if any(name.endswith(ending) for ending in options.ignore):
             continue
         groups = out * (1 if options.group == -1 else -(-into // options.group))
-        packed = out * into * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
+        if options.number_format == "fp8-block":
+            groups = -(-out // options.group) * -(-into // options.group)
+        scale = 1 if options.scheme in ("mxfp4", "nvfp4") else 2
+        packed = out * into * options.bits / 8 + groups * (scale + (0 if options.symmetric else options.bits / 8))
         if options.scheme in BITSANDBYTES:
             packed = out * into * options.bits / 8 + _bitsandbytes_scales(options, out, into)
         dense += layers * (packed - width * out * into)
@@ -160,6 +167,10 @@ def _solving(options: Any, dims: Dims) -> float:
     if isinstance(options, Autoround):
         length = min(options.length, dims.context or options.length)
         return 20.0 * dims.linear_parameters + 2.0 * 34 * dims.hidden * options.batch_size * length
+    if isinstance(options, Auto):
+        held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
+        return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
+                                                                        dims.linear_shapes().values()) ** 2
     if isinstance(options, Calibrated):
         return 12.0 * max(into for _, into in dims.linear_shapes().values()) ** 2
     return 0.0
@@ -218,14 +229,15 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
         return Quantity.null("tokens", "the step reads no tokens")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
     length *= _sides(options)
-    rows, why = row_count(options.data, recipe.data, recipe.base_dir)
+    counts = [row_count(name, recipe.data, recipe.base_dir) for name in options.mixed]
+    known, unknown = [rows for rows, _ in counts if rows is not None], [why for rows, why in counts if rows is None]
     bounds = []
-    if rows is not None:
-        bounds.append(rows * options.epochs * length)
+    if not unknown:
+        bounds.append(sum(known) * options.epochs * length)
     if options.max_steps is not None:
         bounds.append(options.max_steps * options.accumulate * (options.batch_tokens or options.batch_size * length))
     if not bounds:
-        return Quantity.null("tokens", why)
+        return Quantity.null("tokens", unknown[0])
     return Quantity(float(round(min(bounds))), "tokens", "estimated", "rows x epochs x max_length, at most")
 
 
@@ -256,7 +268,7 @@ def _rows_of(source: DataSource, base_dir: Path) -> tuple[int | None, str]:
     if where.what == "builtin":
         if where.label == "builtin:world":
             return None, "builtin:world is as long as `samples` says"
-        return SIZES.get(split.name or "train"), ""
+        return ROWS.get(where.label, SIZES.get(split.name or "train")), ""
     path = where.path if where.what == "file" else where.files.get(split.name or "train")
     if path is None or path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
         return None, f"rows of {where.label} are not counted before they are read"
