@@ -18,9 +18,12 @@ import llmops
 from llmops.build.job import Work, calibration
 from llmops.build.variant import apply_step
 from llmops.errors import LlmopsError
+from llmops.formats import check
+from llmops.formats.source import Source
+from llmops.formats.table import FORMATS
 from llmops.methods.prune.options import Magnitude, Wanda
 from llmops.methods.quantize import gptq, rtn
-from llmops.models.arch import expert_of
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import split_experts
 from llmops.models.parity import sparsity
 from llmops.models.quantized import PackedLinear, load_quantized, save_quantized
@@ -167,6 +170,18 @@ def test_experts_may_have_other_bits_than_the_rest_but_all_the_same(place: Path,
     weights["model.layers.1.mlp.experts.0.down_proj"] = weights["model.layers.1.self_attn.o_proj"]
     with pytest.raises(LlmopsError, match="expected one scheme for all experts of a model"):
         save_quantized(work.model, weights, tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["dense", "compressed-tensors"])
+def test_a_packed_mixture_is_exported_to_what_readers_take(place: Path, name: str, tmp_path: Path) -> None:
+    take(place, "rtn", "mixtral").save(tmp_path / "source")
+    job(place).tokenizer.save_pretrained(tmp_path / "source")
+    source = Source.of(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    record = check.held_against(source, tmp_path / "out", name, FORMATS[name].write(source, tmp_path / "out"))
+    assert record["kl_mean"]["value"] < 1e-3 and record["exact"]
+    with pytest.raises(LlmopsError, match="is a mixture of experts, whose GPTQ layout no reader here could check"):
+        FORMATS["gptq"].write(source, tmp_path)
 
 
 PRUNED: dict[str, Any] = {

@@ -45,7 +45,8 @@ from torch import Tensor, nn
 
 from llmops.block_stream import Stream, finite, instead, lent, passing
 from llmops.errors import LlmopsError, StepError, unknown
-from llmops.models.arch import check_ignore, decoder_layers, expert_of, is_ignored, linear_layers, routers
+from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, covered
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]

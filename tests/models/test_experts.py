@@ -12,7 +12,8 @@ from tests.twins import COMMON, MIXTURES, tokens, twin
 from torch import nn
 
 from llmops.errors import LlmopsError
-from llmops.models.arch import expert_of, linear_layers, routers
+from llmops.models.arch import linear_layers, routers
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import Experts, Routing, dense_experts, fuse_experts, split_experts, stored_names
 
 

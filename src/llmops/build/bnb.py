@@ -13,7 +13,7 @@ from llmops.errors import StepError
 from llmops.methods.finetune.peft_library import hush_bitsandbytes
 from llmops.methods.quantize.options import Rtn
 from llmops.models import parity
-from llmops.models.arch import expert_of
+from llmops.models.expert_names import expert_of
 
 __all__ = ["bitsandbytes_step"]
 

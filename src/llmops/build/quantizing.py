@@ -27,7 +27,7 @@ from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Calibr
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
-from llmops.models.arch import expert_of
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
 from llmops.models.fold import find_links, fold
 from llmops.models.imitated import imitate

@@ -21,6 +21,7 @@ from llmops.methods.quantize import packing
 from llmops.methods.quantize.float_packing import unpack_floats, unpack_int8
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.models.builtin import config_of
+from llmops.models.expert_names import expert_of
 from llmops.models.number_formats import activations
 from llmops.models.quantized import PackedReader
 from llmops.models.schemes import LayerScheme, told
@@ -74,6 +75,10 @@ class Source:
         Raises LlmopsError when they differ, and for a dense model.
         """
         self.check_packed()
+        if any(expert_of(name) is not None for name in self.schemes):
+            raise LlmopsError(f"{self.folder.name} is a mixture of experts, whose {layout} layout no reader here could "
+                              "check; expected one of linear layers alone: export to compressed-tensors, which "
+                              "transformers and vLLM read expert by expert, or to dense")
         other = next((scheme for scheme in self.schemes.values() if scheme.kind != "int"), None)
         if other is not None:
             raise LlmopsError(f"{self.folder.name} holds {other}, and {layout}'s layout integers whose activations "

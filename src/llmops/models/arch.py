@@ -6,7 +6,6 @@ the model is deep; what a config stores per layer is listed in the tables below,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["PRODUCERS", "ROUTERS", "decoder_layers", "expert_of", "is_ignored", "linear_layers", "renumber_layers",
+__all__ = ["PRODUCERS", "ROUTERS", "decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
            "resize_depth", "routers", "text_config"]
 
 #: Config keys that hold one entry per layer.
@@ -33,7 +32,6 @@ PRODUCERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
 
 #: Names of what chooses experts, or weighs a shared one, where it stands beside `experts`: always left in 16 bit.
 ROUTERS = ("gate", "router", "shared_expert_gate")
-_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -66,12 +64,6 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
-
-
-def expert_of(name: str) -> tuple[str, int] | None:
-    """(path of the experts, number) of a layer inside one of many experts, None for any other: by its full name."""
-    found = _EXPERT.match(name)
-    return (found.group(1), int(found.group(2))) if found is not None else None
 
 
 def routers(model: nn.Module) -> list[str]:

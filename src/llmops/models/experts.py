@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError
-from llmops.models.arch import expert_of
+from llmops.models.expert_names import expert_of
 
 __all__ = ["Expert", "Experts", "Routing", "covered", "dense_experts", "fuse_experts", "split_experts", "stored_names"]
 

@@ -27,9 +27,10 @@ from llmops.methods.quantize import packing
 from llmops.methods.quantize.float_packing import pack_floats, pack_int8
 from llmops.methods.quantize.floats import AnyWeight, FloatWeight
 from llmops.methods.quantize.weight import QuantizedWeight
-from llmops.models.arch import expert_of, routers
+from llmops.models.arch import routers
 from llmops.models.embeddings import BITS as EMBEDDING_BITS
 from llmops.models.embeddings import PackedEmbedding, embedding_name, head_name, same_weight, with_group, without_group
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import Experts, dense_experts, split_experts, stored_names
 from llmops.models.formatted import FormattedLinear
 from llmops.models.layouts import COMPRESSED, INTEGERS, LAYOUTS, as_stored, foreign_scheme, layout_of

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.models import number_formats
-from llmops.models.arch import expert_of
+from llmops.models.expert_names import expert_of
 
 if TYPE_CHECKING:  # recipes are checked without torch
     from llmops.methods.quantize.floats import AnyWeight
