@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from llmops import calibrate
 from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.build.layer_schemes import Chosen, scheme, shared
-from llmops.build.preparing import Prepared, awq_factors, prepare
+from llmops.build.preparing import Prepared, awq_factors, folded, prepare
 from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.methods.quantize.gptq import Solved, gptq
 from llmops.methods.quantize.hqq import hqq
-from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn, WeightOnly
+from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant, WeightOnly
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models import parity
@@ -34,7 +34,7 @@ from llmops.models.imitated import imitate
 from llmops.models.quantized import save_quantized
 from llmops.models.schemes import average_bits, packed_schemes
 
-__all__ = ["autoround_step", "awq_step", "computed", "gptq_step", "hqq_step", "rtn_step"]
+__all__ = ["autoround_step", "awq_step", "computed", "gptq_step", "hqq_step", "rtn_step", "smoothquant_step"]
 
 Weights = dict[str, AnyWeight]
 How = Callable[[str], dict[str, Any]]  # layer -> the keyword arguments that tell its scheme
@@ -122,8 +122,26 @@ def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
     ready = prepare(job, options, chosen)
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, compute=torch.float32, prepare=ready.block,
                           progress=bar(job))
-    events = [f"factors folded into {sum(found)} norms and layers of {len(found)} blocks"] if options.grid else []
+    events = [folded(found)] if options.grid else []
     return _quantized(job, options, weights, ready, tokens, events)
+
+
+def smoothquant_step(job: Job, options: Smoothquant) -> Work:
+    """All of the method is in its preparation; what is left is to round."""
+    weights: Weights = {}
+
+    def update(block: calibrate.Block) -> None:
+        alike = shared(options, block.layers)
+        for name, layer in block.layers.items():
+            how = scheme(options, None, name) | alike.get(name, {})
+            weights[name] = rtn(layer.weight, **how, clip=options.clip, dtype=job.storage)
+            block.put(name, weights[name].dequantize().to(layer.weight.dtype))
+
+    tokens = calibration(job, options.data, options.length)
+    ready = prepare(job, options)
+    calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, compute=ready.compute(),
+                          prepare=ready.block, progress=bar(job))
+    return _quantized(job, options, weights, ready, tokens)
 
 
 def autoround_step(job: Job, options: Autoround) -> Work:
