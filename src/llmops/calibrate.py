@@ -211,10 +211,8 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`.
-
-    stream: the calibration batches; None in a walk without any, where nothing can be run or measured.
-    """
+    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`; stream: the
+    calibration batches, None in a walk without any, where nothing can be run or measured."""
 
     name: str
     module: nn.Module
@@ -225,7 +223,6 @@ class Block:
 
     @property
     def flow(self) -> Stream:
-        """The stream, where there is one."""
         if self.stream is None:
             raise LlmopsError(f"{self.name}: this walk runs no data; expected calibration tokens (samples, length)")
         return self.stream
