@@ -82,6 +82,41 @@ def test_rotation_and_factors_help_where_a_few_features_stand_out(place: Path) -
     assert lost("gptq", factors="awq") < 1.1 * lost("gptq")
 
 
+def test_smoothing_spares_activations_in_8_bits(place: Path) -> None:
+    def outlying() -> Any:
+        model, _ = twin("llama")
+        for block in model.model.layers:  # the same function, two inputs of the attention 64 times as large
+            block.input_layernorm.weight.data[[5, 77]] *= 64
+            for layer in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                layer.weight.data[:, [5, 77]] /= 64
+        return model
+
+    exact = logits(outlying())
+
+    def lost(method: str, **changes: Any) -> float:
+        options = METHODS[method].model_copy(update={"scheme": "w8a8", "group_size": None, **changes})
+        work = apply_step("quantize", job(place, model=outlying()), options)
+        assert all(weight.activation_bits == 8 for weight in work.packed.values())
+        return float((logits(work.model) - exact).square().mean())
+
+    plain = lost("rtn", clip="absmax")
+    assert lost("smoothquant") < 0.3 * plain and lost("rtn", clip="absmax", rotate="hadamard") < 0.3 * plain
+
+
+def test_a_scale_of_the_whole_weight_is_taken_of_the_rotated_one(place: Path) -> None:
+    from llmops.models.rotate import rotate
+
+    wide, _ = twin("llama")
+    wide = wide.float()
+    rotate(wide, seed=0)
+    packed = take(place, "rtn", scheme="nvfp4", group_size=None, clip="absmax", rotate="hadamard").packed
+    for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        keys = [f"model.layers.1.{name}" for name in names]
+        reach = max(wide.get_submodule(key).weight.detach().abs().max() for key in keys)
+        for key in keys:
+            torch.testing.assert_close(packed[key].global_scale[0], 448 * 6 / reach, rtol=1e-3, atol=0)
+
+
 def test_a_rotation_is_drawn_from_the_recipes_seed(place: Path) -> None:
     first, second = take(place, "rtn", rotate="hadamard"), take(place, "rtn", rotate="hadamard")
     other = job(place)

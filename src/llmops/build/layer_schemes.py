@@ -32,5 +32,6 @@ def shared(options: WeightOnly, layers: Mapping[str, nn.Linear]) -> dict[str, di
     kind = FLOATS.get(options.number_format or "")
     if kind is None or not kind.whole:
         return {}
-    return {name: {"bits": replace(kind, reach=max(float(layers[each].weight.abs().max()) for each in names))}
+    largest = {name: float(layer.weight.detach().abs().max()) for name, layer in layers.items()}
+    return {name: {"bits": replace(kind, reach=max(largest[each] for each in names))}
             for names in fused_groups(layers) for name in names}
