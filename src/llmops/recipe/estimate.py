@@ -111,6 +111,8 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         scale = 1 if options.scheme in ("mxfp4", "nvfp4") else 2
         packed = out * into * options.bits / 8 + groups * (scale + (0 if options.symmetric else options.bits / 8))
         dense += layers * (packed - width * out * into)
+    if "r1" in options.rotations and dims.tied:
+        dense += width * dims.vocab * dims.hidden  # the head, untied
     return dense
 
 

@@ -38,7 +38,8 @@ _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 _PACKAGES = {"finetune:lora": ("peft",), "finetune:qlora": ("peft", "bitsandbytes"), "finetune:dpo": ("peft",),
-             **{f"quantize:{method}": ("compressed-tensors",) for method in ("rtn", "gptq", "awq", "hqq", "autoround")},
+             **{f"quantize:{method}": ("compressed-tensors",)
+                for method in ("rtn", "gptq", "awq", "hqq", "autoround", "smoothquant")},
              "quantize:auto": ("compressed-tensors", "scipy")}
 
 
