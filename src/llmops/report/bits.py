@@ -20,7 +20,7 @@ from llmops.report.sections import NOTHING, Page
 __all__ = ["Allocation", "Group", "allocation_of", "bits", "heat_map", "in_words"]
 
 LEFT, TOP, ROW, GAP, MOST = 176, 8, 17, 9, 560
-SHADES = 6
+SHADES = 8
 NAMES = {"kl": "measured: mean KL of the next-token distribution with this layer swapped",
          "gradient": "estimated: second-order expansion of that KL, by the Fisher information"}
 
@@ -125,7 +125,7 @@ def heat_map(seen: Allocation) -> Markup:
     """The picture alone."""
     kinds = list(dict.fromkeys(each.kind for each in seen.groups))
     blocks = sorted({each.block for each in seen.groups if each.block is not None}) or [0]
-    wide = min(40.0, MOST / len(blocks))
+    wide = min(88.0, MOST / len(blocks))
     band = len(seen.candidates) * ROW + GAP
     shade = _shades([cost for each in seen.groups for cost in each.cost])
     height = TOP + len(kinds) * band + 20
