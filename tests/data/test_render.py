@@ -241,7 +241,7 @@ def test_crops_of_answers_are_true_before_each_token_of_an_answer() -> None:
     flat = where.flatten().tolist()
     inside = [at for at in range(len(learned) - 1) if at != 31]  # the last token of a crop has no next one
     assert [flat[at] for at in inside] == [learned[at + 1] for at in inside]
-    assert 0.2 < where.float().mean() < 0.8
+    assert 0.05 < where.float().mean() < 0.6
     again, other = (answer_crops(rows, tokenizer, samples=4, length=32, seed=seed)[0] for seed in (1, 2))
     assert torch.equal(crops, again) and not torch.equal(crops, other)
     assert len(answer_crops(rows, tokenizer, samples=10**6, length=32, seed=1)[0]) == sum(
