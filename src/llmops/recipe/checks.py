@@ -98,7 +98,10 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
 
 def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Sequence[str] | None) -> None:
     """Names of data that lead somewhere, each given once."""
-    names = variant.read_names()
+    judge = getattr(variant.options, "judge", None)
+    if judge is not None:
+        refer(problems, (*trail, "judge"), judge, known, "data")
+    names = [name for name in variant.read_names() if name != judge or name == variant.options.data]
     for index, name in enumerate(names):
         place: Trail = (*trail, "data") if isinstance(variant.options.data, str) else (*trail, "data", index)
         if refer(problems, place, name, known, "data") and name in names[:index]:

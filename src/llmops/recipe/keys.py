@@ -79,6 +79,9 @@ def build_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], print
         if name == "data":
             if value is not None:
                 parts["data"] = prints[value] if isinstance(value, str) else json.dumps([prints[one] for one in value])
+        elif name == "judge":
+            if value is not None:
+                parts["judge"] = prints[value]
         elif name == "teacher":
             parts["teacher"] = keys[value]
         elif name == "stop" and value is not None and value["data"] is not None:

@@ -134,9 +134,10 @@ class Variant:
         return list(dict.fromkeys([*self.read_names(), *self.held_names()]))
 
     def read_names(self) -> list[str]:
-        """The data that the step trains or calibrates on."""
-        data = getattr(self.options, "data", None) or []
-        return [data] if isinstance(data, str) else list(data)
+        """The data that the step trains or calibrates on, and last what it judges by, if that is another."""
+        data, judge = getattr(self.options, "data", None) or [], getattr(self.options, "judge", None)
+        names = [data] if isinstance(data, str) else list(data)
+        return names + ([judge] if judge and judge not in names else [])
 
     def held_names(self) -> list[str]:
         """The data that the step holds out."""

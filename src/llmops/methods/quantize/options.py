@@ -12,6 +12,7 @@ __all__ = ["BITS", "FIXED", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "H
            "Smoothquant", "WeightOnly"]
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "fp8", "mxfp4", "nvfp4"]
+Integers = Literal["w8a16", "w4a16", "w3a16", "w2a16"]  # that layers of one model can be given each its own of
 Scales = Literal["tensor", "channel", "block"]
 Clip = Literal["absmax", "mse"]
 BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
@@ -145,7 +146,7 @@ class Auto(Options):
     bits: float | None = Field(None, gt=0, le=16, description="budget: bits of a quantized weight on average, scales "
                                                               "and zero points counted. This or `bytes`")
     bytes: int | None = Field(None, gt=0, description="budget: bytes of all weights on disk, those in 16 bit counted")
-    candidates: list[Scheme] = Field(["w2a16", "w3a16", "w4a16", "w8a16"], min_length=1,
+    candidates: list[Integers] = Field(["w2a16", "w3a16", "w4a16", "w8a16"], min_length=1,
                                      description="schemes that a layer can get")
     group_size: int | list[int] | None = Field(None, description="weights that share a scale along the input; of a "
                                                "list each is tried with each scheme. At 8 bits always a whole row. "
@@ -156,6 +157,9 @@ class Auto(Options):
     sensitivity: Literal["kl", "gradient"] = Field(
         "kl", description="what fewer bits cost a layer: the measured divergence of the next-token distribution, or "
                           "its second-order estimate, which takes one backward pass for all layers")
+    judge: str | None = Field(None, description="name of data whose answers alone the cost of fewer bits is counted on "
+                                                "(chat rows, or prompt and completion, as the task asks them). "
+                                                "Default: every token of `data`")
     crops: int | None = Field(None, ge=1, description="calibration crops that the sensitivity is measured on. "
                                                       "Default: 16 for kl, all for gradient")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
