@@ -394,14 +394,10 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
     config = folder / "config.json"
     if config.exists():
+        from llmops.models.schemes import stored_as
+
         body = json.loads(config.read_text(encoding="utf-8"))
-        groups = (body.get("quantization_config") or {}).get("config_groups", {})
-        found["storage_dtype"] = body.get("dtype")
-        for group in groups.values():
-            weights = group["weights"]
-            size = weights["group_size"] if weights["strategy"] == "group" else "row"
-            found["storage_dtype"] = (f"int{weights['num_bits']} g{size} "
-                                      f"{'symmetric' if weights['symmetric'] else 'asymmetric'}")
+        found["storage_dtype"] = stored_as(body.get("quantization_config") or {}) or body.get("dtype")
     record = folder / "base.json"
     if record.exists():
         base = json.loads(record.read_text(encoding="utf-8"))

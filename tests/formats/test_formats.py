@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.test_quantized import logits, quantized
+from tests.models.test_quantized import logits, mixed, quantized
 from tests.twins import twin
 
 from llmops.errors import LlmopsError, ModelError, StepError
@@ -25,7 +25,7 @@ TWINS = ("llama", "llama-untied-bias", "qwen3")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(twin, bits, group, symmetric) -> a folder of it, made once; bits 16: dense."""
+    """(twin, bits, group, symmetric) -> a folder of it, made once; bits 16: dense; bits 0: a mixture."""
     place = tmp_path_factory.mktemp("sources")
 
     def make(name: str, bits: int, group: int = 32, symmetric: bool = True) -> Path:
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         elif not folder.exists():
-            model, weights, tokenizer = quantized(name, bits, group, symmetric)
+            model, weights, tokenizer = quantized(name, bits, group, symmetric) if bits else mixed(name)
             save_quantized(model, weights, folder, tokenizer)
         return folder
 
@@ -138,6 +138,15 @@ def test_dense_multiplies_out_and_rounds_once(made: Any, tmp_path: Path) -> None
     assert "lm_head.weight" not in stored and "quantization_config" not in (out / "config.json").read_text()
 
 
+def test_mixed_layers_go_where_layers_may_differ(made: Any, tmp_path: Path) -> None:
+    folder = made("llama", 0)
+    record, out = exported(folder, "compressed-tensors", tmp_path)
+    assert record["max_logit_difference"]["value"] == 0 and equal(folder, out)
+    assert Source.of(out).schemes == Source.of(folder).schemes
+    record, _ = exported(folder, "dense", tmp_path)
+    assert record["kl_mean"]["value"] < 1e-3
+
+
 def test_scales_that_float16_rounds_are_counted(tmp_path: Path) -> None:
     model, weights, tokenizer = quantized("llama", 4, 128, dtype=torch.float32)
     save_quantized(model, weights, tmp_path / "source", tokenizer)
@@ -178,6 +187,8 @@ def test_an_export_that_reads_back_wrong_is_refused(made: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize(("name", "bits", "match"), [
     ("awq", 3, "3 bits; AWQ's layout holds 4 alone"), ("gptq", 16, "and this format holds integers; expected a quant"),
+    ("gptq", 0, r"mixes schemes \(int2 g32 symmetric in 6 layers, .*\), and GPTQ's layout describes one for all"),
+    ("awq", 0, "mixes schemes .* and AWQ's layout describes one .* export to compressed-tensors, .* to gguf"),
     ("awq", 16, "holds integers"), ("compressed-tensors", 16, "holds integers")])
 def test_what_a_format_cannot_hold(name: str, bits: int, match: str, made: Any, tmp_path: Path) -> None:
     with pytest.raises(LlmopsError, match=match):

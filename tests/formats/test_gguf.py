@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.test_quantized import quantized
+from tests.models.test_quantized import mixed, quantized
 from tests.twins import TEMPLATE, twin
 
 from llmops.errors import LlmopsError
@@ -28,7 +28,7 @@ def made(place: Path, name: str, bits: int, group: int = 32, symmetric: bool = T
         model.save_pretrained(place / "source")
         tokenizer.save_pretrained(place / "source")
     else:
-        model, weights, tokenizer = quantized(name, bits, group, symmetric)
+        model, weights, tokenizer = quantized(name, bits, group, symmetric) if bits else mixed(name)
         save_quantized(model, weights, place / "source", tokenizer)
     return Source.of(place / "source")
 
@@ -55,6 +55,15 @@ def test_codes_and_scales_go_over_exactly(name: str, bits: int, group: int, symm
     assert kinds["blk.1.ffn_up.weight"] == kind and kinds["token_embd.weight"] == "F16"
     assert kinds["blk.1.attn_norm.weight"] == "F32"
     assert ("output.weight" in kinds) == (name in ("llama-untied-bias", "mistral"))
+
+
+def test_each_layer_of_a_mixture_takes_the_smallest_type_that_holds_it(tmp_path: Path) -> None:
+    record, file = exported(made(tmp_path, "llama", 0), "gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
+    assert record["notes"] == ["linear layers: 22 in Q4_0, 6 in Q8_0, codes and scales as they were"]
+    assert (kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_output.weight"],
+            kinds["blk.3.ffn_down.weight"]) == ("Q4_0", "Q8_0", "Q8_0", "Q4_0")
+    assert record["max_logit_difference"]["value"] < 1e-4
 
 
 def test_dense_goes_to_f16_and_is_rounded_again_on_request(tmp_path: Path) -> None:
@@ -95,7 +104,7 @@ def test_what_the_file_could_not_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LlmopsError, match="a gemma3_text model; GGUF is written for llama, mistral, qwen2, qwen3"):
         FORMATS["gguf"].write(source, tmp_path)
     scaled = Source(source.folder, {**source.config, "model_type": "llama", "rope_parameters": {"rope_type": "yarn"}},
-                    source.scheme)
+                    source.schemes)
     with pytest.raises(LlmopsError, match="rotary frequencies scaled by 'yarn'"):
         FORMATS["gguf"].write(scaled, tmp_path)
 

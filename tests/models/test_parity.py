@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models.test_quantized import mixed
 from tests.twins import tokens, twin
 
 from llmops.methods.finetune.lora import add_lora
 from llmops.models import nf4, parity
 from llmops.models.load import load
+from llmops.models.quantized import save_quantized
 from llmops.models.save import save_adapter, save_dense
 
 
@@ -82,3 +84,25 @@ def test_divergence_is_that_of_the_distributions_written_out():
                for x, y in zip(p.tolist(), q.tolist(), strict=True)]
     mean, most = parity.divergence(p.log(), q.log())
     assert mean == pytest.approx(float(sum(by_hand) / 2), rel=1e-5) and most == pytest.approx(float(max(by_hand)))
+
+
+def test_bits_are_held_against_each_layer(tmp_path):
+    model, weights, tokenizer = mixed("llama")
+    save_quantized(model, weights, tmp_path / "a", tokenizer)
+    before = parity.snapshot(model, tokenizer, tokens())
+    promised = {name: weight.bits for name, weight in weights.items()}
+    loaded, again = load(tmp_path / "a", dtype="stored", device="cpu")
+
+    def bits(asked):
+        checks = parity.check(before, loaded, again, tmp_path / "a", parity.Expected(bits=asked))["checks"]
+        return next((entry["ok"], entry["detail"]) for entry in checks if entry["name"] == "bits")
+
+    assert bits(promised) == (True, "2 bits in 6, 3 bits in 9, 4 bits in 10, 8 bits in 3 asked for and on disk")
+    name = "model.layers.1.self_attn.o_proj"
+    assert bits(promised | {name: 4}) == (False, f"{name}: 4 asked for, 8 on disk")
+    assert bits(promised | {"model.x": 4}) == (False, "model.x: 4 asked for, none on disk")
+    ok, said = bits(4)
+    assert not ok and said.endswith("; and 15 more")
+    model, tokenizer = twin("llama")
+    dense = parity.check(before, model, tokenizer, tmp_path / "a", parity.Expected(bits=4))["checks"][-1]
+    assert (dense["ok"], dense["detail"]) == (False, "4 asked for, no packed layer on disk")

@@ -15,7 +15,8 @@ from torch import nn
 from llmops.calibrate import walk
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import QuantizedWeight, rtn
-from llmops.models.quantized import PackedLinear, kernels, load_quantized, pack, save_quantized, scheme_of
+from llmops.models.quantized import PackedLinear, kernels, load_quantized, pack, save_quantized
+from llmops.models.schemes import LayerScheme, fused_groups, schemes_of, stored_as, told
 
 SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, True), (4, -1, True), (3, 128, True), (3, 32, True), (3, -1, True),
            (2, 32, True), (2, -1, True), (8, 32, True), (4, 128, False), (4, 32, False), (4, -1, False)]
@@ -140,7 +141,7 @@ def test_config_says_what_is_stored(tmp_path: Path) -> None:
     block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert block["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
     assert block["config_groups"]["group_0"]["weights"]["strategy"] == "channel"
-    assert scheme_of(block) == (4, -1, True)
+    assert schemes_of(block, weights) == dict.fromkeys(weights, LayerScheme(4, -1, True))
     assert kernels(load_quantized(tmp_path)) == {"torch:int4pack": 27}
     assert torch.equal(logits(load_quantized(tmp_path, kernel="reference")), plain(tmp_path))
     assert not hasattr(model.config, "quantization_config")  # the model in memory is not changed by saving it
@@ -174,12 +175,72 @@ def test_refuses_folders_that_are_not_whole_or_not_ours(tmp_path: Path) -> None:
         load_quantized(tmp_path)
 
 
-def test_refuses_to_save_mixed_or_foreign_weights(tmp_path: Path) -> None:
+def test_refuses_to_save_foreign_weights_and_halves_of_a_fused_layer(tmp_path: Path) -> None:
     model, weights, _ = quantized("llama", 4, 128)
-    name = next(iter(weights))
-    with pytest.raises(LlmopsError, match="mix schemes"):
+    name = "model.layers.0.self_attn.k_proj"
+    with pytest.raises(LlmopsError, match=r"k_proj int8 grow symmetric, .* one scheme for layers that servers run"):
         save_quantized(model, weights | {name: rtn(model.get_submodule(name).weight.data, bits=8)}, tmp_path)
     with pytest.raises(LlmopsError, match="weights name .'nowhere'"):
         save_quantized(model, {"nowhere": weights[name]}, tmp_path)
     with pytest.raises(LlmopsError, match="weights name nothing"):
         save_quantized(model, {}, tmp_path)
+
+
+MIX = {"self_attn.q_proj": (3, 32, True), "self_attn.k_proj": (3, 32, True), "self_attn.v_proj": (3, 32, True),
+       "self_attn.o_proj": (8, -1, True), "mlp.gate_proj": (2, 32, True), "mlp.up_proj": (2, 32, True),
+       "mlp.down_proj": (4, 64, False)}
+
+
+def mixed(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, dict[str, QuantizedWeight], Any]:
+    """A twin whose layers have four schemes, others in its last block."""
+    model, tokenizer = twin(name, dtype)
+    weights: dict[str, QuantizedWeight] = {}
+
+    def update(layer_name: str, layer: nn.Linear, _: torch.Tensor | None) -> torch.Tensor:
+        last = layer_name.startswith("model.layers.3.")
+        bits, group, symmetric = (4, 32, True) if last else MIX[layer_name.split(".", 3)[-1]]
+        weights[layer_name] = rtn(layer.weight, bits=bits, group_size=group, symmetric=symmetric)
+        return weights[layer_name].dequantize()
+
+    walk(model, None, "none", update, ignore=["lm_head"])
+    return model, weights, tokenizer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_may_have_schemes_of_their_own(name: str, tmp_path: Path) -> None:
+    model, weights, tokenizer = mixed(name)
+    save_quantized(model, weights, tmp_path, tokenizer)
+    loaded = load_quantized(tmp_path, kernel="reference")
+    assert {key: (layer.bits, layer.group_size) for key, layer in loaded.named_modules()
+            if isinstance(layer, PackedLinear)} == {key: (w.bits, w.group_size) for key, w in weights.items()}
+    assert torch.equal(logits(loaded), logits(model)) and torch.equal(logits(loaded), plain(tmp_path))
+    block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert schemes_of(block, weights) == {key: LayerScheme.of(weight) for key, weight in weights.items()}
+    assert stored_as(block) == told(schemes_of(block, weights)) == (
+        "int2 g32 symmetric in 6 layers, int3 g32 symmetric in 9 layers, int4 g32 symmetric in 7 layers, "
+        "int4 g64 asymmetric in 3 layers, int8 grow symmetric in 3 layers")
+
+
+def test_targets_are_ranked_as_compressed_tensors_ranks_them(tmp_path: Path) -> None:
+    """A name before an expression, that before a class, the first in the alphabet; transformers agrees."""
+    model, weights, tokenizer = mixed("llama")
+    save_quantized(model, weights, tmp_path, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    by = {(g["weights"]["num_bits"], g["weights"]["symmetric"]): g for g in groups.values()}
+    by[3, True]["targets"] = [r"re:.*\.(q|k|v)_proj$"]
+    by[2, True]["targets"] = ["Linear"]
+    by[8, True]["targets"] = [r"re:.*attn\.o_proj$"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert schemes_of(config["quantization_config"], weights) == {key: LayerScheme.of(w) for key, w in weights.items()}
+    assert torch.equal(logits(load_quantized(tmp_path, kernel="reference")), logits(model))
+    assert torch.equal(plain(tmp_path), logits(model))
+    with pytest.raises(ModelError, match="elsewhere is stored packed, but none of the 1 targets"):
+        schemes_of({"config_groups": {"g": by[3, True]}}, ["elsewhere"])
+
+
+def test_layers_that_servers_fuse_are_found_by_their_names() -> None:
+    names = [f"model.layers.{i}.{end}" for i in range(2) for end in MIX]
+    assert fused_groups(names)[:4] == [tuple(names[:3]), (names[3],), tuple(names[4:6]), (names[6],)]
+    assert fused_groups(["a.0.up_proj", "a.1.up_proj", "x.q", "lm_head"]) == [("a.0.up_proj",), ("a.1.up_proj",),
+                                                                            ("x.q",), ("lm_head",)]

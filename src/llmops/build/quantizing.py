@@ -159,5 +159,5 @@ def _quantized(job: Job, bits: int, weights: Weights, tokens: Tensor | None = No
             told.append(f"{tokens.numel()} calibration tokens are fewer than the {widest} inputs of the widest layer: "
                         "what they say of it is thin")
     return Work(job.model, partial(save_quantized, job.model, weights, tokenizer=job.tokenizer),
-                parity.Expected(bits=bits), tokens=0 if tokens is None else tokens.numel(), events=[*told, *events],
-                packed=weights)
+                parity.Expected(bits={name: weight.bits for name, weight in weights.items()}),
+                tokens=0 if tokens is None else tokens.numel(), events=[*told, *events], packed=weights)

@@ -21,15 +21,16 @@ __all__ = ["read", "write"]
 
 
 def write(source: Source, folder: Path) -> Written:
-    """Raises LlmopsError for a dense model, for other bits than 4, and for outputs that do not come by eights."""
+    """Raises LlmopsError for a dense model, mixed schemes, other bits than 4, and outputs that are no multiple of 8."""
+    scheme = source.one_scheme("AWQ")
     layers = dict(source.packed())
     state = dict(source.rest())
     for name, parts in layers.items():
-        state |= {f"{name}.{part}": tensor for part, tensor in to_awq(parts, source.whole, name).items()}
+        state |= {f"{name}.{part}": tensor for part, tensor in to_awq(parts, scheme, name).items()}
     dense = sorted(name.removesuffix(".weight") for name, tensor in state.items()
                    if name.endswith(".weight") and tensor.dim() == 2 and "embed" not in name)
     write_folder(source, folder, state, {
-        "quant_method": "awq", "bits": source.whole[0], "group_size": source.whole[1], "zero_point": True,
+        "quant_method": "awq", "bits": scheme.bits, "group_size": scheme.group_size, "zero_point": True,
         "version": "gemm", "modules_to_not_convert": dense or ["lm_head"]})
     return Written(rounded_scales(layers.values()))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from llmops.formats.source import Source, Written, write_folder
 from llmops.models.plain import plain_logits
-from llmops.models.quantized import quantization_config
+from llmops.models.schemes import LayerScheme, quantization_config
 from llmops.ops.bitstream import pack_bits
 
 __all__ = ["read", "write"]
@@ -17,22 +19,29 @@ __all__ = ["read", "write"]
 
 def write(source: Source, folder: Path) -> Written:
     """Raises LlmopsError for a dense model."""
-    bits, group_size, _ = source.whole
+    source.check_packed()
     layers = dict(source.packed())
-    symmetric = not any("weight_zero_point" in parts for parts in layers.values())
+    schemes = _stored_schemes(source.schemes, layers)
     state = dict(source.rest())
     for name, parts in layers.items():
-        if not symmetric and "weight_zero_point" not in parts:
+        if not schemes[name].symmetric and "weight_zero_point" not in parts:
             rows, groups = parts["weight_scale"].shape
             middle = torch.zeros(groups, rows, dtype=torch.int8)
-            parts["weight_zero_point"] = pack_bits(middle, bits).t().contiguous()
+            parts["weight_zero_point"] = pack_bits(middle, schemes[name].bits).t().contiguous()
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     dense = [name.removesuffix(".weight") for name, tensor in state.items()
              if name.endswith(".weight") and tensor.dim() == 2 and "embed" not in name]
     ignore = sorted({*dense, *_ignored(source)})
-    write_folder(source, folder, state, quantization_config(bits=bits, group_size=group_size, symmetric=symmetric,
-                                                            ignore=ignore))
+    write_folder(source, folder, state, quantization_config(schemes, ignore))
     return Written()
+
+
+def _stored_schemes(schemes: Mapping[str, LayerScheme],
+                    layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, LayerScheme]:
+    """What is written: layers of one scheme are symmetric where none of them has zero points, whatever the source's
+    config calls them."""
+    with_zeros = {schemes[name] for name, parts in layers.items() if "weight_zero_point" in parts}
+    return {name: replace(scheme, symmetric=scheme not in with_zeros) for name, scheme in schemes.items()}
 
 
 def _ignored(source: Source) -> list[str]:

@@ -15,11 +15,11 @@ __all__ = ["read", "write"]
 def write(source: Source, folder: Path) -> Written:
     state = dict(source.rest())
     for name, parts in source.packed():
-        weight = unpacked(parts, source.whole, name)
+        weight = unpacked(parts, source.schemes[name], name)
         state[f"{name}.weight"] = weight.dequantize().to(source.dtype)
     write_folder(source, folder, state, None)
     kind = str(source.dtype).removeprefix("torch.")
-    return Written([f"packed weights multiplied out and rounded to {kind}"] if source.scheme else [])
+    return Written([f"packed weights multiplied out and rounded to {kind}"] if source.schemes else [])
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:

@@ -68,7 +68,7 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
         writer.add_tensor(place, data, raw_dtype=GGMLQuantizationType[kind])
 
     for name, parts in source.packed():
-        weight = _reordered(unpacked(parts, source.whole, name), name, source)
+        weight = _reordered(unpacked(parts, source.schemes[name], name), name, source)
         kind, data, exact = _packed_tensor(weight, wanted)
         again[kind] += not exact
         counts[kind] += 1
@@ -89,7 +89,7 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
     rounded = again.total()
     notes.append("linear layers: " + ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))
                  + (f", {rounded} of them rounded again" if rounded else ", codes and scales as they were"
-                    if source.scheme else ""))
+                    if source.schemes else ""))
     return Written(notes, exact=rounded == again["F16"])
 
 

@@ -25,15 +25,17 @@ __all__ = ["read", "rounded_scales", "write"]
 
 
 def write(source: Source, folder: Path) -> Written:
-    """Raises LlmopsError for a dense model, other bits than 2, 3, 4 and 8, and layers that do not fill whole words."""
-    bits, group_size, _ = source.whole
+    """Raises LlmopsError for a dense model, mixed schemes, other bits than 2, 3, 4 and 8, and layers that do not fill
+    whole words."""
+    scheme = source.one_scheme("GPTQ")
+    bits, group_size = scheme.bits, scheme.group_size
     layers = dict(source.packed())
     zeros = [(parts["weight_zero_point"], int(parts["weight_shape"][0])) for parts in layers.values()
              if "weight_zero_point" in parts]
     v2 = not all(zeros_fit_v1(zero, bits, rows) for zero, rows in zeros)
     state = dict(source.rest())
     for name, parts in layers.items():
-        made = to_gptq(parts, source.whole, name, v2=v2)
+        made = to_gptq(parts, scheme, name, v2=v2)
         state |= {f"{name}.{part}": tensor for part, tensor in made.items()}
     block = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": not zeros, "desc_act": False,
              "lm_head": "lm_head" in layers, "checkpoint_format": "gptq_v2" if v2 else "gptq", "pack_dtype": "int32"}

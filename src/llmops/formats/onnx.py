@@ -34,7 +34,7 @@ def write(source: Source, folder: Path) -> Written:
                                     output_names=["logits"], dynamic_shapes={"input_ids": {0: batch, 1: length}})
         program.save(folder / FILE, external_data=True)
     write_beside(source, folder)
-    return Written(["weights in float32" + (", packed ones multiplied out" if source.scheme else "")])
+    return Written(["weights in float32" + (", packed ones multiplied out" if source.schemes else "")])
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def write(source: Source, folder: Path) -> Written:
         graph = openvino.convert_model(program)
         openvino.save_model(graph, folder / FILE, compress_to_fp16=True)
     write_beside(source, folder)
-    return Written(["weights in float16" + (", packed ones multiplied out" if source.scheme else "")])
+    return Written(["weights in float16" + (", packed ones multiplied out" if source.schemes else "")])
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The folder that is exported, as every format takes it: its config, its scheme, and its tensors one by one.
+"""The folder that is exported, as every format takes it: its config, its schemes, and its tensors one by one.
 
 A packed layer comes as its parts (`layouts.py`), whatever layout the folder has; every other tensor as it is stored.
 Left out: tensors are gathered before they are written, so an export takes as much memory as the file it makes.
@@ -20,8 +20,8 @@ from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.builtin import config_of
-from llmops.models.layouts import Scheme
 from llmops.models.quantized import PackedReader
+from llmops.models.schemes import LayerScheme, told
 
 __all__ = ["Source", "Written", "unpacked", "write_beside", "write_folder"]
 
@@ -44,12 +44,12 @@ class Written:
 class Source:
     """A model folder that stands on its own: dense weights, or integers in a layout that can be read.
 
-    scheme: (bits, group size, symmetric) of its packed layers, None when it has none.
+    schemes: of its packed layers, by full name; empty when it has none.
     """
 
     folder: Path
     config: Mapping[str, Any]
-    scheme: Scheme | None
+    schemes: Mapping[str, LayerScheme]
 
     @classmethod
     def of(cls, folder: Path) -> Source:
@@ -58,7 +58,7 @@ class Source:
         block = config.get("quantization_config")
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"{folder}: holds no .safetensors file; expected the folder of a variant or a model")
-        return cls(folder, config, PackedReader(folder, block).scheme if block else None)
+        return cls(folder, config, PackedReader(folder, block).schemes if block else {})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,13 +66,24 @@ class Source:
         named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
         return DTYPES.get(named.removeprefix("torch."), torch.bfloat16)
 
-    @property
-    def whole(self) -> Scheme:
-        """The scheme. Raises LlmopsError for a dense model."""
-        if self.scheme is None:
+    def one_scheme(self, layout: str) -> LayerScheme:
+        """The scheme of all packed layers, for a layout that has room for one.
+
+        Raises LlmopsError when they differ, and for a dense model.
+        """
+        self.check_packed()
+        if len(set(self.schemes.values())) > 1:
+            raise LlmopsError(f"{self.folder.name} mixes schemes ({told(self.schemes)}), and {layout}'s layout "
+                              "describes one for all layers; expected the same in every layer: export to "
+                              "compressed-tensors, which gives each layer its own (transformers and vLLM read it), to "
+                              "gguf, whose types are per tensor, or to dense")
+        return next(iter(self.schemes.values()))
+
+    def check_packed(self) -> None:
+        """Raises LlmopsError for a dense model."""
+        if not self.schemes:
             raise LlmopsError(f"{self.folder.name} holds {self.config.get('dtype', '16-bit')} weights, and this format "
                               "holds integers; expected a quantized variant: export one, or take dense or gguf-q8_0")
-        return self.scheme
 
     def packed(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(layer name, its parts) of every packed layer. Scales of foreign layouts in the model's type if exact."""
@@ -98,9 +109,9 @@ class Source:
         return PackedReader(self.folder, block, None, self.dtype) if block else None
 
 
-def unpacked(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> QuantizedWeight:
+def unpacked(parts: Mapping[str, Tensor], scheme: LayerScheme, name: str) -> QuantizedWeight:
     """A packed layer as codes, scales and zero points."""
-    return packing.unpack(parts, bits=scheme[0], group_size=scheme[1], name=name)
+    return packing.unpack(parts, bits=scheme.bits, group_size=scheme.group_size, name=name)
 
 
 def write_folder(source: Source, folder: Path, state: Mapping[str, Tensor],

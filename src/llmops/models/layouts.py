@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError, ModelError
+from llmops.models.schemes import LayerScheme
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
-__all__ = ["GPTQ_BITS", "LAYOUTS", "Layout", "Scheme", "as_stored", "foreign_scheme", "layout_of", "to_awq", "to_gptq",
-           "zeros_fit_v1"]
+__all__ = ["COMPRESSED", "GPTQ_BITS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of", "to_awq",
+           "to_gptq", "zeros_fit_v1"]
 
-Scheme = tuple[int, int, bool]  # bits, group size (-1: a whole row), symmetric
 Parts = Mapping[str, Tensor]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_BITS = (2, 3, 4, 8)
+COMPRESSED = ("pack-quantized", "int-quantized")  # whose config tells the scheme of each layer
 
 
 # ----------------------------------------------------------------------------------------------- what a config says
@@ -55,7 +56,7 @@ def layout_of(block: Mapping[str, Any]) -> str:
             raise ModelError(f"an AWQ checkpoint of version {block.get('version')!r} at {block.get('bits')} bits; "
                              "expected version gemm at 4 bits: the other versions order their words differently")
         return "awq"
-    if method == "compressed-tensors" and block.get("format") in ("pack-quantized", "int-quantized"):
+    if method == "compressed-tensors" and block.get("format") in COMPRESSED:
         return str(block["format"])
     raise ModelError(f"quantization {method or 'without quant_method'} in format {block.get('format')!r}; expected "
                      "pack-quantized or int-quantized of compressed-tensors, gptq, or awq: start from the 16-bit model")
@@ -71,26 +72,19 @@ def _gptq_can_be_read(block: Mapping[str, Any]) -> None:
                          "one scheme for all layers")
 
 
-def foreign_scheme(block: Mapping[str, Any]) -> Scheme:
-    """(bits, group_size, symmetric) of a `quantization_config` that is not pack-quantized."""
+def foreign_scheme(block: Mapping[str, Any]) -> LayerScheme:
+    """The one scheme that the `quantization_config` of a GPTQ or AWQ checkpoint gives to all its layers."""
     layout = layout_of(block)
     if layout in ("gptq", "gptq_v2"):
-        return int(block["bits"]), int(block.get("group_size") or -1), bool(block.get("sym", True))
-    if layout == "awq":
-        return 4, int(block.get("group_size") or -1), not block.get("zero_point", True)
-    groups = list((block.get("config_groups") or {}).values())
-    weights = groups[0]["weights"] if len(groups) == 1 else {}
-    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
-        raise ModelError(f"{len(groups)} schemes, weights of type {weights.get('type')!r} by "
-                         f"{weights.get('strategy')!r}; expected one scheme, int in groups or channels")
-    return int(weights["num_bits"]), int(weights.get("group_size") or -1), bool(weights.get("symmetric", True))
+        return LayerScheme(int(block["bits"]), int(block.get("group_size") or -1), bool(block.get("sym", True)))
+    return LayerScheme(4, int(block.get("group_size") or -1), not block.get("zero_point", True))
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def _from_gptq(parts: Parts, scheme: Scheme, name: str, offset: int = 1) -> dict[str, Tensor]:
-    bits, group_size, _ = scheme
+def _from_gptq(parts: Parts, scheme: LayerScheme, name: str, offset: int = 1) -> dict[str, Tensor]:
+    bits, group_size = scheme.bits, scheme.group_size
     rows, columns = parts["qweight"].shape[1], parts["qweight"].shape[0] * 32 // bits
     _plain_groups(parts.get("g_idx"), columns, group_size, name)
     zero = unpack_bits(parts["qzeros"].contiguous(), bits, rows).t()  # (out, groups), signed: stored - 2^(bits-1)
@@ -100,23 +94,23 @@ def _from_gptq(parts: Parts, scheme: Scheme, name: str, offset: int = 1) -> dict
     return _stored(parts["qweight"].t().contiguous(), parts["scales"], zero + offset, bits, (rows, columns))
 
 
-def _from_gptq_v2(parts: Parts, scheme: Scheme, name: str) -> dict[str, Tensor]:
+def _from_gptq_v2(parts: Parts, scheme: LayerScheme, name: str) -> dict[str, Tensor]:
     return _from_gptq(parts, scheme, name, offset=0)
 
 
-def _from_awq(parts: Parts, scheme: Scheme, name: str) -> dict[str, Tensor]:
+def _from_awq(parts: Parts, scheme: LayerScheme, name: str) -> dict[str, Tensor]:
     codes = _nibbles(parts["qweight"]).t().contiguous()  # (out, in)
     zero = _nibbles(parts["qzeros"]).t()
     return _stored(pack_bits(codes, 4), parts["scales"], zero, 4, (codes.shape[0], codes.shape[1]))
 
 
-def _from_int(parts: Parts, scheme: Scheme, name: str) -> dict[str, Tensor]:
+def _from_int(parts: Parts, scheme: LayerScheme, name: str) -> dict[str, Tensor]:
     weight, scale = parts["weight"], parts["weight_scale"]
     if weight.dtype != torch.int8 or scale.dim() != 2:
         raise ModelError(f"{name}: weight {weight.dtype}, scale {tuple(scale.shape)}; expected int8 with (out, groups)")
     zero = parts.get("weight_zero_point")
     middle = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
-    return _stored(pack_bits(weight, scheme[0]), scale.t(), middle, scheme[0], (weight.shape[0], weight.shape[1]))
+    return _stored(pack_bits(weight, scheme.bits), scale.t(), middle, scheme.bits, (weight.shape[0], weight.shape[1]))
 
 
 def _stored(packed: Tensor, scales: Tensor, zero: Tensor, bits: int, shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -151,12 +145,12 @@ def zeros_fit_v1(zero_point: Tensor, bits: int, rows: int) -> bool:
     return int(unpack_bits(zero_point.t().contiguous(), bits, rows).min()) > -(1 << (bits - 1))
 
 
-def to_gptq(parts: Parts, scheme: Scheme, name: str, *, v2: bool = False) -> dict[str, Tensor]:
+def to_gptq(parts: Parts, scheme: LayerScheme, name: str, *, v2: bool = False) -> dict[str, Tensor]:
     """qweight, qzeros, scales and g_idx of a layer that is stored as `parts`.
 
     Raises LlmopsError when the bits have no GPTQ layout, or a side of the layer does not fill whole words.
     """
-    bits, group_size, _ = scheme
+    bits = scheme.bits
     rows, columns = (int(n) for n in parts["weight_shape"].tolist())
     if bits not in GPTQ_BITS:
         raise LlmopsError(f"{bits} bits; GPTQ's layout holds {', '.join(map(str, GPTQ_BITS))}: export to "
@@ -174,11 +168,11 @@ def to_gptq(parts: Parts, scheme: Scheme, name: str, *, v2: bool = False) -> dic
             "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups)}
 
 
-def to_awq(parts: Parts, scheme: Scheme, name: str) -> dict[str, Tensor]:
+def to_awq(parts: Parts, scheme: LayerScheme, name: str) -> dict[str, Tensor]:
     """qweight, qzeros and scales of a layer that is stored as `parts`. Raises LlmopsError when AWQ cannot hold it."""
     rows, columns = (int(n) for n in parts["weight_shape"].tolist())
-    if scheme[0] != 4:
-        raise LlmopsError(f"{scheme[0]} bits; AWQ's layout holds 4 alone: export to gptq or compressed-tensors, or "
+    if scheme.bits != 4:
+        raise LlmopsError(f"{scheme.bits} bits; AWQ's layout holds 4 alone: export to gptq or compressed-tensors, or "
                           "quantize with scheme: w4a16")
     if rows % 8:
         raise LlmopsError(f"{name} has {rows} outputs; AWQ's layout takes them by eights: export to "
@@ -213,7 +207,7 @@ class Layout:
     mark: str
     needed: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Parts, Scheme, str], dict[str, Tensor]] | None
+    read: Callable[[Parts, LayerScheme, str], dict[str, Tensor]] | None
 
 
 LAYOUTS = {
@@ -226,7 +220,8 @@ LAYOUTS = {
 }
 
 
-def as_stored(parts: Parts, layout: str, scheme: Scheme, name: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def as_stored(parts: Parts, layout: str, scheme: LayerScheme, name: str,
+              dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A layer read from any layout, as it is computed with. Scales go to `dtype` where that changes none of them."""
     read = LAYOUTS[layout].read
     if read is None:

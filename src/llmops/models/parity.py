@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ KL_MEAN_LIMIT = 0.01  # nats a token: rounding to 16 bit and another op's summat
 
 @dataclass(frozen=True)
 class Expected:
-    """What the step promised: bits of the packed weights, fraction of zeros in the pruned layers, decoder layers.
+    """What the step promised: bits of each packed layer by its full name (or of all of them), fraction of zeros in the
+    pruned layers, decoder layers.
 
     dtype: of the weights on disk. adapter_rank: of a PEFT folder. base: (data type, double quantization) of the 4-bit
     base under an adapter.
     """
 
-    bits: int | None = None
+    bits: int | Mapping[str, int] | None = None
     sparsity: float | None = None
     layers: int | None = None
     dtype: torch.dtype | None = None
@@ -113,9 +114,7 @@ def sparsity(model: nn.Module) -> tuple[int, int]:
 def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, Any]]:
     checks = []
     if expected.bits is not None:
-        groups = _config(folder).get("quantization_config", {}).get("config_groups", {})
-        bits = sorted({group["weights"]["num_bits"] for group in groups.values()})
-        checks.append(_entry("bits", bits == [expected.bits], f"{expected.bits} asked for, {bits} on disk"))
+        checks.append(_bits(model, expected.bits))
     if expected.sparsity is not None:
         zeros, total = sparsity(model)
         found = zeros / max(1, total)
@@ -141,6 +140,24 @@ def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, An
                              f"{_said(expected.base)} asked for, "
                              f"{'; '.join(sorted(map(_said, found_bases))) or 'no 4-bit layer'} loaded"))
     return checks
+
+
+def _bits(model: Any, asked: int | Mapping[str, int]) -> dict[str, Any]:
+    """Layer by layer, of what was read back; the reader has made sure that the packed width of each fits its bits."""
+    found = {name: int(module.bits) for name, module in model.named_modules() if hasattr(module, "packed_tensors")
+             and hasattr(module, "bits")}
+    wanted = dict.fromkeys(found, asked) if isinstance(asked, int) else dict(asked)
+    wrong = [f"{name}: {wanted.get(name, 'none')} asked for, {found.get(name, 'none')} on disk"
+             for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    if not wrong and found:
+        return _entry("bits", True, f"{_counted(wanted)} asked for and on disk")
+    return _entry("bits", False, "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+                  or f"{_counted(wanted) or asked} asked for, no packed layer on disk")
+
+
+def _counted(bits: Mapping[str, int]) -> str:
+    counts = {each: sum(value == each for value in bits.values()) for each in sorted(set(bits.values()))}
+    return ", ".join(f"{each} bits in {count}" for each, count in counts.items())
 
 
 def _said(base: tuple[str, bool]) -> str:

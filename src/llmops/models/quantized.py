@@ -6,15 +6,15 @@
 
 The dense weights are never materialised on the way in: the model is built with empty parameters, each quantized layer
 is replaced, and tensors are read one at a time. One format serves 2 to 8 bits; GPTQ, AWQ and int-quantized checkpoints
-are read into it, code by code (`layouts.py`). Left out: several schemes in one folder, quantized activations, and
-quantized embeddings.
+are read into it, code by code (`layouts.py`). Layers may have different schemes (`schemes.py`). Left out: quantized
+activations and quantized embeddings.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,27 +24,15 @@ from torch import Tensor, nn
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
 from llmops.methods.quantize.weight import QuantizedWeight
-from llmops.models.layouts import LAYOUTS, Scheme, as_stored, foreign_scheme, layout_of
+from llmops.models.layouts import COMPRESSED, LAYOUTS, as_stored, foreign_scheme, layout_of
 from llmops.models.packed import PackedLinear
+from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
 from llmops.ops.bitstream import words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PackedLinear", "PackedReader", "kernels", "load_quantized", "pack", "quantization_config", "save_quantized",
-           "scheme_of"]
-
-
-def quantization_config(*, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` block of config.json. ignore: full names of the linear layers left dense."""
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric,
-               "strategy": "channel" if group_size == -1 else "group",
-               "group_size": None if group_size == -1 else group_size, "dynamic": False, "actorder": None,
-               "block_structure": None, "observer": "minmax", "observer_kwargs": {}}
-    group = {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": weights}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "ignore": list(ignore), "kv_cache_scheme": None, "global_compression_ratio": None,
-            "config_groups": {"group_0": group}}
+__all__ = ["PackedLinear", "PackedReader", "kernels", "load_quantized", "pack", "save_quantized"]
 
 
 def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], folder: Path,
@@ -52,7 +40,8 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight
     """Write config.json, model.safetensors (sharded above 5 GB), generation config and, when given, the tokenizer.
 
     weights: what replaces each linear layer, by its full name; every other tensor is stored as it is, a tied one once.
-    Raises LlmopsError when `weights` is empty, mixes schemes, or names something that is no linear layer of the model.
+    Raises LlmopsError when `weights` is empty, names something that is no linear layer of the model, or gives layers
+    that servers run as one product different schemes.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -60,15 +49,12 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight
     if not weights or not set(weights) <= linears:
         raise LlmopsError(f"weights name {sorted(set(weights) - linears)[:3] or 'nothing'}; expected linear layers of "
                           f"the model, at least one")
-    schemes = {(w.bits, w.group_size, w.symmetric) for w in weights.values()}
-    if len(schemes) > 1:
-        raise LlmopsError(f"weights mix schemes {sorted(schemes)} (bits, group, symmetric); expected one")
-    bits, group_size, symmetric = schemes.pop()
+    schemes = packed_schemes(weights)
+    check_fused(schemes)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.quantization_config = quantization_config(bits=bits, group_size=group_size, symmetric=symmetric,
-                                                     ignore=sorted(linears - set(weights)))
+    config.quantization_config = quantization_config(schemes, ignore=sorted(linears - set(weights)))
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
@@ -108,21 +94,6 @@ def pack(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], kernel:
     return model
 
 
-def scheme_of(block: Mapping[str, Any]) -> Scheme:
-    """(bits, group_size, symmetric) of a `quantization_config` block. Raises ModelError unless it is one scheme."""
-    if layout_of(block) != "pack-quantized":
-        return foreign_scheme(block)
-    groups = list((block.get("config_groups") or {}).values())
-    if len(groups) != 1 or groups[0].get("input_activations"):
-        raise ModelError(f"quantization format {block.get('format')!r} with {len(groups)} schemes; expected "
-                         f"pack-quantized integer weights under one scheme, activations left in 16 bit")
-    weights = groups[0]["weights"]
-    if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
-        raise ModelError(f"weights of type {weights.get('type')!r}, strategy {weights.get('strategy')!r}; expected "
-                         f"int in groups or channels")
-    return int(weights["num_bits"]), int(weights.get("group_size") or -1), bool(weights.get("symmetric", True))
-
-
 def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu",
                    kernel: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder, ready to generate on its packed weights.
@@ -141,9 +112,9 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     block = config.quantization_config
     reader = PackedReader(folder, block if isinstance(block, dict) else block.to_dict(), wanted, model.dtype)
-    bits, group_size, _ = reader.scheme
     for name in reader.layers():
-        _replace_layer(model, name, reader.parts(name), bits, group_size, reader.take(f"{name}.bias"), device, kernel)
+        _replace_layer(model, name, reader.parts(name), reader.schemes[name], reader.take(f"{name}.bias"), device,
+                       kernel)
     _fill(model, reader)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -151,7 +122,7 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
 
 
 class PackedReader:
-    """The tensors of a folder by name, each read from disk when it is taken, each taken once.
+    """The tensors of a folder by name, each read from disk when it is taken, each taken once; schemes: of its layers.
 
     block: its `quantization_config`. dtype: of all that is not packed, None as stored; model_dtype: what scales of a
     foreign layout are then given in, where that changes none of them (GPTQ and AWQ store float16 whatever the model).
@@ -166,12 +137,18 @@ class PackedReader:
         if not files:
             raise ModelError(f"{folder} holds no .safetensors file; expected model.safetensors")
         self.folder, self.dtype, self.scale_dtype = folder, dtype, dtype or model_dtype
-        self.layout, self.scheme = layout_of(block), scheme_of(block)
+        self.layout = layout_of(block)
         if any(group.get("input_activations") for group in (block.get("config_groups") or {}).values()):
+            if self.layout == "pack-quantized":
+                raise ModelError(f"{folder}: packed weights made for quantized activations; expected activations left "
+                                 "in 16 bit: no input_activations in config_groups")
             warnings.warn(f"{folder}: made for quantized activations; they are left as they are here, the weights are "
                           "the stored ones", stacklevel=3)
         handles: list[Any] = [safe_open(str(file), framework="pt") for file in files]
         self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
+        self.schemes: dict[str, LayerScheme] = (
+            schemes_of(block, self.layers()) if self.layout in COMPRESSED
+            else dict.fromkeys(self.layers(), foreign_scheme(block)))
 
     def layers(self) -> list[str]:
         ends = f".{LAYOUTS[self.layout].mark}"
@@ -195,12 +172,12 @@ class PackedReader:
         if missing:
             raise ModelError(f"{self.folder}: {layer} lacks {', '.join(missing)}; the folder is not whole")
         found = {part: tensor for part, tensor in read.items() if tensor is not None}
-        return as_stored(found, self.layout, self.scheme, layer, self.scale_dtype)
+        return as_stored(found, self.layout, self.schemes[layer], layer, self.scale_dtype)
 
 
-def _replace_layer(model: nn.Module, name: str, parts: Mapping[str, Tensor], bits: int, group_size: int,
-                   bias: Tensor | None, device: str | torch.device,
-                   kernel: str) -> None:
+def _replace_layer(model: nn.Module, name: str, parts: Mapping[str, Tensor], scheme: LayerScheme,
+                   bias: Tensor | None, device: str | torch.device, kernel: str) -> None:
+    bits, group_size = scheme.bits, scheme.group_size
     linear = _submodule(model, name)
     rows, columns = (int(n) for n in parts["weight_shape"].tolist())
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (rows, columns):
