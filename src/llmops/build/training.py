@@ -30,8 +30,8 @@ from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, Training
 from llmops.train.finder import find_rate
 from llmops.train.rows import to_device
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "logits_step", "packing", "run_fit", "schedule_of",
-           "train_all", "trainable", "training_rows", "work_of"]
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "keeping_zeros", "logits_step", "packing", "run_fit",
+           "schedule_of", "train_all", "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 
@@ -61,8 +61,8 @@ def full_step(job: Job, options: Full) -> Work:
     return train_all(job, options, next_token_loss)
 
 
-def logits_step(job: Job, options: Logits) -> Work:
-    """Every weight of the student is trained towards the teacher's distribution."""
+def logits_step(job: Job, options: Logits, train: Callable[..., Work] | None = None) -> Work:
+    """Every weight of the student is trained towards the teacher's distribution. train: `train_all` or its like."""
     if job.teacher is None:
         raise StepError("distillation needs a teacher; name one with `teacher:`")
     teacher = trainable(job.teacher(options.teacher), frozen=True)
@@ -81,8 +81,8 @@ def logits_step(job: Job, options: Logits) -> Work:
 
     rows = training_rows(job, options)
     with use_packed_attention(teacher) if rows.train.packed else nullcontext():
-        work = train_all(job, options, loss, rows)
-    forward = 2.0 * sum(p.numel() for p in teacher.parameters()) * work.tokens
+        work = (train or train_all)(job, options, loss, rows)
+    forward = 2.0 * parity.count_parameters(teacher) * work.tokens
     if work.flops.value is not None:
         work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
                               f"{work.flops.method}, and 2 x the teacher's parameters x tokens")
@@ -96,14 +96,7 @@ def train_all(job: Job, options: Training, loss: Loss, rows: Rows | None = None)
     masks = zero_masks(model) if job.keeps_zeros else {}
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    modules = dict(model.named_modules())
-
-    def keep_zeros() -> None:
-        with torch.no_grad():
-            for name, mask in masks.items():
-                modules[name].weight.mul_(mask)
-
-    done = run_fit(job, options, model, rows, loss, keep_zeros if masks else None)
+    done = run_fit(job, options, model, rows, loss, keeping_zeros(model, masks))
     return work_of(job, model, partial(save_dense, model, job.tokenizer, dtype=job.storage), done, backward=2.0)
 
 
@@ -118,6 +111,18 @@ def trainable(model: Any, *, frozen: bool = False) -> Any:
     """
     device = next(iter(model.parameters())).device
     return model if frozen and device.type == "cuda" else model.float()
+
+
+def keeping_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None] | None:
+    """What puts the zeros of layers back after an optimizer step; None where there are none. masks: by layer name."""
+    modules = dict(model.named_modules())
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for name, mask in masks.items():
+                modules[name].weight.mul_(mask)
+
+    return put_back if masks else None
 
 
 def training_rows(job: Job, options: Training) -> Rows:
