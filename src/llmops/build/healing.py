@@ -34,6 +34,7 @@ from llmops.models.fake_quant import (
     harden,
     packed_layers,
     refuse_unknown,
+    same_but,
     soften,
 )
 from llmops.models.packed_lora import CUSTOM, targets_of
@@ -124,16 +125,22 @@ def _apart(job: Job, options: Lora) -> Work:
 
 def _softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
     """Make the job's model trainable, in place: (codes it starts with, by layer, int8; events)."""
-    keep: Mapping[str, Tensor] = {}
-    events = []
-    if job.keeps_zeros:
-        found = job.pruned() if job.pruned is not None else None
-        if found is None:
-            found = {name: layer.dequantized() != 0 for name, layer in packed_layers(job.model).items()}
-            events.append("the variant that was pruned is not there: all weights that are zero now stay zero, those "
-                          "that rounding made so too")
-        keep = found
-    layers = soften(job.model, keep=keep, learn_scales=LEARN_SCALES)
+    packed = packed_layers(job.model)
+    before = job.unrounded() if job.unrounded is not None else None
+    events, near, keep = [], {}, {}
+    if before is not None and same_but(job.model, before, packed):
+        near = {name: before.get_submodule(name).weight.detach() for name in packed}
+        events.append("latent weights begin near those that were quantized")
+    else:
+        events.append("latent weights begin anywhere in their cells: what was quantized "
+                      + ("is not there" if before is None else "has other weights around it"))
+    if job.keeps_zeros and before is not None:
+        keep = zero_masks(before)
+    elif job.keeps_zeros:
+        keep = {name: layer.dequantized() != 0 for name, layer in packed.items()}
+        events.append("the variant that was pruned is not there: all weights that are zero now stay zero, those that "
+                      "rounding made so too")
+    layers = soften(job.model, keep=keep, near=near, seed=job.seed)
     if keep:
         held = sum(int((~layer.keep).sum()) for layer in layers.values() if layer.keep is not None)
         events.append(f"{held:,} pruned weights were held at zero")
@@ -151,7 +158,8 @@ def _hardened(job: Job, model: Any, done: Trained, start: Mapping[str, Tensor], 
     changed = sum(int((weights[name].codes != codes).sum()) for name, codes in start.items())
     total = sum(codes.numel() for codes in start.values())
     bits = {name: weight.bits for name, weight in weights.items()}
-    done.events.append(f"{len(weights)} linear layers in {', '.join(map(str, sorted(set(bits.values()))))} bits; {changed / total:.1%} of "
+    done.events.append(f"{len(weights)} linear layers in {', '.join(map(str, sorted(set(bits.values()))))} bits; "
+                       f"{changed / total:.1%} of "
                        "their codes are others than the parent's")
     work = work_of(job, model, partial(save_quantized, model, weights, tokenizer=job.tokenizer), done,
                    backward=backward, expected=parity.Expected(bits=bits))

@@ -29,8 +29,8 @@ class Job:
 
     base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
-    in the type it is stored in, for steps that change the one in memory and need both. pruned: of a quantized parent,
-    masks by layer name, false where the variant that was quantized had zeros; None where it cannot be opened.
+    in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized parent, opens
+    the variant that was quantized, on the CPU in the type it is stored in; gives None where that cannot be opened.
     """
 
     model: Any
@@ -46,7 +46,7 @@ class Job:
     parent_key: str | None = None
     device: torch.device | None = None
     parent: Callable[[], Any] | None = None
-    pruned: Callable[[], Mapping[str, Tensor] | None] | None = None
+    unrounded: Callable[[], Any] | None = None
     progress: Progress | None = None
     checkpoints: Checkpoints | None = None
     spent: Callable[[], float | None] = lambda: None

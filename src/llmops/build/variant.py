@@ -9,7 +9,7 @@ it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
-from llmops.build.job import MASKING, Job, Work
+from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
@@ -30,7 +30,6 @@ from llmops.build.training import full_step, logits_step
 from llmops.data.sources import Rows, load_rows
 from llmops.errors import ModelError, StepError, StoreError
 from llmops.measure.meter import Meter
-from llmops.methods.finetune.lora import zero_masks
 from llmops.methods.finetune.options import Training
 from llmops.models import parity
 from llmops.models.builtin import locate
@@ -178,23 +177,25 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
                teacher=lambda name: merged(open_model(name)[0]), base_source=base,
                revision=recipe.model.revision if from_base else None,
                parent_key=None if from_base else keys[variant.parent], device=pick_device(runtime.device),
-               parent=parent, pruned=partial(_pruned, keys.get(variant.parent), chain, store, recipe),
+               parent=parent, unrounded=partial(_unrounded, keys.get(variant.parent), store, recipe),
                progress=progress)
 
 
-def _pruned(key: str | None, chain: Sequence[str], store: Store, recipe: Recipe) -> dict[str, Tensor] | None:
-    """Where the variant that was quantized, from which the build `key` came, had zeros; None where it is not there."""
-    if key is None or not any(step in MASKING for step in chain):
+def _unrounded(key: str | None, store: Store, recipe: Recipe) -> Any:
+    """The model that was quantized, and from which the build `key` came; None where it is not there."""
+    if key is None:
         return None
     try:
         manifest = store.manifest(key)
         while not str(manifest["chain"][-1]).startswith("quantize:"):
             manifest = store.manifest(manifest["parent_key"])
-        model, _ = load(store.build(manifest["parent_key"]), dtype="stored", device="cpu",
+        before = manifest["parent_key"]
+        source = recipe.model.id if before is None else store.build(before)
+        model, _ = load(source, base_dir=recipe.base_dir, revision=recipe.model.revision, dtype="stored", device="cpu",
                         trust_remote_code=recipe.model.trust_remote_code)
-    except (StoreError, ModelError, TypeError):
+    except (StoreError, ModelError, KeyError, IndexError):
         return None
-    return zero_masks(merged(model))
+    return merged(model)
 
 
 def _probe(job: Job, recipe: Recipe, rows: int = 4, length: int = 64) -> Tensor:

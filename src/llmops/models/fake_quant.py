@@ -11,7 +11,7 @@ forward pass is the parent's. A pruned weight is held at zero by a mask, in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MethodType
 from typing import Any
 
@@ -22,31 +22,30 @@ from torch.nn import functional as F
 from llmops.errors import ModelError
 from llmops.methods.finetune.lora import NAME, adapters, lora_delta
 from llmops.methods.quantize import packing
-from llmops.methods.quantize.qat import fake_quantize, learned_scale, settle
+from llmops.methods.quantize.qat import fake_quantize, latent_start, learned_scale, settle
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.packed import PackedLinear
 
 __all__ = ["FakeQuantLinear", "adapt", "fake_quantized", "fold_adapters", "harden", "is_packed", "packed_layers",
-           "refuse_unknown", "soften"]
+           "refuse_unknown", "same_but", "soften"]
 
 
 class FakeQuantLinear(nn.Linear):  # type: ignore[misc]
     """y = x What.T + bias, with What = `fake_quantize` of the latent weight. x: (..., in); y: (..., out).
 
-    weight: (out, in) float32, latent, from the codes of `start`. keep: (out, in) bool, false where a weight stays zero,
-    or None. log_scale: (out, groups), t of s0 exp(t); trained where `learn_scale` says so.
+    weight: (out, in) float32, latent, with the codes of `start` at first. near, draw: as
+    `latent_start` has them. keep: (out, in) bool, false where a weight stays zero, or None. log_scale: (out, groups), t of
+    s0 exp(t), frozen at first.
     """
 
-    def __init__(self, start: QuantizedWeight, bias: Tensor | None, keep: Tensor | None, learn_scale: bool) -> None:
+    def __init__(self, start: QuantizedWeight, bias: Tensor | None, keep: Tensor | None = None,
+                 near: Tensor | None = None, draw: torch.Generator | None = None) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.out_features, self.in_features = start.shape
         self.bits, self.group_size, self.stored = start.bits, start.group_size, start.scale.dtype
-        zero = None if start.zero_point is None else start.zero_point.float().unsqueeze(-1)
-        steps = start.codes.view(*start.scale.shape, -1).float()
-        latent = (steps if zero is None else steps - zero) * start.scale.float().unsqueeze(-1)  # exact in float32
-        self.weight = nn.Parameter(latent.view(start.shape))
+        self.weight = nn.Parameter(latent_start(start, near, draw))
         self.bias = None if bias is None else nn.Parameter(bias.float())
-        self.log_scale = nn.Parameter(torch.zeros_like(start.scale, dtype=torch.float32), requires_grad=learn_scale)
+        self.log_scale = nn.Parameter(torch.zeros_like(start.scale, dtype=torch.float32), requires_grad=False)
         self.register_buffer("scale", start.scale.float(), persistent=False)
         self.register_buffer("zero_point", start.zero_point, persistent=False)
         self.register_buffer("keep", keep, persistent=False)
@@ -94,13 +93,16 @@ def refuse_unknown(model: nn.Module) -> None:
                              "variant before it and quantize the result")
 
 
-def soften(model: nn.Module, *, keep: Mapping[str, Tensor], learn_scales: bool) -> dict[str, FakeQuantLinear]:
+def soften(model: nn.Module, *, keep: Mapping[str, Tensor], near: Mapping[str, Tensor],
+           seed: int = 0) -> dict[str, FakeQuantLinear]:
     """Put a `FakeQuantLinear` in the place of every packed layer, in place. Returns them by name.
 
-    keep: masks by layer name, true where a weight may be other than zero. Raises ModelError for formats it cannot
+    keep: masks by layer name, true where a weight may be other than zero; near: what was quantized, by layer name; both
+    may lack layers. seed: of where latent weights begin that are near nothing. Raises ModelError for formats it cannot
     train, and for a mask that the codes do not keep (the weights were rotated or scaled after they were pruned).
     """
     refuse_unknown(model)
+    draw = torch.Generator().manual_seed(seed)
     made = {}
     for name, layer in packed_layers(model).items():
         start = packing.unpack(layer.stored_tensors(), bits=layer.bits, group_size=layer.group_size, name=name)
@@ -111,9 +113,21 @@ def soften(model: nn.Module, *, keep: Mapping[str, Tensor], learn_scales: bool) 
                 raise ModelError(f"{name} has values where its pruned ancestor has zeros; expected a quantization that "
                                  "keeps them: quantize without rotation, or train before it")
         bias = None if layer.bias is None else layer.bias.detach()
-        made[name] = FakeQuantLinear(start, bias, mask, learn_scales)
+        made[name] = FakeQuantLinear(start, bias, mask, near.get(name), draw)
         _put(model, name, made[name])
     return made
+
+
+def same_but(model: nn.Module, other: nn.Module, layers: Container[str]) -> bool:
+    """Whether two models have the same parameters but for the weights of `layers`.
+
+    After a quantization that folds factors or rotations into its neighbours they have not, and weights of the one mean
+    nothing for the other.
+    """
+    mine, theirs = (dict(each.named_parameters()) for each in (model, other))
+    rest = {name for name in theirs if name.rpartition(".")[0] not in layers or not name.endswith(".weight")}
+    return rest == set(mine) and all(
+        mine[name].shape == theirs[name].shape and torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in rest)
 
 
 def adapt(adapted: nn.Module) -> list[FakeQuantLinear]:

@@ -73,9 +73,9 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0,
              custom: Mapping[type[nn.Module], type[nn.Module]] | None = None) -> Any:
     """The model with float32 adapters on its linear layers, everything else frozen (a `peft.PeftModel`).
 
-    targets: "all-linear" (PEFT leaves the output head out) or names. keep_zeros: train M * B A (see above). custom: kinds
-    of layers that PEFT does not know, each with PEFT's layer for it. Raises ValueError when no layer has such a name,
-    LlmopsError for keep_zeros with DoRA, whose rows are rescaled as a whole.
+    targets: "all-linear" (PEFT leaves the output head out) or names. keep_zeros: train M * B A (see above). custom:
+    kinds of layers that PEFT does not know, each with PEFT's layer for it. Raises ValueError when no layer has such a
+    name, LlmopsError for keep_zeros with DoRA, whose rows are rescaled as a whole.
     """
     if keep_zeros and dora:
         raise LlmopsError("given DoRA on a pruned model; expected plain LoRA or rsLoRA there: leave dora out")

@@ -36,7 +36,28 @@ from torch.autograd.function import once_differentiable
 from llmops.methods.quantize.grid import Grid, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
-__all__ = ["fake_quantize", "learned_scale", "settle"]
+__all__ = ["fake_quantize", "latent_start", "learned_scale", "settle"]
+
+EDGE = 0.49  # of a step: how far from its code a latent weight may begin
+
+
+def latent_start(weight: QuantizedWeight, near: Tensor | None = None, draw: torch.Generator | None = None) -> Tensor:
+    """(out, in) float32: latent weights whose codes are those of `weight`.
+
+    near: (out, in), what was quantized, where it is known: a latent weight begins at the point of its cell that is
+    nearest to it. draw: otherwise it begins anywhere in its cell, by a generator on the CPU. With neither it begins in
+    the middle, half a step from every other code.
+    """
+    steps = weight.codes.view(*weight.scale.shape, -1).float()
+    if weight.zero_point is not None:
+        steps = steps - weight.zero_point.float().unsqueeze(-1)
+    scale = weight.scale.float().unsqueeze(-1)
+    if near is not None:
+        v = near.float().view_as(steps) / scale
+        steps = torch.maximum(torch.minimum(v, steps + EDGE), steps - EDGE)
+    elif draw is not None:
+        steps = steps + EDGE * (2 * torch.rand(steps.shape, generator=draw) - 1).to(steps.device)
+    return (steps * scale).view(weight.shape)
 
 
 def learned_scale(start: Tensor, t: Tensor) -> Tensor:
