@@ -29,8 +29,8 @@ class Job:
 
     base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
-    in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized parent, opens
-    the variant that was quantized, on the CPU in the type it is stored in; gives None where that cannot be opened.
+    in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized
+    parent, opens the variant that was quantized likewise; gives None where it is not there.
     """
 
     model: Any

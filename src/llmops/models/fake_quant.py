@@ -33,9 +33,9 @@ __all__ = ["FakeQuantLinear", "adapt", "fake_quantized", "fold_adapters", "harde
 class FakeQuantLinear(nn.Linear):  # type: ignore[misc]
     """y = x What.T + bias, with What = `fake_quantize` of the latent weight. x: (..., in); y: (..., out).
 
-    weight: (out, in) float32, latent, with the codes of `start` at first. near, draw: as
-    `latent_start` has them. keep: (out, in) bool, false where a weight stays zero, or None. log_scale: (out, groups), t of
-    s0 exp(t), frozen at first.
+    weight: (out, in) float32, latent, with the codes of `start` at first; near, draw: as `latent_start` has them.
+    keep: (out, in) bool, false where a weight stays zero, or None. log_scale: (out, groups), t of s0 exp(t), frozen at
+    first.
     """
 
     def __init__(self, start: QuantizedWeight, bias: Tensor | None, keep: Tensor | None = None,
