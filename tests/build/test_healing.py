@@ -45,10 +45,10 @@ def mixed(name: str) -> dict[str, Any]:
                                                                                    "symmetric": True}
 
 
-def folder_of(place: Path, name: str = "llama", dtype: torch.dtype = torch.float32, masks: Mapping[str, Tensor] = {},
-              ignore: tuple[str, ...] = ()) -> Path:
+def folder_of(place: Path, name: str = "llama", dtype: torch.dtype = torch.float32,
+              masks: Mapping[str, Tensor] | None = None, ignore: tuple[str, ...] = ()) -> Path:
     model, tokenizer = twin(name, dtype)
-    for key, mask in masks.items():
+    for key, mask in (masks or {}).items():
         model.get_submodule(key).weight.data *= mask
     weights = {key: rtn(layer.weight, **mixed(key)) for key, layer in linears(model).items()
                if not key.endswith(ignore or ("nothing",))}
@@ -68,8 +68,8 @@ def job(folder: Path, **more: Any) -> Job:
                lambda name: DataSource(source="memory"), 0, base_source=str(folder), **more)
 
 
-def take(folder: Path, way: str, changes: Mapping[str, Any] = {}, **more: Any) -> Work:
-    body = {**STEP, **WAYS.get(way, {"method": way}), **changes}
+def take(folder: Path, way: str, changes: Mapping[str, Any] | None = None, **more: Any) -> Work:
+    body = {**STEP, **WAYS.get(way, {"method": way}), **(changes or {})}
     kind = "distill" if body["method"] == "logits" else "finetune"
     return apply_step(kind, job(folder, **more), STEPS[kind][body["method"]].model_validate(body))
 
@@ -85,7 +85,8 @@ def parts(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_reloaded_is_what_was_trained(way: str, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_reloaded_is_what_was_trained(way: str, parent: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of the folder, by us and by plain transformers, are those of the model that was fake-quantized."""
     from llmops.build import healing
 
@@ -269,11 +270,13 @@ def test_an_adapter_apart_learns_what_one_on_the_written_out_base_learns(parent:
     for key, layer in packed_layers(load_quantized(parent, kernel="reference")).items():
         model.get_submodule(key).weight.data = layer.dequantized()
     body = STEPS["finetune"]["lora"].model_validate({**STEP, **WAYS["lora"], "merge": False})
-    dense = apply_step("finetune", Job(model, tokenizer, model.dtype, [], job(parent).rows, job(parent).limits, 0), body)
+    given = job(parent)
+    dense = apply_step("finetune", Job(model, tokenizer, model.dtype, [], given.rows, given.limits, 0), body)
     assert [loss for _, loss in packed.loss] == pytest.approx([loss for _, loss in dense.loss], rel=1e-5)
-    for (key, ours), theirs in zip(packed.model.state_dict().items(), dense.model.state_dict().values(), strict=False):
+    theirs = dense.model.state_dict()
+    for key, ours in packed.model.state_dict().items():
         if ".lora_" in key:
-            torch.testing.assert_close(ours, dense.model.state_dict()[key], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(ours, theirs[key], rtol=1e-3, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

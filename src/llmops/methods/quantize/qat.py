@@ -38,15 +38,16 @@ from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["fake_quantize", "latent_start", "learned_scale", "settle"]
 
-EDGE = 0.49  # of a step: how far from its code a latent weight may begin
+EDGE = 0.499  # of a step: how far from its code a latent weight may begin
 
 
 def latent_start(weight: QuantizedWeight, near: Tensor | None = None, draw: torch.Generator | None = None) -> Tensor:
     """(out, in) float32: latent weights whose codes are those of `weight`.
 
-    near: (out, in), what was quantized, where it is known: a latent weight begins at the point of its cell that is
-    nearest to it. draw: otherwise it begins anywhere in its cell, by a generator on the CPU. With neither it begins in
-    the middle, half a step from every other code.
+    near: (out, in), what was quantized, where it is known: a latent weight begins there if that lies in its cell, and
+    else in the middle of the cell (GPTQ rounds against the nearest code with a reason; next to the edge, the first
+    updates would undo it). draw: without `near` it begins anywhere in its cell, by a generator on the CPU. With neither
+    it begins in the middle, half a step from every other code.
     """
     steps = weight.codes.view(*weight.scale.shape, -1).float()
     if weight.zero_point is not None:
@@ -54,7 +55,7 @@ def latent_start(weight: QuantizedWeight, near: Tensor | None = None, draw: torc
     scale = weight.scale.float().unsqueeze(-1)
     if near is not None:
         v = near.float().view_as(steps) / scale
-        steps = torch.maximum(torch.minimum(v, steps + EDGE), steps - EDGE)
+        steps = torch.where((v - steps).abs() <= EDGE, v, steps)
     elif draw is not None:
         steps = steps + EDGE * (2 * torch.rand(steps.shape, generator=draw) - 1).to(steps.device)
     return (steps * scale).view(weight.shape)
