@@ -189,8 +189,8 @@ def _unrounded(key: str | None, store: Store, recipe: Recipe) -> Any:
         manifest = store.manifest(key)
         while not str(manifest["chain"][-1]).startswith("quantize:"):
             manifest = store.manifest(manifest["parent_key"])
-        before = manifest["parent_key"]
-        source = recipe.model.id if before is None else store.build(before)
+        from_base = len(manifest["chain"]) == 1  # which is no build
+        source = recipe.model.id if from_base else store.build(manifest["parent_key"])
         model, _ = load(source, base_dir=recipe.base_dir, revision=recipe.model.revision, dtype="stored", device="cpu",
                         trust_remote_code=recipe.model.trust_remote_code)
     except (StoreError, ModelError, KeyError, IndexError):

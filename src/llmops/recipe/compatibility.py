@@ -90,10 +90,10 @@ def verdict(parent: str, step: str, method: str, options: dict[str, Any]) -> str
                       "data": {"train": {"source": "builtin:facts"}}, "variants": variants})
     except RecipeError as error:
         said = re.sub(r"^.*?variants\.child\.[A-Za-z_.]+: ", "", error.problems[0])
-        last = len(PARENTS[parent]) - 1
-        for number in range(last + 1):
-            said = said.replace(f'"parent-{number}"', "the parent" if number == last else "an ancestor")
-        return said.replace('"base"', "the parent of it" if last == 0 else "an ancestor")
+        steps = len(PARENTS[parent])
+        for number in range(steps):
+            said = said.replace(f'"parent-{number}"', "the parent" if number == steps - 1 else "an ancestor")
+        return said.replace('"base"', "the parent of it" if steps == 1 else "an ancestor")
     return None
 
 

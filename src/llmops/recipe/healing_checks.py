@@ -55,13 +55,11 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
     elif not trains:
         problems.add(trail, _refusal(variant, made_by, variants[made_by].parent))
         return
-    else:
-        scheme = getattr(variants[made_by].options, "scheme", None)
-        if isinstance(scheme, str) and not _TRAINABLE.match(scheme):
-            problems.add(trail, f"given {shown(variant.parent)}, in {scheme}, whose rounding cannot be trained; "
-                                "expected integers with activations in 16 bit (w2a16 to w8a16), or to train "
-                                f"{shown(variants[made_by].parent)} and quantize the result")
-            return
+    elif other := _beyond_integers(variants[made_by]):
+        problems.add(trail, f"given {shown(variant.parent)}, {other}, whose rounding cannot be trained; expected integer "
+                            "weights alone, with activations in 16 bit (w2a16 to w8a16), or to train "
+                            f"{shown(variants[made_by].parent)} and quantize the result")
+        return
     if isinstance(variant.options, Lora):
         _check_adapters(problems, ("variants", variant.name, variant.kind), variant.options, variant.parent)
 
@@ -70,6 +68,16 @@ def _keeps_integers(variant: Variant) -> bool:
     """Whether a child of a quantized parent is stored in its integers."""
     options = variant.options
     return isinstance(options, Full | Logits) or (isinstance(options, Lora) and options.merge)
+
+
+def _beyond_integers(variant: Variant) -> str:
+    """What of a quantized variant is something else than integer weights of linear layers; empty where nothing is."""
+    scheme = getattr(variant.options, "scheme", None)
+    if isinstance(scheme, str) and not _TRAINABLE.match(scheme):
+        return f"in {scheme}"
+    if getattr(variant.options, "kv_cache", None) is not None:
+        return "with keys and values rounded, too"
+    return "with embeddings in few bits" if getattr(variant.options, "embeddings", False) else ""
 
 
 def _refusal(variant: Variant, made_by: str, before: str) -> str:
