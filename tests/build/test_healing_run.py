@@ -88,6 +88,16 @@ def test_the_report_says_what_was_done(done: tuple[Any, Path]) -> None:
     assert "int2 g32 symmetric" in json.dumps(row) and "distilled" in told and "compressed-tensors" in told
 
 
+def test_a_model_that_came_in_integers_is_trained_as_well(done: tuple[Any, Path]) -> None:
+    folder = (done[1] / "r" / "w2").resolve()
+    given = {"name": "came", "model": str(folder), "evaluate": [{"perplexity": {"data": "prose", "context": 64}}]}
+    body = parse_recipe(recipe({"full": {"finetune": {"method": "full", **TRAIN}}}) | given, base_dir=done[1].parent)
+    row = llmops.run(body, runs=done[1]).rows[1]
+    assert row["status"]["state"] == "ok" and row["parity"]["ok"], row["status"]
+    assert row["transform"]["storage_dtype"] == "int2 g32 symmetric"
+    assert any("what was quantized is not there" in event for event in row["log"]["events"])
+
+
 def test_a_second_run_builds_nothing(done: tuple[Any, Path]) -> None:
     again = llmops.run(body_of(done[1].parent), runs=done[1])
     assert [row["row_id"] for row in again.rows] == [row["row_id"] for row in done[0].rows]

@@ -56,8 +56,8 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
         problems.add(trail, _refusal(variant, made_by, variants[made_by].parent))
         return
     elif other := _beyond_integers(variants[made_by]):
-        problems.add(trail, f"given {shown(variant.parent)}, {other}, whose rounding cannot be trained; expected integer "
-                            "weights alone, with activations in 16 bit (w2a16 to w8a16), or to train "
+        problems.add(trail, f"given {shown(variant.parent)}, {other}, whose rounding cannot be trained; expected "
+                            "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or to train "
                             f"{shown(variants[made_by].parent)} and quantize the result")
         return
     if isinstance(variant.options, Lora):
