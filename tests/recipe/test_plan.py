@@ -232,6 +232,8 @@ def test_estimates_follow_the_steps(home: Path) -> None:
                   "  apart: {from: q, finetune: {method: lora, data: train, merge: false}}\n")
     found = {stage.variant: stage.estimate for stage in healed.stages}
     assert found["full"].disk_bytes == found["lora"].disk_bytes == found["q"].disk_bytes
+    assert healed.stage("full").describe() == "finetune full 1 epoch qat from q"
+    assert healed.stage("apart").describe() == "finetune lora r16 apart 1 epoch from q"
     linear = 4 * 6 * dims_from_config(makers.CONFIG).linear_parameters
     memory = {name: each.peak_memory_bytes.value or 0 for name, each in found.items()}
     assert memory["full"] - memory["plain"] == linear and memory["lora"] - memory["thin"] == 2 * linear

@@ -54,7 +54,7 @@ def latent_start(weight: QuantizedWeight, near: Tensor | None = None, draw: torc
         steps = steps - weight.zero_point.float().unsqueeze(-1)
     scale = weight.scale.float().unsqueeze(-1)
     if near is not None:
-        v = near.float().view_as(steps) / scale
+        v = near.to(scale.device).float().view_as(steps) / scale
         steps = torch.where((v - steps).abs() <= EDGE, v, steps)
     elif draw is not None:
         steps = steps + EDGE * (2 * torch.rand(steps.shape, generator=draw) - 1).to(steps.device)
