@@ -37,7 +37,7 @@ def data_view(path: Path, name: str | None, samples: int, sets: Sequence[str] = 
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
     encoded: Any = None
-    if rows.kind != "choices":
+    if rows.kind not in ("choices", "prompts"):
         encoder: Any = encode_pairs if rows.kind == "preference" else encode
         encoded = encoder(rows, tokenizer, max_length=lengths.get(name, 1024), limits=recipe.data[name].limits)
     return (show_json if as_json else show)(rows, tokenizer, encoded, samples)
@@ -45,5 +45,5 @@ def data_view(path: Path, name: str | None, samples: int, sets: Sequence[str] = 
 
 def _trained_lengths(recipe: Recipe) -> Mapping[str, int]:
     """{data that a step trains on: the longest row it takes}."""
-    return {variant.options.data: variant.options.max_length for variant in recipe.variants.values()
-            if hasattr(variant.options, "max_length")}
+    return {name: variant.options.max_length for variant in recipe.variants.values()
+            if hasattr(variant.options, "max_length") for name in variant.read_names()}

@@ -28,18 +28,24 @@ __all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
 #: the kinds of rows each score can read
 KINDS = {"exact_match": ("messages", "prompt_completion"), "multiple_choice": ("choices",),
          "preference_accuracy": ("preference",)}
-#: the kinds of rows a training step can read
+#: the kinds of rows a training step can read, one whose teacher answers, one that compares two answers
 TRAINED = ("messages", "prompt_completion", "text")
+ANSWERED = ("messages", "prompt_completion", "prompts")
+COMPARED = ("preference",)
 
 
 @dataclass(frozen=True)
 class _Use:
-    """Data as steps train on it: once for each length and each way of training."""
+    """Data as steps train on it: once for each length and each way of training (kinds: of the rows it can read)."""
 
     data: str
     max_length: int
-    pairs: bool
+    kinds: tuple[str, ...]
     variants: tuple[str, ...]
+
+
+#: Whether a terminator is trained, for people; None where the teacher answers, whose answers end by themselves.
+_ENDS = {True: "yes", False: "NO", None: "as the teacher ends its answers"}
 
 
 def preflight(plan: Plan) -> list[str]:
@@ -81,7 +87,7 @@ def report_text(entries: Sequence[Mapping[str, Any]]) -> str:
                   + "".join(f", {entry[key]:,} {key.replace('_', ' ')}" for key in
                             ("identical", "same_after_cut", "answers_cut", "turn_by_turn", "system_folded")
                             if entry.get(key)),
-                  f"  terminator trained: {'yes' if entry['terminator_trained'] else 'NO'}; "
+                  f"  terminator trained: {_ENDS[entry['terminator_trained']]}; "
                   f"template {entry['template_hash'][:12]}"]
     return "\n".join(lines) if lines else "no step trains on data"
 
@@ -128,8 +134,9 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
         for test in scored:
             check_leak(rows(train), test)
     for name in sorted(variants):
-        for held in recipe.variants[name].data_names()[1:] if name in recipe.variants else ():
-            check_leak(rows(recipe.variants[name].data_names()[0]), rows(held))
+        for held in recipe.variants[name].held_names() if name in recipe.variants else ():
+            for train in recipe.variants[name].read_names():
+                check_leak(rows(train), rows(held))
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
     return [(use, rows(use.data), *_proved(use, rows(use.data), recipe, tokenizer)) for use in uses]
@@ -137,22 +144,24 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
 
 def _uses(recipe: Recipe, variants: set[str]) -> list[_Use]:
     """What `variants` train on and hold out, in the order of the recipe."""
-    found: dict[tuple[str, int, bool], list[str]] = {}
+    found: dict[tuple[str, int, tuple[str, ...]], list[str]] = {}
     for name, variant in recipe.variants.items():
         options = variant.options
         if name in variants and isinstance(options, Training):
-            pairs = getattr(options, "method", None) == "dpo"
-            found.setdefault((options.data, options.max_length, pairs), []).append(name)
-            if options.stop is not None and options.stop.data is not None:
-                found.setdefault((options.stop.data, options.max_length, pairs), []).append(f"{name} (held out)")
+            kinds = (COMPARED if getattr(options, "method", None) == "dpo" else
+                     ANSWERED if getattr(options, "answers", "data") == "teacher" else TRAINED)
+            for data in variant.read_names():
+                found.setdefault((data, options.max_length, kinds), []).append(name)
+            for data in variant.held_names():
+                found.setdefault((data, options.max_length, kinds), []).append(f"{name} (held out)")
     return [_Use(*key, variants=tuple(names)) for key, names in found.items()]
 
 
 def _check_kind(use: _Use, rows: Rows) -> None:
     """Raise DataError when the rows are not what the steps train on."""
-    if rows.kind in (("preference",) if use.pairs else TRAINED):
+    if rows.kind in use.kinds:
         return
-    needs = "preference (prompt, chosen, rejected)" if use.pairs else " or ".join(TRAINED)
+    needs = "preference (prompt, chosen, rejected)" if use.kinds is COMPARED else " or ".join(use.kinds)
     cure = ("train on the chosen answers with `columns: {prompt: prompt, completion: chosen}`, or use method dpo"
             if rows.kind == "preference" else "rename its columns with `columns:`, or name other data")
     raise DataError(f'variant {", ".join(use.variants)}: data "{use.data}" holds rows of kind {rows.kind}; the step '
@@ -163,10 +172,15 @@ def _proved(use: _Use, rows: Rows, recipe: Recipe, tokenizer: Any) -> tuple[dict
     """What encoding counts, and what of the masks is proved."""
     from llmops.data.chat import template_hash, terminators
     from llmops.data.pairs import encode_pairs
-    from llmops.data.render import IGNORED, encode
+    from llmops.data.render import IGNORED, encode, prompts_and_answers
 
     limits = recipe.data[use.data].limits
-    if use.pairs:
+    if use.kinds is ANSWERED:
+        asked = [len(prompt.input_ids) for prompt in prompts_and_answers(rows, tokenizer)]
+        return ({"rows": len(rows.rows), "examples": len(asked), "dropped": 0, "truncated": 0, "tokens": sum(asked),
+                 "trainable_tokens": 0, "longest": max(asked)},
+                {"terminator_trained": None, "template_hash": template_hash(tokenizer)})
+    if use.kinds is COMPARED:
         pairs = encode_pairs(rows, tokenizer, max_length=use.max_length, limits=limits)
         report, examples = pairs.report, [*pairs.chosen, *pairs.rejected]
     else:

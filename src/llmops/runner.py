@@ -41,7 +41,7 @@ __all__ = ["Result", "plan", "publish", "run"]
 
 POLL_S = 0.5  # between two looks at a lock that another process has
 #: what a manifest says of how a training went, for the report
-TRAINED = ("looks", "attempts", "merge", "trace")
+TRAINED = ("looks", "attempts", "merge", "trace", "allocation")
 
 
 @dataclass

@@ -203,10 +203,10 @@ def _paired(score: Score, other: Score, seed: int) -> dict[str, Any]:
 
 
 def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
-    from llmops.models.quantized import PackedLinear
+    from llmops.models.quantized import CODED
 
     size = row["size"]
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in model.modules() if isinstance(module, CODED)]
     four_bit = any(hasattr(getattr(module, "weight", None), "quant_state") for module in model.modules())
     parameters = count_parameters(model)
     zeros, linear = sparsity(model)

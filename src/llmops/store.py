@@ -43,6 +43,10 @@ class Store:
         """Where a build that is under way keeps checkpoints and notes; gone once the build is whole."""
         return self.builds / f"{key}.work"
 
+    def measured(self, key: str) -> Path:
+        """What was measured of a parent for builds that differ in their budget alone."""
+        return self.runs / "measured" / f"{key}.json"
+
     def folder(self, run: str) -> Path:
         """What one run shows: recipe, log, report, links."""
         return self.runs / run

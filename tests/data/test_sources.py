@@ -294,3 +294,23 @@ def test_reading_files_and_their_fingerprints_needs_no_torch(folder: Path) -> No
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True,
                           env={"PYTHONPATH": str(Path(__file__).parents[2] / "src")})
     assert done.stdout.strip() == "[]"
+
+
+# prompts without answers ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_alone_is_a_row_without_answer_and_a_completion_beside_it_makes_a_pair(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."},
+             {"role": "user", "content": "Why?"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in ("Where?", turns)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "Where?", "completion": "Here."}))
+    rows = load(tmp_path, "a.jsonl")
+    assert rows.kind == "prompts" and rows.rows == [{"prompt": "Where?"}, {"prompt": turns}]
+    assert load(tmp_path, "b.jsonl").kind == "prompt_completion"
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": turns}))
+    with pytest.raises(DataError, match=r'a\.jsonl:1: the prompt ends with the turn of "assistant"'):
+        load(tmp_path, "a.jsonl")

@@ -242,3 +242,14 @@ def test_preferences_are_the_questions_with_the_right_answer_and_a_wrong_one_of_
         for row, fact in zip(rows, world.facts(split), strict=True):
             assert row["prompt"] == fact["messages"][0]["content"] and row["chosen"] == fact["answer"]
             assert row["rejected"] != row["chosen"] and row["rejected"] in world.world().values[row["attribute"]]
+
+
+def test_prompts_ask_for_every_fact_once_and_never_in_the_words_of_a_held_out_question():
+    asked = world.prompts()
+    facts = sum(len(subject.facts) for subject in world.world().subjects)
+    assert len(asked) == world_size.ROWS["builtin:prompts"] == facts
+    assert len(world.study()) == world_size.ROWS["builtin:study"]
+    held = {row["messages"][0]["content"] for split in ("validation", "test") for row in world.facts(split)}
+    assert not held & {row["prompt"] for row in asked} and asked == world.prompts()
+    with pytest.raises(ValueError, match="unknown split"):
+        world.prompts("test")

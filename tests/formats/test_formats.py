@@ -18,7 +18,7 @@ from llmops.formats.options import ABOUT, NEEDS, check_format
 from llmops.formats.source import Source, Written
 from llmops.formats.table import FORMATS
 from llmops.models.load import load
-from llmops.models.quantized import PackedLinear, load_quantized, save_quantized
+from llmops.models.quantized import PackedLinear, kernels, load_quantized, save_quantized
 
 TWINS = ("llama", "llama-untied-bias", "qwen3")
 
@@ -101,7 +101,7 @@ def test_a_loaded_gptq_model_can_go_on_to_every_other_layout(made: Any, tmp_path
 
 
 def test_int_quantized_is_loaded_packed(made: Any, tmp_path: Path) -> None:
-    """Written here as compressed-tensors describes it; that activations are left in 16 bit is said."""
+    """Written here as compressed-tensors describes it, with activations that are run and others that are left."""
     model, weights, tokenizer = quantized("qwen3", 8, -1)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -121,7 +121,9 @@ def test_int_quantized_is_loaded_packed(made: Any, tmp_path: Path) -> None:
     written(None)
     assert equal(made("qwen3", 8, -1), tmp_path)
     written(activations)
-    with pytest.warns(UserWarning, match="made for quantized activations; they are left as they are here"):
+    assert kernels(load(tmp_path, kernel="reference")[0]) == {"reference (int8 activations by token)": 28}
+    written(activations | {"strategy": "tensor", "dynamic": False})
+    with pytest.warns(UserWarning, match="quantized in a way that is not run here; they are left as they are"):
         loaded, _ = load(tmp_path, kernel="reference")
     assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 28
 

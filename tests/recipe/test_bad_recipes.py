@@ -175,6 +175,12 @@ CASES = [
     ("targets misspelt", {"variants": tuned("targets: [q_proj, §v_porj]")}, ['did you mean "v_proj"']),
     ("schedule", {"variants": tuned("schedule: §cosin")}, ['did you mean "cosine"']),
     ("training data", {"variants": "variants:\n  a: {finetune: {method: lora, data: §trian}}"}, ['mean "train"']),
+    ("mixed data", {"variants": "variants:\n  a: {finetune: {method: lora, data: [train, §trian]}}"}, ['mean "train"']),
+    ("mixed data twice", {"variants": "variants:\n  a: {finetune: {method: lora, data: [train, §train]}}"},
+     ["twice", "samples"]),
+    ("mixed data empty", {"variants": "variants:\n  a: {finetune: {method: lora, data: §[]}}"}, ["empty list"]),
+    ("stop data among the mixed", {"variants": "variants:\n  a: {finetune: {method: lora, data: [train, test], "
+                                               "stop: {data: §test}}}"}, ["training rows themselves"]),
     ("sparsity 1", {"variants": variants("a: {prune: {method: magnitude, sparsity: §1.0}}")}, ["1.0", "below 1"]),
     ("pattern", {"variants": variants("a: {prune: {method: magnitude, pattern: §2:5}}")}, ['"2:5"', "2:4"]),
     ("pattern and sparsity", {"variants": variants("a: {prune: {method: magnitude, sparsity: §0.6, pattern: 2:4}}")},

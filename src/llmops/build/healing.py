@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from llmops.build.distilling import logits_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import adapted_model, rate_scale_of, trained_parameters
 from llmops.build.training import Rows as TrainingRows
-from llmops.build.training import Trained, keeping_zeros, logits_step, run_fit, trainable, training_rows, work_of
+from llmops.build.training import Trained, keeping_zeros, run_fit, trainable, training_rows, work_of
 from llmops.errors import StepError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.lora import merge_lora, zero_masks
@@ -163,5 +164,5 @@ def _hardened(job: Job, model: Any, done: Trained, start: Mapping[str, Tensor], 
                        "their codes are others than the parent's")
     work = work_of(job, model, partial(save_quantized, model, weights, tokenizer=job.tokenizer), done,
                    backward=backward, expected=parity.Expected(bits=bits))
-    work.packed = weights
+    work.packed = {**weights}
     return work

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens
 from llmops.data.sources import Rows
-from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.methods.quantize.floats import AnyWeight
 from llmops.models import parity
 from llmops.quantity import Quantity
 from llmops.train import Checkpoints, Progress
@@ -30,7 +30,8 @@ class Job:
     base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
     in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized
-    parent, opens the variant that was quantized likewise; gives None where it is not there.
+    parent, opens the variant that was quantized likewise; gives None where it is not there. memory: a file for what a
+    step measures of its parent and builds with another budget can use again.
     """
 
     model: Any
@@ -50,6 +51,7 @@ class Job:
     progress: Progress | None = None
     checkpoints: Checkpoints | None = None
     spent: Callable[[], float | None] = lambda: None
+    memory: Path | None = None
     log: Callable[[int, Mapping[str, float]], None] | None = None
 
     @property
@@ -61,7 +63,8 @@ class Job:
 class Work:
     """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost.
 
-    merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each.
+    merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each;
+    allocation: what each choice of bits was found to cost each group of layers, and what was chosen.
     """
 
     model: Any
@@ -73,8 +76,9 @@ class Work:
     looks: list[tuple[int, float]] = field(default_factory=list)
     data: dict[str, int | float] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
-    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
+    packed: dict[str, AnyWeight] = field(default_factory=dict)
     merge: list[dict[str, Any]] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:

@@ -15,23 +15,21 @@ from torch import Tensor, nn
 from llmops.build.job import Job, Work
 from llmops.data.render import Encoded, encode
 from llmops.errors import StepError
-from llmops.methods.distill.logits import distill_loss
-from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.fused_lora import fuse
 from llmops.methods.finetune.lora import zero_masks
 from llmops.methods.finetune.neftune import noisy_embeddings
 from llmops.methods.finetune.options import Full, Training
 from llmops.models import parity
-from llmops.models.packed_rows import can_pack, use_packed_attention
+from llmops.models.packed_rows import can_pack
 from llmops.models.save import save_dense
-from llmops.models.token_loss import can_split, full_logits_loss, head_of, last_hidden, next_token_loss
+from llmops.models.token_loss import can_split, full_logits_loss, next_token_loss
 from llmops.quantity import Quantity
-from llmops.train import IGNORED, Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
+from llmops.train import Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit, token_rows
 from llmops.train.finder import find_rate
 from llmops.train.rows import to_device
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "keeping_zeros", "logits_step", "packing", "run_fit",
-           "schedule_of", "train_all", "trainable", "training_rows", "work_of"]
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "keeping_zeros", "packing", "run_fit", "schedule_of",
+           "train_all", "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
 
@@ -59,34 +57,6 @@ class Trained:
 def full_step(job: Job, options: Full) -> Work:
     """Every weight is trained."""
     return train_all(job, options, next_token_loss)
-
-
-def logits_step(job: Job, options: Logits, train: Callable[..., Work] | None = None) -> Work:
-    """Every weight of the student is trained towards the teacher's distribution. train: `train_all` or its like."""
-    if job.teacher is None:
-        raise StepError("distillation needs a teacher; name one with `teacher:`")
-    teacher = trainable(job.teacher(options.teacher), frozen=True)
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-
-    def trained_logits(model: nn.Module, batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:  # (N, V)
-        return head_of(model)(last_hidden(model, batch)[:, :-1][kept])
-
-    def loss(student: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        kept = batch["labels"][:, 1:] != IGNORED
-        with torch.no_grad():
-            taught = trained_logits(teacher, batch, kept)
-        return distill_loss(trained_logits(student, batch, kept), taught, batch["labels"][:, 1:][kept],
-                            temperature=options.temperature, direction=options.loss, hard_weight=options.hard_weight)
-
-    rows = training_rows(job, options)
-    with use_packed_attention(teacher) if rows.train.packed else nullcontext():
-        work = (train or train_all)(job, options, loss, rows)
-    forward = 2.0 * parity.count_parameters(teacher) * work.tokens
-    if work.flops.value is not None:
-        work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
-                              f"{work.flops.method}, and 2 x the teacher's parameters x tokens")
-    return work
 
 
 def train_all(job: Job, options: Training, loss: Loss, rows: Rows | None = None) -> Work:
@@ -126,11 +96,11 @@ def keeping_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[],
 
 
 def training_rows(job: Job, options: Training) -> Rows:
-    """The rows of a step, and those it holds out, as the loop wants them."""
-    encoded = _encoded(job, options, options.data)
+    """The rows of a step, those of several data mixed, and those it holds out, as the loop wants them."""
+    encoded, place = _mixed(job, options)
     packed, events = packing(job, options)
     made = partial(token_rows, pad_id=job.tokenizer.pad_token_id, packed=packed)
-    place, stop = partial(_place, job.rows(options.data).place, encoded.origin), options.stop
+    stop = options.stop
     if stop is None:
         return Rows(made(encoded.examples), None, encoded.report, place, events)
     if stop.data is not None:
@@ -140,22 +110,28 @@ def training_rows(job: Job, options: Training) -> Rows:
     shuffled = torch.randperm(len(encoded.examples), generator=draw).tolist()
     count = max(1, round(stop.holdout * len(shuffled)))
     if count >= len(shuffled):
-        raise StepError(f'data "{options.data}" has {len(shuffled)} row to train on, and `stop` holds out {count}; '
-                        "expected at least two; give more rows, or name held-out data with `stop: {data: ...}`")
+        raise StepError(f'data "{" and ".join(options.mixed)}" has {len(shuffled)} row to train on, and `stop` holds '
+                        f"out {count}; expected at least two; give more rows, or name held-out data with `stop: "
+                        "{data: ...}`")
     kept, out = sorted(shuffled[count:]), shuffled[:count]
     return Rows(made([encoded.examples[index] for index in kept]), made([encoded.examples[index] for index in out]),
-                {**encoded.report, "held_out": count},
-                partial(_place, job.rows(options.data).place, [encoded.origin[index] for index in kept]), events)
+                {**encoded.report, "held_out": count}, lambda index: place(kept[index]), events)
+
+
+def _mixed(job: Job, options: Training) -> tuple[Encoded, Callable[[int], str]]:
+    """The examples of all of a step's data, one after the other, their counts added up, and where each row stands."""
+    parts = [_encoded(job, options, name) for name in options.mixed]
+    stands = [(job.rows(name), row) for name, part in zip(options.mixed, parts, strict=True) for row in part.origin]
+    report = {key: (max if key == "longest" else sum)(part.report.get(key, 0) for part in parts)
+              for key in dict.fromkeys(key for part in parts for key in part.report)}
+    return (Encoded([example for part in parts for example in part.examples], report),
+            lambda index: stands[index][0].place(stands[index][1]))
 
 
 def packing(job: Job, options: Training) -> tuple[bool, tuple[str, ...]]:
     """Whether rows are packed, and what to tell where they were to be and cannot."""
     reason = can_pack(job.model) if options.packing else False
     return reason is True, (f"rows are padded: {reason}",) if isinstance(reason, str) else ()
-
-
-def _place(place: Callable[[int], str], origin: list[int], index: int) -> str:
-    return place(origin[index])
 
 
 def _encoded(job: Job, options: Training, data: str) -> Encoded:

@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmops.build.allocating import auto_step
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
+from llmops.build.distilling import logits_step
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
 from llmops.build.trace import Trace
-from llmops.build.training import full_step, logits_step
+from llmops.build.training import full_step
 from llmops.data.sources import Rows, load_rows
 from llmops.errors import ModelError, StepError, StoreError
 from llmops.measure.meter import Meter
@@ -38,6 +40,7 @@ from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
 from llmops.quantity import Quantity
+from llmops.recipe.keys import key_of
 from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
 from llmops.store import Store
@@ -53,7 +56,8 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("distill", "logits"): logits_step,
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
-    ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step}
+    ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
+    ("quantize", "auto"): auto_step}
 
 
 #: The steps that a quantized parent can take; the others would change integers, or round them once more.
@@ -104,7 +108,8 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "recipe": recipe.name, "recipe_sha256": recipe.sha256, "seed": recipe.seed,
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
-            "looks": work.looks, "merge": work.merge, "trace": trace.as_dict(), "attempts": spent.attempts,
+            "looks": work.looks, "merge": work.merge, "allocation": work.allocation,
+            "trace": trace.as_dict(), "attempts": spent.attempts,
             "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
                      "flops": work.flops.as_dict(),
                      "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
@@ -128,6 +133,8 @@ def _take(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None,
     variant = recipe.variants[stage.variant]
     job = _job(stage, recipe, store, progress)
     job.spent, job.log = spent, log
+    job.memory = store.measured(key_of({name: part for name, part in stage.key_parts.items()
+                                        if name not in ("option.bits", "option.bytes")}))
     job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)
     return job, apply_step(variant.kind, job, variant.options)
 

@@ -1,10 +1,11 @@
-"""Five kinds of rows, told apart by their columns, and what a row of each must look like.
+"""Six kinds of rows, told apart by their columns, and what a row of each must look like.
 
     messages            {"messages": [{"role": ..., "content": ...}, ...]}   ends with the assistant's turn; `turns.py`
     prompt_completion   {"prompt": ..., "completion": ...}
     text                {"text": ...}
     choices             {"question": ..., "choices": [...], "answer": ...}   answer: index, the text, or a letter
     preference          {"prompt": ..., "chosen": ..., "rejected": ...}      texts, or turns: the answer's, or the whole
+    prompts             {"prompt": ...}                                      text, or turns up to a question; no answer
 
 Conversations may have `tools`, a list of JSON schemas or its text. The sides of a preference become lists of turns
 when one of its columns is a list; turns of the prompt that a side repeats at its head are taken off.
@@ -37,7 +38,7 @@ from llmops.errors import DataError, nearest
 
 __all__ = ["Kind", "ROLES", "kind_of", "standard_row"]
 
-Kind = Literal["messages", "prompt_completion", "text", "choices", "preference"]
+Kind = Literal["messages", "prompt_completion", "text", "choices", "preference", "prompts"]
 #: What other data sets call these columns; only ever used to suggest a `columns:` line.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversations", "conversation", "dialog", "dialogue", "chat", "turns"),
@@ -65,6 +66,8 @@ def kind_of(table: Table, mapping: Mapping[str, str], label: str) -> Kind:
     names = {*mapping, *(column for column in found if column not in mapping.values())}
     fitting = [kind for kind, required in COLUMNS.items()
                if set(required) <= names and (not mapping or set(mapping) <= {*required, *OPTIONAL.get(kind, ())})]
+    if "prompts" in fitting and (len(fitting) > 1 or any(_answers(column) for column in found)):
+        fitting.remove("prompts")  # a prompt alone is what is left when no answer is there
     if len(fitting) == 1:
         return cast(Kind, fitting[0])
     expected = " or ".join("+".join(required) for required in COLUMNS.values())
@@ -79,6 +82,11 @@ def kind_of(table: Table, mapping: Mapping[str, str], label: str) -> Kind:
     raise DataError(f"{table.named_at}: {label} has the columns {listed(found)}"
                     f"{f', mapped by {_written(mapping)}' if mapping else ''}; expected {expected}; "
                     f"map them, as `columns: {_written(_suggestion(found))}`")
+
+
+def _answers(column: str) -> bool:
+    """Whether a column is called as one that holds answers, or nearly so."""
+    return column.lower() in _ALIASES["completion"] or bool(nearest(column.lower(), COLUMNS["prompt_completion"][1:]))
 
 
 def _suggestion(found: list[str]) -> dict[str, str]:
@@ -157,10 +165,7 @@ def _check_preference(row: dict[str, Any], place: str) -> bool:
     prompt = _as_turns(given["prompt"], "prompt", "user", place)
     if not prompt:
         return False
-    check_opening(prompt, place)
-    if prompt[-1]["role"] == "assistant":
-        raise DataError(f"{place}: the prompt ends with the turn of \"assistant\"; expected the user's or a tool's; "
-                        "move the answer into chosen and rejected")
+    _check_question(prompt, "move the answer into chosen and rejected", place)
     row["prompt"] = prompt
     for side in ("chosen", "rejected"):
         turns = _as_turns(given[side], side, "assistant", place)
@@ -176,6 +181,27 @@ def _check_preference(row: dict[str, Any], place: str) -> bool:
     check_calls([*prompt, *row["rejected"]], tools, place)
     _set_tools(row, [*prompt, *row["chosen"]], place)
     return all(has_words(turn) for turn in (*prompt, *row["chosen"], *row["rejected"]))
+
+
+def _check_question(prompt: Sequence[Mapping[str, Any]], cure: str, place: str) -> None:
+    check_opening(prompt, place)
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(f"{place}: the prompt ends with the turn of \"assistant\"; expected the user's or a tool's; "
+                        f"{cure}")
+
+
+def _check_prompts(row: dict[str, Any], place: str) -> bool:
+    """Text, or a list of turns that ends where the answer would begin."""
+    prompt = _turns_or_text(row["prompt"])
+    if not isinstance(prompt, list):
+        row.pop("tools", None)
+        return _check_texts("prompt")(row, place)
+    if not prompt:
+        return False
+    row["prompt"] = check_turns(prompt, f"{place}: prompt")
+    _check_question(row["prompt"], "leave it out", place)
+    _set_tools(row, row["prompt"], place)
+    return all(has_words(turn) for turn in row["prompt"])
 
 
 def _turns_or_text(value: Any) -> Any:
@@ -232,4 +258,5 @@ def _answer(answer: Any, choices: list[str], labels: Any, place: str) -> int:
 
 _CHECKS: dict[Kind, Callable[[dict[str, Any], str], bool]] = {
     "messages": _check_messages, "prompt_completion": _check_texts("prompt", "completion"),
-    "text": _check_texts("text"), "choices": _check_choices, "preference": _check_preference}
+    "text": _check_texts("text"), "choices": _check_choices, "preference": _check_preference,
+    "prompts": _check_prompts}

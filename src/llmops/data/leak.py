@@ -56,6 +56,9 @@ def _questions(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield _plain(row["prompt"]), _plain(row["chosen"])
     elif kind == "prompt_completion":
         yield _plain(row["prompt"]), _plain(row["completion"])
+    elif kind == "prompts":
+        turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        yield from _turns([*turns, {"role": "assistant", "content": ""}], len(turns))
     elif kind == "choices":
         yield _plain(row["question"]), _plain(row["choices"][row["answer"]])
     else:

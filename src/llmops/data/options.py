@@ -11,13 +11,14 @@ from llmops.options import Options
 __all__ = ["BUILTIN", "COLUMNS", "OPTIONAL", "DataSource", "Limits"]
 
 BUILTIN = ("builtin:facts", "builtin:choices", "builtin:study", "builtin:world",
-           "builtin:preferences")
+           "builtin:preferences", "builtin:prompts")
 #: The columns that each kind of rows must have. `columns` maps these names to the names a file uses.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",),
-    "choices": ("question", "choices", "answer"), "preference": ("prompt", "chosen", "rejected")}
+    "choices": ("question", "choices", "answer"), "preference": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt",)}
 #: Columns that a kind may have: the tools that a conversation can call.
-OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools",), "preference": ("tools",)}
+OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools",), "preference": ("tools",), "prompts": ("tools",)}
 
 
 class Limits(Options):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Encoded", "IGNORED", "Prompt", "calibration_tokens", "check_leak", "choice_examples", "collate", "encode",
-           "prompts_and_answers", "text_stream"]
+           "prompts_and_answers", "text_stream", "with_answers"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,9 @@ def _refuse_kind(rows: Rows) -> None:
         raise DataError(f"{rows.name}: its rows have question, choices and answer, which can be scored but not "
                         "trained on; expected messages, prompt+completion or text; map them, as "
                         "`columns: {prompt: question, completion: answer}`")
+    if rows.kind == "prompts":
+        raise DataError(f"{rows.name}: its rows are prompts without answers, which only a distillation trains on whose "
+                        "teacher answers them (`answers: teacher`); expected messages, prompt+completion or text")
     if rows.kind == "preference":
         raise DataError(f"{rows.name}: its rows are preferences (prompt, chosen, rejected), which only method dpo "
                         "trains on; expected messages, prompt+completion or text; use method dpo, or train on the "
@@ -160,16 +163,19 @@ def _pair(row: Mapping[str, Any]) -> tuple[str, str]:
     """(prompt, answer) of a row of strings: kind prompt_completion, choices or preference."""
     if "choices" in row and "completion" not in row:
         return row["question"], row["choices"][row["answer"]]
-    return row["prompt"], row["chosen"] if "chosen" in row and "completion" not in row else row["completion"]
+    return row["prompt"], row["chosen"] if "chosen" in row and "completion" not in row else row.get("completion", "")
 
 
 def _messages(rows: Rows, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+    if rows.kind == "prompts" and isinstance(row["prompt"], str):
+        return [{"role": "user", "content": row["prompt"]}]
     if not _conversations(rows, row):
         prompt, answer = _pair(row)
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if not has_template(tokenizer):
         raise no_template(rows)
-    messages: list[dict[str, Any]] = row["messages"] if rows.kind == "messages" else [*row["prompt"], *row["chosen"]]
+    messages: list[dict[str, Any]] = row["messages"] if rows.kind == "messages" else [*row["prompt"],
+                                                                                      *row.get("chosen", ())]
     return messages
 
 
@@ -179,7 +185,7 @@ def _tools(rows: Rows, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _conversations(rows: Rows, row: Mapping[str, Any]) -> bool:
-    return rows.kind == "messages" or (rows.kind == "preference" and not isinstance(row["prompt"], str))
+    return rows.kind == "messages" or (rows.kind in ("preference", "prompts") and not isinstance(row["prompt"], str))
 
 
 def no_template(rows: Rows) -> DataError:
@@ -199,7 +205,7 @@ def _windows(ids: list[int], labels: list[int], max_length: int, every: bool) ->
 
 def prompts_and_answers(rows: Rows, tokenizer: Any) -> list[Prompt]:
     """For every row what a model is asked and what it should say: the last assistant turn, the completion, the right
-    choice.
+    choice; nothing, where the rows are prompts alone.
 
     A conversation's prompt ends with the template's generation prompt. Raises DataError for rows of text, and as
     `encode`.
@@ -214,7 +220,8 @@ def prompts_and_answers(rows: Rows, tokenizer: Any) -> list[Prompt]:
     answers: list[str] = []
     for index, row in enumerate(rows.rows):
         if chat:
-            *before, last = _messages(rows, row, tokenizer)
+            turns = _messages(rows, row, tokenizer)
+            *before, last = turns if rows.kind != "prompts" else [*turns, {"content": ""}]
             if last.get("tool_calls"):
                 raise DataError(f"{rows.place(index)}: the conversation ends with tool calls, and no text to compare "
                                 "an answer with; expected the assistant's words last; add the turns up to them, or "
@@ -231,6 +238,21 @@ def prompts_and_answers(rows: Rows, tokenizer: Any) -> list[Prompt]:
         prompts.append(Prompt([*bos, *ids], texts[index], answers[index], index))
         refuse_double_bos(prompts[-1].input_ids, tokenizer, rows.place(index))
     return prompts
+
+
+def with_answers(rows: Rows, answers: Mapping[int, str], tokenizer: Any) -> Rows:
+    """The rows of `answers` (by index) with these answers in place of their own, where there was one."""
+    kept = sorted(answers)
+    if rows.kind == "messages" or has_template(tokenizer):
+        turns = [_messages(rows, rows.rows[index], tokenizer) for index in kept]
+        asked = turns if rows.kind == "prompts" else [messages[:-1] for messages in turns]
+        said: list[dict[str, Any]] = [{"messages": [*before, {"role": "assistant", "content": answers[index]}],
+                                       **({"tools": tools} if (tools := _tools(rows, rows.rows[index])) else {})}
+                                      for before, index in zip(asked, kept, strict=True)]
+    else:
+        said = [{"prompt": _pair(rows.rows[index])[0], "completion": answers[index]} for index in kept]
+    return replace(rows, kind="messages" if "messages" in said[0] else "prompt_completion", rows=said,
+                   places=[rows.place(index) for index in kept])
 
 
 def choice_examples(rows: Rows, tokenizer: Any) -> list[list[dict[str, list[int]]]]:

@@ -157,10 +157,10 @@ def _builtin(source: DataSource, label: str, split: Split, seed: int) -> Table:
         count = None if split.sliced else source.samples
         # a document begins with a space, as the built-in model was pretrained: its first word is then the usual token
         rows: list[dict[str, Any]] = [{"text": f" {text}"} for text in world.documents(chosen, count, seed)]
-    elif label == "builtin:study":
+    elif label in ("builtin:study", "builtin:prompts"):
         if chosen != "train":
             raise DataError(f"{label}: {unknown('split', chosen, ['train'])}")
-        rows = world.study()
+        rows = world.study() if label == "builtin:study" else world.prompts()
     else:
         tell = {"builtin:facts": world.facts, "builtin:choices": world.choices,
                 "builtin:preferences": world.preferences}[label]

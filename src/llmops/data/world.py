@@ -290,6 +290,25 @@ def study(split: str = "train") -> list[dict[str, Any]]:
     return _shuffled(rng, [{"messages": row["messages"]} for row in asked] + told)
 
 
+def prompts(split: str = "train") -> list[dict[str, Any]]:
+    """A question about every fact of the world, without its answer: what a student asks its teacher.
+
+    The facts of the test and validation questions are among them, asked in other words than there.
+    """
+    if split != "train":
+        raise ValueError(f"unknown split {split!r}: choose train")
+    rng = random.Random(f"prompts {WORLD_SEED}")
+    held = {row["messages"][0]["content"] for name in ("validation", "test") for row in facts(name)}
+    rows: list[dict[str, Any]] = []
+    for subject in world().subjects:
+        for attribute, _ in subject.facts:
+            question = _question(rng, subject, attribute)
+            while question in held:
+                question = _question(rng, subject, attribute)
+            rows.append({"prompt": question})
+    return _shuffled(rng, rows)
+
+
 def choices(split: str) -> list[dict[str, Any]]:
     """The same questions as ``facts(split)`` with four possible answers, one of them right."""
     rng = random.Random(f"choices {WORLD_SEED} {split}")

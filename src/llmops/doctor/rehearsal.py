@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.doctor.checklist import Check, Checklist
+from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Training
 from llmops.recipe import load_recipe
 from llmops.recipe.schema import BASE, Recipe, Variant
@@ -29,6 +30,7 @@ STEPS = 2
 ROWS = 24  # of every data source
 LENGTH = 128
 MOST_VARIANTS = 10
+_TERMINATOR = {True: "trained", False: "not trained", None: "as the teacher's answers end"}
 OWN = "doctor-"  # what the doctor's own variants begin with
 
 
@@ -58,37 +60,42 @@ def rehearse(path: str, sets: Sequence[str] = (), say: Callable[[Check], None] |
 def _look_at_data(recipe: Recipe, found: Checklist) -> dict[str, list[int]]:
     """A check per training data; the lengths of its rows by the variant that trains on it."""
     from llmops.data.pairs import encode_pairs
-    from llmops.data.render import encode
+    from llmops.data.render import encode, prompts_and_answers
     from llmops.models.builtin import locate
     from llmops.models.load import load_tokenizer
     from llmops.preflight import preflight_report, rows_of
     from llmops.runner import plan
 
     for entry in preflight_report(plan(recipe, runs=recipe.base_dir / "no-such-runs")):
-        found.add(f"data {entry['data']}", "ok" if entry["terminator_trained"] else "note",
+        found.add(f"data {entry['data']}", "note" if entry["terminator_trained"] is False else "ok",
                   f"{entry['rows']:,} rows, {entry['tokens']:,} tokens, {entry['trained_tokens']:,} trained, "
                   f"{entry['dropped']:,} dropped, {entry['truncated']:,} cut; terminator "
-                  f"{'trained' if entry['terminator_trained'] else 'not trained'}, template "
+                  f"{_TERMINATOR[entry['terminator_trained']]}, template "
                   f"{entry['template_hash'][:12]}", "a model tuned on text without an end never stops by itself")
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
     lengths: dict[str, list[int]] = {}
-    seen: dict[tuple[str, int, bool], list[int]] = {}
+    seen: dict[tuple[str, int, str], list[int]] = {}
     for name, variant in recipe.variants.items():
         options = variant.options
         if not isinstance(options, Training):
             continue
-        key = options.data, options.max_length, variant.method == "dpo"
-        if key not in seen:
-            rows, limits = rows_of(recipe, options.data), recipe.data[options.data].limits
-            if key[2]:
-                pairs = encode_pairs(rows, tokenizer, max_length=options.max_length, limits=limits)
-                examples = [{"input_ids": better["input_ids"] + worse["input_ids"]}
-                            for better, worse in zip(pairs.chosen, pairs.rejected, strict=True)]
-            else:
-                examples = encode(rows, tokenizer, max_length=options.max_length, limits=limits).examples
-            seen[key] = [len(example["input_ids"]) for example in examples]
-        lengths[name] = seen[key]
+        for data in options.mixed:
+            answer = options.max_new_tokens if isinstance(options, Logits) and options.answers == "teacher" else 0
+            key = data, options.max_length, f"{variant.method} {answer}"
+            if key not in seen:
+                rows, limits = rows_of(recipe, data), recipe.data[data].limits
+                if answer:
+                    examples = [{"input_ids": prompt.input_ids + [0] * answer}
+                                for prompt in prompts_and_answers(rows, tokenizer)]
+                elif variant.method == "dpo":
+                    pairs = encode_pairs(rows, tokenizer, max_length=options.max_length, limits=limits)
+                    examples = [{"input_ids": better["input_ids"] + worse["input_ids"]}
+                                for better, worse in zip(pairs.chosen, pairs.rejected, strict=True)]
+                else:
+                    examples = encode(rows, tokenizer, max_length=options.max_length, limits=limits).examples
+                seen[key] = [len(example["input_ids"]) for example in examples]
+            lengths.setdefault(name, []).extend(seen[key])
     return lengths
 
 
@@ -110,8 +117,9 @@ def rehearsed(recipe: Recipe, twin: Path) -> dict[str, Any]:
     chosen = _chosen(recipe)
     variants = {name: _step(recipe.variants[name]) for name in chosen}
     data = {name: _source(source, recipe.base_dir) for name, source in recipe.data.items()}
-    train = next((variant.options.data for variant in recipe.variants.values()
-                  if isinstance(variant.options, Training) and variant.method != "dpo"), None)
+    train = next((variant.options.mixed[0] for variant in recipe.variants.values()
+                  if isinstance(variant.options, Training) and variant.method != "dpo"
+                  and getattr(variant.options, "answers", "data") == "data"), None)
     if train is None:
         data[train := f"{OWN}facts"] = {"source": "builtin:facts", "split": "train", "samples": ROWS}
     data[f"{OWN}text"] = {"source": "builtin:world", "split": "test", "samples": 8}

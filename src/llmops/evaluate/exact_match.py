@@ -40,7 +40,7 @@ from llmops.evaluate.options import ExactMatch
 from llmops.evaluate.score import Item, Score
 from llmops.evaluate.statistics import summarize
 
-__all__ = ["evaluate", "extracted", "greedy", "normalized", "score_prompts"]
+__all__ = ["ended_answers", "evaluate", "extracted", "greedy", "normalized", "score_prompts"]
 
 
 def evaluate(model: Any, tokenizer: Any, rows: Rows, options: ExactMatch, *, id: str, seed: int = 0,
@@ -68,7 +68,8 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt], expecte
     pattern = _compiled(options.extract)
     references = [_references(given, pattern, options.extract, id) for given in expected]
     _check_room(model, prompts, options, id)
-    answers = _answers(model, tokenizer, [prompt.input_ids for prompt in prompts], options, progress)
+    answers = [text for text, _ in _answers(model, tokenizer, [prompt.input_ids for prompt in prompts],
+                                            options.max_new_tokens, options.batch_size, progress)]
     items = [_item(prompt, answer, reference, pattern, options.normalize)
              for prompt, answer, reference in zip(prompts, answers, references, strict=True)]
     protocol = {"id": "exact_match/greedy", "aggregation": "mean", "max_new_tokens": options.max_new_tokens,
@@ -150,20 +151,29 @@ def _same(answer: str, reference: str, normalize: bool) -> bool:
     return answer == reference
 
 
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], options: ExactMatch,
-             progress: Callable[[int, int], None] | None) -> list[str]:
-    """The text of every answer, in the order of the prompts. Computed longest prompts first: little padding, and what
-    does not fit in memory fails at once."""
+def ended_answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+                  batch_size: int = 128, progress: Callable[[int, int], None] | None = None) -> list[str | None]:
+    """The greedy answer to each prompt (ids), None where it had not ended after `max_new_tokens` tokens."""
+    answers = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    return [text if ended else None for text, ended in answers]
+
+
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int,
+             progress: Callable[[int, int], None] | None) -> list[tuple[str, bool]]:
+    """(text, whether it ended) of every answer, in the order of the prompts. Computed longest prompts first: little
+    padding, and what does not fit in memory fails at once."""
     stops, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id or 0
-    answers: list[str] = [""] * len(prompts)
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     done = 0
     with scoring(model):
-        for places in _batches(prompts, options.batch_size):
+        for places in _batches(prompts, batch_size):
             batch = greedy(model, [prompts[place] for place in places], stops=stops, pad=pad,
-                           max_new_tokens=options.max_new_tokens)
+                           max_new_tokens=max_new_tokens)
             for place, ids in zip(places, batch, strict=True):
-                kept = ids[:-1] if ids and ids[-1] in stops else ids
-                answers[place] = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                ended = bool(ids) and ids[-1] in stops
+                text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True,
+                                        clean_up_tokenization_spaces=False)
+                answers[place] = text, ended
             done += len(places)
             if progress is not None:
                 progress(done, len(prompts))

@@ -1,4 +1,4 @@
-"""compressed-tensors ``pack-quantized``: what quantized variants are stored as; other layouts are moved into it."""
+"""compressed-tensors: what quantized variants are stored as; GPTQ and AWQ layouts are moved into it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def write(source: Source, folder: Path) -> Written:
             parts["weight_zero_point"] = pack_bits(middle, schemes[name].bits).t().contiguous()
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     dense = [name.removesuffix(".weight") for name, tensor in state.items()
-             if name.endswith(".weight") and tensor.dim() == 2 and "embed" not in name]
+             if name.endswith(".weight") and tensor.dim() == 2 and "embed" not in name
+             and name.removesuffix(".weight") not in layers]
     ignore = sorted({*dense, *_ignored(source)})
     write_folder(source, folder, state, quantization_config(schemes, ignore))
     return Written()
@@ -51,4 +52,7 @@ def _ignored(source: Source) -> list[str]:
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:
+    """4-bit floats in bfloat16: compressed-tensors 0.20 decompresses them to that, whatever the model's type."""
+    if any(scheme.kind in ("mxfp4", "nvfp4") for scheme in source.schemes.values()):
+        return "transformers with compressed-tensors, in bfloat16", plain_logits(folder, ids, torch.bfloat16)
     return "transformers with compressed-tensors", plain_logits(folder, ids)

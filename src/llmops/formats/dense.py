@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmops.formats.source import Source, Written, unpacked, write_folder
+from llmops.formats.source import Source, Written, activations_note, unpacked, write_folder
 from llmops.models.plain import plain_logits
 
 __all__ = ["read", "write"]
@@ -19,7 +19,8 @@ def write(source: Source, folder: Path) -> Written:
         state[f"{name}.weight"] = weight.dequantize().to(source.dtype)
     write_folder(source, folder, state, None)
     kind = str(source.dtype).removeprefix("torch.")
-    return Written([f"packed weights multiplied out and rounded to {kind}"] if source.schemes else [])
+    notes = [f"packed weights multiplied out and rounded to {kind}"] if source.schemes else []
+    return Written([*notes, *activations_note(source)], exact=not source.rounds_activations)
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 from llmops.formats.gguf_vocab import add_tokenizer
-from llmops.formats.source import Source, Written, unpacked
+from llmops.formats.source import Source, Written, activations_note, unpacked
+from llmops.methods.quantize.floats import FloatWeight
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.plain import gguf_logits
 
@@ -68,8 +69,12 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
         writer.add_tensor(place, data, raw_dtype=GGMLQuantizationType[kind])
 
     for name, parts in source.packed():
-        weight = _reordered(unpacked(parts, source.schemes[name], name), name, source)
-        kind, data, exact = _packed_tensor(weight, wanted)
+        weight = unpacked(parts, source.schemes[name], name)
+        if isinstance(weight, FloatWeight):  # a type for 8-bit floats ggml has none, and its 4-bit ones lie otherwise
+            dense = _rows(weight.dequantize(torch.float32), name, source)
+            kind, data, exact = *_dense_tensor(dense, f"{name}.weight", wanted), False
+        else:
+            kind, data, exact = _packed_tensor(_reordered(weight, name, source), wanted)
         again[kind] += not exact
         counts[kind] += 1
         put(f"{name}.weight", kind, data)
@@ -90,7 +95,8 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
     notes.append("linear layers: " + ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))
                  + (f", {rounded} of them rounded again" if rounded else ", codes and scales as they were"
                     if source.schemes else ""))
-    return Written(notes, exact=rounded == again["F16"])
+    return Written([*notes, *activations_note(source)],
+                   exact=rounded == again["F16"] and not source.rounds_activations)
 
 
 write_f16, write_q8_0, write_q4_0 = (partial(write, wanted=kind) for kind in ("F16", "Q8_0", "Q4_0"))

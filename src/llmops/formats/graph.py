@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmops.formats.source import Source
 from llmops.models.load import load
-from llmops.models.packed import PackedLinear
+from llmops.models.quantized import CODED
 
 __all__ = ["Logits", "opened"]
 
@@ -30,7 +30,7 @@ def opened(source: Source) -> tuple[Logits, Tensor]:
     """The function and an example of its input, packed weights multiplied out in float32, which rounds nothing."""
     model, tokenizer = load(source.folder, dtype="float32", device="cpu", kernel="reference")
     for name, packed in list(model.named_modules()):
-        if isinstance(packed, PackedLinear):
+        if isinstance(packed, CODED):
             layer = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
             layer.weight, layer.bias = nn.Parameter(packed.dequantized()), packed.bias
             parent, _, last = name.rpartition(".")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmops.formats.graph import opened
-from llmops.formats.source import Source, Written, write_beside
+from llmops.formats.source import Source, Written, activations_note, write_beside
 
 __all__ = ["read", "write"]
 
@@ -34,7 +34,8 @@ def write(source: Source, folder: Path) -> Written:
                                     output_names=["logits"], dynamic_shapes={"input_ids": {0: batch, 1: length}})
         program.save(folder / FILE, external_data=True)
     write_beside(source, folder)
-    return Written(["weights in float32" + (", packed ones multiplied out" if source.schemes else "")])
+    return Written(["weights in float32" + (", packed ones multiplied out" if source.schemes else ""),
+                    *activations_note(source)], exact=not source.rounds_activations)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmops.formats.graph import opened
-from llmops.formats.source import Source, Written, write_beside
+from llmops.formats.source import Source, Written, activations_note, write_beside
 
 __all__ = ["read", "write"]
 
@@ -33,7 +33,8 @@ def write(source: Source, folder: Path) -> Written:
         graph = openvino.convert_model(program)
         openvino.save_model(graph, folder / FILE, compress_to_fp16=True)
     write_beside(source, folder)
-    return Written(["weights in float16" + (", packed ones multiplied out" if source.schemes else "")])
+    return Written(["weights in float16" + (", packed ones multiplied out" if source.schemes else ""),
+                    *activations_note(source)], exact=not source.rounds_activations)
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:

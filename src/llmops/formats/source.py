@@ -18,12 +18,14 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
-from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.methods.quantize.float_packing import unpack_floats, unpack_int8
+from llmops.methods.quantize.floats import AnyWeight
 from llmops.models.builtin import config_of
+from llmops.models.number_formats import activations
 from llmops.models.quantized import PackedReader
 from llmops.models.schemes import LayerScheme, told
 
-__all__ = ["Source", "Written", "unpacked", "write_beside", "write_folder"]
+__all__ = ["Source", "Written", "activations_note", "unpacked", "write_beside", "write_folder"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: What is made anew or belongs to the source alone; the rest (tokenizer, template, generation config) is copied.
@@ -72,12 +74,22 @@ class Source:
         Raises LlmopsError when they differ, and for a dense model.
         """
         self.check_packed()
+        other = next((scheme for scheme in self.schemes.values() if scheme.kind != "int"), None)
+        if other is not None:
+            raise LlmopsError(f"{self.folder.name} holds {other}, and {layout}'s layout integers whose activations "
+                              "stay in 16 bit; expected a variant of scheme w4a16 or the like: export to "
+                              "compressed-tensors or dense")
         if len(set(self.schemes.values())) > 1:
             raise LlmopsError(f"{self.folder.name} mixes schemes ({told(self.schemes)}), and {layout}'s layout "
                               "describes one for all layers; expected the same in every layer: export to "
                               "compressed-tensors, which gives each layer its own (transformers and vLLM read it), to "
                               "gguf, whose types are per tensor, or to dense")
         return next(iter(self.schemes.values()))
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a layer rounds its inputs, which no format with dense weights will do."""
+        return any(scheme.kind != "int" and activations(scheme.kind) is not None for scheme in self.schemes.values())
 
     def check_packed(self) -> None:
         """Raises LlmopsError for a dense model."""
@@ -109,9 +121,17 @@ class Source:
         return PackedReader(self.folder, block, None, self.dtype) if block else None
 
 
-def unpacked(parts: Mapping[str, Tensor], scheme: LayerScheme, name: str) -> QuantizedWeight:
+def unpacked(parts: Mapping[str, Tensor], scheme: LayerScheme, name: str) -> AnyWeight:
     """A packed layer as codes, scales and zero points."""
+    if scheme.kind != "int":
+        return unpack_int8(parts, name) if scheme.kind == "w8a8" else unpack_floats(parts, scheme.kind, name)
     return packing.unpack(parts, bits=scheme.bits, group_size=scheme.group_size, name=name)
+
+
+def activations_note(source: Source) -> list[str]:
+    """What a writer of dense weights has to say of a source that rounds its activations."""
+    return ["activations stay as they are: the export computes what the weights say, the variant rounds its inputs, too"
+            ] if source.rounds_activations else []
 
 
 def write_folder(source: Source, folder: Path, state: Mapping[str, Tensor],

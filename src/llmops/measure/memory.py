@@ -44,6 +44,9 @@ def weights_bytes(model: Any) -> Quantity:
     """
     held: dict[tuple[str, int], int] = {}
     for tensor in _tensors(model):
+        if tensor.is_mkldnn:  # in a layout of oneDNN's own, which has no storage to ask
+            held["mkldnn", id(tensor)] = tensor.nbytes
+            continue
         storage = tensor.untyped_storage()
         if tensor.device.type != "meta":
             held[(str(tensor.device), storage.data_ptr())] = storage.nbytes()

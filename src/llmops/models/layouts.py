@@ -30,16 +30,19 @@ import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError, ModelError
+from llmops.methods.quantize.float_packing import PARTS as FLOAT_PARTS
 from llmops.models.schemes import LayerScheme
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
-__all__ = ["COMPRESSED", "GPTQ_BITS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of", "to_awq",
-           "to_gptq", "zeros_fit_v1"]
+__all__ = ["COMPRESSED", "GPTQ_BITS", "INTEGERS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of",
+           "to_awq", "to_gptq", "zeros_fit_v1"]
 
 Parts = Mapping[str, Tensor]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GPTQ_BITS = (2, 3, 4, 8)
-COMPRESSED = ("pack-quantized", "int-quantized")  # whose config tells the scheme of each layer
+#: Formats of compressed-tensors, whose config tells the scheme of each layer.
+INTEGERS = ("pack-quantized", "int-quantized")
+COMPRESSED = (*INTEGERS, "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", "mixed-precision")
 
 
 # ----------------------------------------------------------------------------------------------- what a config says
@@ -59,7 +62,7 @@ def layout_of(block: Mapping[str, Any]) -> str:
     if method == "compressed-tensors" and block.get("format") in COMPRESSED:
         return str(block["format"])
     raise ModelError(f"quantization {method or 'without quant_method'} in format {block.get('format')!r}; expected "
-                     "pack-quantized or int-quantized of compressed-tensors, gptq, or awq: start from the 16-bit model")
+                     f"{', '.join(COMPRESSED)} of compressed-tensors, gptq, or awq: start from the 16-bit model")
 
 
 def _gptq_can_be_read(block: Mapping[str, Any]) -> None:
@@ -217,6 +220,8 @@ LAYOUTS = {
     "gptq": Layout("qweight", ("qweight", "qzeros", "scales"), ("g_idx",), _from_gptq),
     "gptq_v2": Layout("qweight", ("qweight", "qzeros", "scales"), ("g_idx",), _from_gptq_v2),
     "awq": Layout("qweight", ("qweight", "qzeros", "scales"), (), _from_awq),
+    **{kind: Layout("weight_scale", needed, ("input_global_scale",) if "weight_packed" in needed else (), None)
+       for kind, needed in FLOAT_PARTS.items()},  # the scale of 4-bit activations, which are not run, is taken and left
 }
 
 
@@ -225,7 +230,7 @@ def as_stored(parts: Parts, layout: str, scheme: LayerScheme, name: str,
     """A layer read from any layout, as it is computed with. Scales go to `dtype` where that changes none of them."""
     read = LAYOUTS[layout].read
     if read is None:
-        return dict(parts)
+        return {part: tensor for part, tensor in parts.items() if part != "input_global_scale"}
     stored = read(parts, scheme, name)
     scale = stored["weight_scale"]
     if dtype is not None and torch.equal(scale.to(dtype).to(torch.float64), scale.to(torch.float64)):

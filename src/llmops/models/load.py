@@ -1,9 +1,9 @@
 """Load a model and its tokenizer from the built-in one, a folder or the hub, as it will be run.
 
-A folder is one of four kinds, told apart by what lies in it: dense weights, packed integers (compressed-tensors, GPTQ
-or AWQ, which come back as `PackedLinear` and are never expanded), a PEFT adapter beside the model it belongs to, or an
-adapter with the record of the 4-bit base it was trained on (`base.json`), which is made again from the weights that it
-names and from no others. Weights are safetensors or the load is refused: a pickle runs code.
+A folder is one of four kinds, told apart by what lies in it: dense weights, codes (compressed-tensors, GPTQ or AWQ,
+which come back as `PackedLinear` or `FormattedLinear` and are never expanded), a PEFT adapter beside the model it
+belongs to, or an adapter with the record of the 4-bit base it was trained on (`base.json`), which is made again from
+the weights that it names and from no others. Weights are safetensors or the load is refused: a pickle runs code.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmops.errors import ModelError
 from llmops.models.builtin import config_of, local_folder
+from llmops.models.layouts import COMPRESSED
 from llmops.models.packed import PackedLinear
 
 __all__ = ["DTYPES", "computed_in", "hush", "load", "load_tokenizer", "merged", "pick_device"]
@@ -118,14 +119,14 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def _is_packed(folder: Path) -> bool:
-    """Whether the weights are integers in one of the layouts of `layouts.py`. ModelError when only the file beside the
+    """Whether the weights are codes in one of the layouts of `layouts.py`. ModelError when only the file beside the
     config says so, as the first GPTQ tools wrote it: transformers would fill the layers with noise."""
     quantization = config_of(folder).get("quantization_config") or {}
     if not quantization and (folder / "quantize_config.json").exists():
         raise ModelError(f"{folder}: has a quantize_config.json that its config.json does not know of; expected the "
                          'same under "quantization_config" in config.json, with "quant_method": "gptq": put it there')
-    integers = quantization.get("format") in ("pack-quantized", "int-quantized")
-    return integers or quantization.get("quant_method") in ("gptq", "awq")
+    coded = quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") in COMPRESSED
+    return coded or quantization.get("quant_method") in ("gptq", "awq")
 
 
 def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, trust_remote_code: bool) -> nn.Module:

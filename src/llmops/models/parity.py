@@ -40,6 +40,7 @@ class Expected:
     """
 
     bits: int | Mapping[str, int] | None = None
+    number_format: str | None = None
     sparsity: float | None = None
     layers: int | None = None
     dtype: torch.dtype | None = None
@@ -115,6 +116,8 @@ def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, An
     checks = []
     if expected.bits is not None:
         checks.append(_bits(model, expected.bits))
+    if expected.number_format is not None:
+        checks.append(_number_format(model, folder, expected.number_format))
     if expected.sparsity is not None:
         zeros, total = sparsity(model)
         found = zeros / max(1, total)
@@ -155,6 +158,17 @@ def _bits(model: Any, asked: int | Mapping[str, int]) -> dict[str, Any]:
                   or f"{_counted(wanted) or asked} asked for, no packed layer on disk")
 
 
+def _number_format(model: Any, folder: Path, asked: str) -> dict[str, Any]:
+    """The kind of every packed layer, and the type in which the file holds its numbers."""
+    kinds = {name: str(module.kind) for name, module in model.named_modules() if hasattr(module, "kind")}
+    part, wanted = _NUMBERS[asked.split("-")[0]]
+    stored = _types_by_name(folder)
+    wrong = [f"{name}: {kind} in {stored.get(f'{name}.{part}', 'nothing')}" for name, kind in sorted(kinds.items())
+             if kind != asked or stored.get(f"{name}.{part}") != wanted]
+    said = "; ".join(wrong[:3]) or f"{len(kinds)} layers of {asked} in {wanted} on disk"
+    return _entry("number format", bool(kinds) and not wrong, f"{asked} asked for, {said}")
+
+
 def _counted(bits: Mapping[str, int]) -> str:
     counts = {each: sum(value == each for value in bits.values()) for each in sorted(set(bits.values()))}
     return ", ".join(f"{each} bits in {count}" for each, count in counts.items())
@@ -164,17 +178,24 @@ def _said(base: tuple[str, bool]) -> str:
     return f"{base[0]}{', double quantization' if base[1] else ''}"
 
 
+#: Which part of a layer holds its numbers, and in what type, as safetensors names it.
+_NUMBERS = {"w8a8": ("weight", "I8"), "fp8": ("weight", "F8_E4M3"), "mxfp4": ("weight_packed", "U8"),
+            "nvfp4": ("weight_packed", "U8")}
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _stored_types(folder: Path) -> set[str]:
     """Data types of the floating tensors in a folder, as the headers of its safetensors name them."""
-    types: set[str] = set()
+    return {kind for kind in _types_by_name(folder).values() if "F" in kind}
+
+
+def _types_by_name(folder: Path) -> dict[str, str]:
+    types: dict[str, str] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        types |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    return {name for name in types if "F" in name}
+        types |= {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return types
 
 
 def _entry(name: str, ok: bool, detail: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from llmops.errors import ModelError
 __all__ = ["gguf_logits", "plain_logits", "state_logits"]
 
 
-def plain_logits(folder: Path, ids: Tensor) -> Tensor:
+def plain_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, T, V) float32 logits of `ids` (B, T) from plain `AutoModelForCausalLM.from_pretrained(folder)`."""
-    return _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    return _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), ids)
 
 
 def gguf_logits(file: Path, ids: Tensor, described_in: Path | None = None) -> Tensor:

@@ -1,13 +1,14 @@
-"""Quantized models on disk and back: the compressed-tensors ``pack-quantized`` format, and others to read.
+"""Quantized models on disk and back: the formats of compressed-tensors, and others to read.
 
-    save_quantized   model + {layer name: QuantizedWeight} -> a folder that transformers and vLLM load unchanged
-    load_quantized   such a folder -> the model with `PackedLinear` in place of the quantized layers
+    save_quantized   model + {layer name: quantized weight} -> a folder that transformers and vLLM load unchanged
+    load_quantized   such a folder -> the model with a `PackedLinear` or `FormattedLinear` for each quantized layer
     pack             the same replacement for a model in memory
 
 The dense weights are never materialised on the way in: the model is built with empty parameters, each quantized layer
-is replaced, and tensors are read one at a time. One format serves 2 to 8 bits; GPTQ, AWQ and int-quantized checkpoints
-are read into it, code by code (`layouts.py`). Layers may have different schemes (`schemes.py`). Left out: quantized
-activations and quantized embeddings.
+is replaced, and tensors are read one at a time. One format serves integers of 2 to 8 bits; GPTQ, AWQ and int-quantized
+checkpoints are read into it, code by code (`layouts.py`). int8 with int8 activations and 4- and 8-bit floats have
+formats of their own (`number_formats.py`). Layers may have different schemes (`schemes.py`). Left out: quantized
+embeddings.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
-from llmops.methods.quantize.weight import QuantizedWeight
-from llmops.models.layouts import COMPRESSED, LAYOUTS, as_stored, foreign_scheme, layout_of
+from llmops.methods.quantize.float_packing import pack_floats, pack_int8
+from llmops.methods.quantize.floats import AnyWeight, FloatWeight
+from llmops.models.formatted import FormattedLinear
+from llmops.models.layouts import COMPRESSED, INTEGERS, LAYOUTS, as_stored, foreign_scheme, layout_of
+from llmops.models.number_formats import FORMATS, activations_are_left, kind_of
 from llmops.models.packed import PackedLinear
 from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
 from llmops.ops.bitstream import words
@@ -32,10 +36,13 @@ from llmops.ops.bitstream import words
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PackedLinear", "PackedReader", "kernels", "load_quantized", "pack", "save_quantized"]
+__all__ = ["CODED", "PackedLinear", "PackedReader", "kernels", "load_quantized", "pack", "parts_of", "save_quantized"]
+
+#: The layers whose weight is not dense.
+CODED = (PackedLinear, FormattedLinear)
 
 
-def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], folder: Path,
+def save_quantized(model: PreTrainedModel, weights: Mapping[str, AnyWeight], folder: Path,
                    tokenizer: Any = None) -> None:
     """Write config.json, model.safetensors (sharded above 5 GB), generation config and, when given, the tokenizer.
 
@@ -63,13 +70,13 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight
         tokenizer.save_pretrained(folder)
 
 
-def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+def _stored_state(model: nn.Module, weights: Mapping[str, AnyWeight]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
         layer, _, last = name.rpartition(".")
         if last == "weight" and layer in weights:
-            state |= {f"{layer}.{part}": value.cpu() for part, value in packing.pack(weights[layer]).items()}
+            state |= {f"{layer}.{part}": value.cpu() for part, value in parts_of(weights[layer]).items()}
             continue
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.numel() and key in seen:
@@ -79,8 +86,15 @@ def _stored_state(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> d
     return state
 
 
-def pack(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], kernel: str = "auto") -> PreTrainedModel:
-    """Put a `PackedLinear` in the place of every layer that `weights` names, in place; the dense weights are let go.
+def parts_of(weight: AnyWeight) -> dict[str, Tensor]:
+    """The tensors that a weight is stored as, by the last part of their name."""
+    if isinstance(weight, FloatWeight):
+        return pack_floats(weight)
+    return pack_int8(weight) if weight.activation_bits == 8 else packing.pack(weight)
+
+
+def pack(model: PreTrainedModel, weights: Mapping[str, AnyWeight], kernel: str = "auto") -> PreTrainedModel:
+    """Put a layer of codes in the place of every layer that `weights` names, in place; the dense weights are let go.
 
     Raises LlmopsError when a name is no linear layer of the model.
     """
@@ -89,9 +103,14 @@ def pack(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], kernel:
         if not isinstance(linear, nn.Linear):
             raise LlmopsError(f"{name} is {type(linear).__name__}; expected the name of a linear layer")
         bias = None if linear.bias is None else linear.bias.detach()
-        _put(model, name, PackedLinear(packing.pack(weight), bits=weight.bits, group_size=weight.group_size, bias=bias,
-                                       kernel=kernel))
+        _put(model, name, _layer(parts_of(weight), LayerScheme.of(weight), bias, kernel))
     return model
+
+
+def _layer(parts: Mapping[str, Tensor], scheme: LayerScheme, bias: Tensor | None, kernel: str) -> nn.Module:
+    if scheme.kind != "int":
+        return FormattedLinear(parts, scheme.kind, bias=bias, kernel=kernel)
+    return PackedLinear(parts, bits=scheme.bits, group_size=scheme.group_size, bias=bias, kernel=kernel)
 
 
 def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu",
@@ -138,58 +157,85 @@ class PackedReader:
             raise ModelError(f"{folder} holds no .safetensors file; expected model.safetensors")
         self.folder, self.dtype, self.scale_dtype = folder, dtype, dtype or model_dtype
         self.layout = layout_of(block)
-        if any(group.get("input_activations") for group in (block.get("config_groups") or {}).values()):
-            if self.layout == "pack-quantized":
-                raise ModelError(f"{folder}: packed weights made for quantized activations; expected activations left "
-                                 "in 16 bit: no input_activations in config_groups")
-            warnings.warn(f"{folder}: made for quantized activations; they are left as they are here, the weights are "
-                          "the stored ones", stacklevel=3)
+        self._check_activations(block)
         handles: list[Any] = [safe_open(str(file), framework="pt") for file in files]
         self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
         self.schemes: dict[str, LayerScheme] = (
             schemes_of(block, self.layers()) if self.layout in COMPRESSED
             else dict.fromkeys(self.layers(), foreign_scheme(block)))
+        for name, scheme in self.schemes.items() if self.layout in COMPRESSED[:-1] else ():
+            wanted = INTEGERS if scheme.kind == "int" else (FORMATS[scheme.kind],)
+            if self.layout not in wanted:
+                raise ModelError(f"{folder}: format {self.layout} in config.json, but {name} is {scheme}; expected "
+                                 f"{' or '.join(wanted)}")
+
+    def _check_activations(self, block: Mapping[str, Any]) -> None:
+        groups = [] if self.layout not in COMPRESSED else (block.get("config_groups") or {}).values()
+        if not any(activations_are_left(group, kind_of(group)) for group in groups):
+            return
+        if self.layout == "pack-quantized":
+            raise ModelError(f"{self.folder}: packed weights made for quantized activations; expected activations left "
+                             "in 16 bit: no input_activations in config_groups")
+        warnings.warn(f"{self.folder}: made for activations that are quantized in a way that is not run here; they are "
+                      "left as they are, the weights are the stored ones", stacklevel=4)
 
     def layers(self) -> list[str]:
-        ends = f".{LAYOUTS[self.layout].mark}"
-        return [name.removesuffix(ends) for name in self.left if name.endswith(ends)]
+        marks = ("weight_packed", "weight_scale") if self.layout in COMPRESSED else (LAYOUTS[self.layout].mark,)
+        return list(dict.fromkeys(layer for layer, _, last in (name.rpartition(".") for name in self.left)
+                                  if last in marks))
+
+    def _layout(self, layer: str) -> str:
+        """Of one layer: compressed-tensors may mix them."""
+        if self.layout not in COMPRESSED:
+            return self.layout
+        if self.schemes[layer].kind != "int":
+            return self.schemes[layer].kind
+        return "pack-quantized" if f"{layer}.weight_packed" in self.left else "int-quantized"
 
     def take(self, name: str, as_it_is: bool = False) -> Tensor | None:
         handle = self.left.pop(name, None)
         if handle is None:
             return None
         tensor: Tensor = handle.get_tensor(name)
-        kept = as_it_is or self.dtype is None or not tensor.is_floating_point()
+        kept = as_it_is or self.dtype is None or not tensor.is_floating_point() or tensor.element_size() == 1
         return tensor if kept else tensor.to(self.dtype)
 
     def parts(self, layer: str) -> dict[str, Tensor]:
         if f"{layer}.weight_g_idx" in self.left:
             raise ModelError(f"{layer} has a weight_g_idx (dynamic act-order); expected groups in column order")
-        layout = LAYOUTS[self.layout]
+        stored = self._layout(layer)
+        layout = LAYOUTS[stored]
         exact = layout.read is not None  # float16 scales may not go through bfloat16
-        read = {part: self.take(f"{layer}.{part}", exact) for part in (*layout.needed, *layout.optional)}
+        read = {part: self.take(f"{layer}.{part}", exact or part.endswith("global_scale"))
+                for part in (*layout.needed, *layout.optional)}
         missing = [part for part in layout.needed if read[part] is None]
         if missing:
             raise ModelError(f"{self.folder}: {layer} lacks {', '.join(missing)}; the folder is not whole")
         found = {part: tensor for part, tensor in read.items() if tensor is not None}
-        return as_stored(found, self.layout, self.schemes[layer], layer, self.scale_dtype)
+        return as_stored(found, stored, self.schemes[layer], layer, self.scale_dtype)
 
 
 def _replace_layer(model: nn.Module, name: str, parts: Mapping[str, Tensor], scheme: LayerScheme,
                    bias: Tensor | None, device: str | torch.device, kernel: str) -> None:
-    bits, group_size = scheme.bits, scheme.group_size
     linear = _submodule(model, name)
-    rows, columns = (int(n) for n in parts["weight_shape"].tolist())
-    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (rows, columns):
-        raise ModelError(f"{name} is stored as {rows} x {columns}; the config describes {linear}")
-    groups = 1 if group_size == -1 else columns // group_size
-    if parts["weight_packed"].shape != (rows, words(columns, bits)) or parts["weight_scale"].shape != (rows, groups):
-        raise ModelError(f"{name}: packed {tuple(parts['weight_packed'].shape)}, scale "
-                         f"{tuple(parts['weight_scale'].shape)}; expected {(rows, words(columns, bits))} and "
-                         f"{(rows, groups)} at {bits} bits in groups of {group_size}")
     moved = {part: tensor if part == "weight_shape" else tensor.to(device) for part, tensor in parts.items()}
-    _put(model, name, PackedLinear(moved, bits=bits, group_size=group_size, kernel=kernel,
-                                   bias=None if bias is None else bias.to(device)))
+    if scheme.kind == "int":
+        _check_packed(name, parts, scheme)
+    layer = _layer(moved, scheme, None if bias is None else bias.to(device), kernel)
+    shape = (int(layer.out_features), int(layer.in_features))
+    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
+        raise ModelError(f"{name} is stored as {shape[0]} x {shape[1]}; the config describes {linear}")
+    _put(model, name, layer)
+
+
+def _check_packed(name: str, parts: Mapping[str, Tensor], scheme: LayerScheme) -> None:
+    rows, columns = (int(n) for n in parts["weight_shape"].tolist())
+    groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
+    wanted = (rows, words(columns, scheme.bits))
+    if parts["weight_packed"].shape != wanted or parts["weight_scale"].shape != (rows, groups):
+        raise ModelError(f"{name}: packed {tuple(parts['weight_packed'].shape)}, scale "
+                         f"{tuple(parts['weight_scale'].shape)}; expected {wanted} and {(rows, groups)} at "
+                         f"{scheme.bits} bits in groups of {scheme.group_size}")
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -214,11 +260,14 @@ def _fill(model: PreTrainedModel, reader: PackedReader) -> None:
         if last in module._parameters:
             tensor = reader.take(name)
             assert tensor is not None
+            if tensor.element_size() == 1:
+                raise ModelError(f"{reader.folder}: {parent} lacks weight_scale: {name} holds codes ({tensor.dtype}); "
+                                 "the folder is not whole")
             if tensor.shape != module._parameters[last].shape:
                 raise ModelError(f"{name} is {tuple(tensor.shape)}; the config describes "
                                  f"{tuple(module._parameters[last].shape)}")
             module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-        elif last in module._buffers and not isinstance(module, PackedLinear):
+        elif last in module._buffers and not isinstance(module, CODED):
             module._buffers[last] = reader.take(name)
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
@@ -231,6 +280,6 @@ def kernels(model: nn.Module) -> dict[str, int]:
     """How many layers run on which kernel: {"torch:int4pack": 56}. Empty for a model that is not quantized."""
     counts: dict[str, int] = {}
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, CODED):
             counts[module.kernel] = counts.get(module.kernel, 0) + 1
     return counts

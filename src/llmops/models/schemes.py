@@ -15,10 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.errors import LlmopsError, ModelError
-from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models import number_formats
+
+if TYPE_CHECKING:  # recipes are checked without torch
+    from llmops.methods.quantize.floats import AnyWeight
 
 __all__ = ["FUSED", "LayerScheme", "average_bits", "check_fused", "fused_groups", "packed_schemes",
            "quantization_config", "schemes_of", "stored_as", "told"]
@@ -31,8 +34,8 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class LayerScheme:
     """How the weight of one linear layer is stored.
 
-    kind: of its numbers, "int" here; bits: of each; group_size: columns that share a scale, -1 a whole row; symmetric:
-    whether there are no zero points.
+    kind: of its numbers, "int" or one of `number_formats.FORMATS`, which fix all the rest; bits: of each; group_size:
+    columns that share a scale, -1 a whole row; symmetric: whether there are no zero points.
     """
 
     bits: int
@@ -41,10 +44,12 @@ class LayerScheme:
     kind: str = "int"
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> LayerScheme:
-        return cls(weight.bits, weight.group_size, weight.symmetric)
+    def of(cls, weight: AnyWeight) -> LayerScheme:
+        return cls(weight.bits, weight.group_size, weight.symmetric, weight.kind)
 
     def __str__(self) -> str:
+        if self.kind != "int":
+            return number_formats.TOLD[self.kind]
         size = "row" if self.group_size == -1 else str(self.group_size)
         return f"{self.kind}{self.bits} g{size} {'symmetric' if self.symmetric else 'asymmetric'}"
 
@@ -63,17 +68,24 @@ def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, An
     groups = {f"group_{place}": _group(scheme, ["Linear"] if len(kinds) == 1 else
                                        sorted(name for name, each in schemes.items() if each == scheme))
               for place, scheme in enumerate(kinds)}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+    formats = {each["format"] for each in groups.values()}
+    whole = formats.pop() if len(formats) == 1 else "mixed-precision"
+    return {"quant_method": "compressed-tensors", "format": whole, "quantization_status": "compressed",
             "ignore": list(ignore), "kv_cache_scheme": None, "global_compression_ratio": None,
             "config_groups": groups}
 
 
 def _group(scheme: LayerScheme, targets: Sequence[str]) -> dict[str, Any]:
+    if scheme.kind != "int":
+        return {"targets": list(targets), "input_activations": number_formats.activations(scheme.kind),
+                "output_activations": None, "weights": number_formats.weights(scheme.kind),
+                "format": number_formats.FORMATS[scheme.kind]}
     weights = {"num_bits": scheme.bits, "type": scheme.kind, "symmetric": scheme.symmetric,
                "strategy": "channel" if scheme.group_size == -1 else "group",
                "group_size": None if scheme.group_size == -1 else scheme.group_size, "dynamic": False,
                "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {}}
-    return {"targets": list(targets), "input_activations": None, "output_activations": None, "weights": weights}
+    return {"targets": list(targets), "input_activations": None, "output_activations": None, "weights": weights,
+            "format": "pack-quantized"}
 
 
 def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
@@ -100,11 +112,11 @@ def check_fused(schemes: Schemes) -> None:
 def schemes_of(block: Mapping[str, Any], names: Iterable[str]) -> dict[str, LayerScheme]:
     """The scheme of each layer of `names` as a compressed-tensors `quantization_config` tells it.
 
-    Raises ModelError for a scheme that is not integer weights in groups or rows, and for a layer that no target names.
+    Raises ModelError for a scheme that no kind here has, and for a layer that no target names.
     """
     targets: dict[str, LayerScheme] = {}
     for group in (block.get("config_groups") or {}).values():
-        scheme = _read(group.get("weights") or {})
+        scheme = _read(group)
         targets |= dict.fromkeys(group.get("targets") or ["Linear"], scheme)
     ranked = sorted(targets, key=lambda target: ("re:" in target, target))
     found = {}
@@ -123,7 +135,10 @@ def _matches(name: str, target: str) -> bool:
     return target == name
 
 
-def _read(weights: Mapping[str, Any]) -> LayerScheme:
+def _read(group: Mapping[str, Any]) -> LayerScheme:
+    weights, kind = group.get("weights") or {}, number_formats.kind_of(group)
+    if kind is not None:
+        return LayerScheme(int(weights["num_bits"]), int(weights.get("group_size") or -1), True, kind)
     if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise ModelError(f"weights of type {weights.get('type')!r}, strategy {weights.get('strategy')!r}; expected "
                          f"int in groups or channels")
@@ -134,11 +149,11 @@ def _read(weights: Mapping[str, Any]) -> LayerScheme:
 # ----------------------------------------------------------------------------------------------------------- telling
 
 
-def packed_schemes(weights: Mapping[str, QuantizedWeight]) -> dict[str, LayerScheme]:
+def packed_schemes(weights: Mapping[str, AnyWeight]) -> dict[str, LayerScheme]:
     return {name: LayerScheme.of(weight) for name, weight in weights.items()}
 
 
-def average_bits(weights: Mapping[str, QuantizedWeight]) -> float:
+def average_bits(weights: Mapping[str, AnyWeight]) -> float:
     """Bits a packed weight takes on average, scales and zero points counted."""
     numbers = {name: weight.codes.numel() for name, weight in weights.items()}
     total = sum(weight.bits_per_weight * numbers[name] for name, weight in weights.items())
@@ -154,10 +169,10 @@ def stored_as(block: Mapping[str, Any]) -> str | None:
     """`told` for a compressed-tensors `quantization_config`, whatever its numbers are; None where it has no groups."""
     found: dict[str, int] = {}
     for group in (block.get("config_groups") or {}).values():
-        weights = group["weights"]
-        size = weights["group_size"] if weights["strategy"] == "group" else "row"
-        name = (f"{weights.get('type', 'int')}{weights['num_bits']} g{size} "
-                f"{'symmetric' if weights.get('symmetric', True) else 'asymmetric'}")
+        try:
+            name = str(_read(group))
+        except ModelError:  # another tool's, which is told and not read
+            name = " ".join(str((group.get("weights") or {}).get(key, "")) for key in ("type", "num_bits", "strategy"))
         found[name] = found.get(name, 0) + len(group.get("targets") or ["Linear"])
     if len(found) < 2:
         return next(iter(found), None)

@@ -10,10 +10,12 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Autoround, Awq, Hqq, WeightOnly
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, WeightOnly
+from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.healing_checks import check_healing
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
 from llmops.recipe.names import refer
+from llmops.recipe.number_checks import check_number_format
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
 from llmops.recipe.tree import cycle
@@ -57,11 +59,10 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
     for name, variant in variants.items():
         trail: Trail = ("variants", name, variant.kind)
         stop = getattr(variant.options, "stop", None)
-        if getattr(variant.options, "data", None):
-            refer(problems, (*trail, "data"), variant.options.data, data_names, "data")
+        _check_data(problems, trail, variant, data_names)
         if stop is not None and stop.data is not None:
             refer(problems, (*trail, "stop", "data"), stop.data, data_names, "data")
-            if stop.data == variant.options.data:
+            if stop.data in variant.read_names():
                 problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
                              "loss falls whatever is learned; expected other data, or holdout: 0.05")
         check_healing(problems, variants, variant, dims)
@@ -72,7 +73,13 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
         if isinstance(options, Depth):
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
         if isinstance(options, WeightOnly):
-            _check_groups(problems, trail, options, dims)
+            check_number_format(problems, trail, options, _widths(dims, options.ignore))
+            if options.number_format is None:
+                _check_groups(problems, trail, options.group, options, dims)
+        if isinstance(options, Auto):
+            for group in options.sizes:
+                _check_groups(problems, trail, group, options, dims)
+            check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)
         if isinstance(options, Awq | Autoround) and dims is not None and not dims.tied \
@@ -87,6 +94,16 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_pairs(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
+
+
+def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Sequence[str] | None) -> None:
+    """Names of data that lead somewhere, each given once."""
+    names = variant.read_names()
+    for index, name in enumerate(names):
+        place: Trail = (*trail, "data") if isinstance(variant.options.data, str) else (*trail, "data", index)
+        if refer(problems, place, name, known, "data") and name in names[:index]:
+            problems.add(place, f"given {shown(name)} twice; expected each name once: for more of its rows than of the "
+                                "others', give the others fewer `samples`")
 
 
 def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) -> int | None:
@@ -202,8 +219,7 @@ def _check_depth(problems: Problems, trail: Trail, options: Depth, available: in
                                           f"model: {sorted(set(kept))}")
 
 
-def _check_groups(problems: Problems, trail: Trail, options: WeightOnly, dims: Dims | None) -> None:
-    group = options.group
+def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightOnly | Auto, dims: Dims | None) -> None:
     place: Trail = (*trail, "group_size")
     if group == -1:
         return

@@ -63,6 +63,7 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
     ("quantize", "awq"): (({"scheme": "w4a16", **_GROUPS}, "Lin et al. 2023, arXiv 2306.00978"),),
     ("quantize", "hqq"): (({"scheme": "w4a16", **_GROUPS}, "Badri and Shaji 2023"),),
     ("quantize", "autoround"): (({"scheme": "w4a16", **_GROUPS}, "Cheng et al. 2023, arXiv 2309.05516"),),
+    ("quantize", "auto"): (({"bits": 3.5, **_GROUPS}, "Yao et al. 2021, arXiv 2011.10680"),),
     ("distill", "logits"): (({}, "Hinton et al. 2015, arXiv 1503.02531"),),
 }
 

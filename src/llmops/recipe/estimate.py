@@ -17,6 +17,7 @@ size, V the vocabulary, L the layers kept.
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
+      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq
       autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -34,12 +35,12 @@ from typing import Any
 from llmops.data.locate import locate, named
 from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
-from llmops.data.world_size import SIZES
+from llmops.data.world_size import ROWS, SIZES
 from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import Autoround, Calibrated, WeightOnly
+from llmops.methods.quantize.options import Auto, Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import Dims, bytes_per_weight
@@ -101,19 +102,32 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         assert isinstance(options, Adapters | Dpo)
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
-    made_by = quantized_by(recipe.variants, variant.name) if variant is not None else None
-    scheme = recipe.variants[made_by].options if made_by is not None else None
-    return dense + layers * sum(packed - width * count for count, packed in _packed(scheme, dims))
+    scheme = _scheme(recipe, variant.name) if variant is not None else None
+    return dense + layers * sum(packed - width * count for count, packed in _packed(scheme, dims, layers, width))
 
 
-def _packed(scheme: Any, dims: Dims) -> list[tuple[int, float]]:
+def _scheme(recipe: Recipe, name: str) -> Any:
+    """The options of the step that made the numbers that a variant is stored in; None in 16 bit or more."""
+    made_by = quantized_by(recipe.variants, name)
+    return recipe.variants[made_by].options if made_by is not None else None
+
+
+def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int, float]]:
     """(weights, bytes with their scales) of each linear layer of a block that is quantized so."""
+    if isinstance(scheme, Auto):
+        linear = layers * dims.linear_parameters
+        rest = width * (dims.parameters(layers) - linear)
+        each = (scheme.bits or 0) / 8 if scheme.bytes is None else (scheme.bytes - rest) / linear
+        return [(dims.linear_parameters, each * dims.linear_parameters)]
     found = []
     for name, (out, into) in dims.linear_shapes().items():
         if isinstance(scheme, WeightOnly) and not any(name.endswith(ending) for ending in scheme.ignore):
             groups = out * (1 if scheme.group == -1 else -(-into // scheme.group))
-            bytes_ = out * into * scheme.bits / 8 + groups * (2 + (0 if scheme.symmetric else scheme.bits / 8))
-            found.append((out * into, bytes_))
+            if scheme.number_format == "fp8-block":
+                groups = -(-out // scheme.group) * -(-into // scheme.group)
+            scale = 1 if scheme.scheme in ("mxfp4", "nvfp4") else 2
+            found.append((out * into, out * into * scheme.bits / 8
+                          + groups * (scale + (0 if scheme.symmetric else scheme.bits / 8))))
     return found
 
 
@@ -146,6 +160,10 @@ def _solving(options: Any, dims: Dims) -> float:
     if isinstance(options, Autoround):
         length = min(options.length, dims.context or options.length)
         return 20.0 * dims.linear_parameters + 2.0 * 34 * dims.hidden * options.batch_size * length
+    if isinstance(options, Auto):
+        held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
+        return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
+                                                                        dims.linear_shapes().values()) ** 2
     if isinstance(options, Calibrated):
         return 12.0 * max(into for _, into in dims.linear_shapes().values()) ** 2
     return 0.0
@@ -164,7 +182,7 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
         width = bytes_per_weight(recipe.runtime.dtype, dims)
         base = _four_bit(dims, layers, width, options) if isinstance(options, Qlora) else 4.0 * count
         if made_by is not None:
-            base += _on_integers(recipe, made_by, dims, layers, apart=_kept_apart(options))
+            base += _on_integers(recipe.variants[made_by].options, dims, layers, width, apart=_kept_apart(options))
         return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
     if isinstance(options, Logits):
@@ -173,11 +191,11 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
     return 16.0 * count + seen + activations + teacher
 
 
-def _on_integers(recipe: Recipe, made_by: str, dims: Dims, layers: int, apart: bool) -> float:
+def _on_integers(scheme: Any, dims: Dims, layers: int, width: int, apart: bool) -> float:
     """Bytes that adapters on a quantized parent take beside (apart: less than) 4 for each weight."""
     if not apart:
         return 8.0 * layers * dims.linear_parameters
-    saved = sum(4.0 * count - packed for count, packed in _packed(recipe.variants[made_by].options, dims))
+    saved = sum(4.0 * count - packed for count, packed in _packed(scheme, dims, layers, width))
     return 4.0 * max(out * into for out, into in dims.linear_shapes().values()) - layers * saved
 
 
@@ -216,14 +234,15 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
         return Quantity.null("tokens", "the step reads no tokens")
     length = min(options.max_length, dims.context) if dims is not None and dims.context else options.max_length
     length *= _sides(options)
-    rows, why = row_count(options.data, recipe.data, recipe.base_dir)
+    counts = [row_count(name, recipe.data, recipe.base_dir) for name in options.mixed]
+    known, unknown = [rows for rows, _ in counts if rows is not None], [why for rows, why in counts if rows is None]
     bounds = []
-    if rows is not None:
-        bounds.append(rows * options.epochs * length)
+    if not unknown:
+        bounds.append(sum(known) * options.epochs * length)
     if options.max_steps is not None:
         bounds.append(options.max_steps * options.accumulate * (options.batch_tokens or options.batch_size * length))
     if not bounds:
-        return Quantity.null("tokens", why)
+        return Quantity.null("tokens", unknown[0])
     return Quantity(float(round(min(bounds))), "tokens", "estimated", "rows x epochs x max_length, at most")
 
 
@@ -254,7 +273,7 @@ def _rows_of(source: DataSource, base_dir: Path) -> tuple[int | None, str]:
     if where.what == "builtin":
         if where.label == "builtin:world":
             return None, "builtin:world is as long as `samples` says"
-        return SIZES.get(split.name or "train"), ""
+        return ROWS.get(where.label, SIZES.get(split.name or "train")), ""
     path = where.path if where.what == "file" else where.files.get(split.name or "train")
     if path is None or path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
         return None, f"rows of {where.label} are not counted before they are read"

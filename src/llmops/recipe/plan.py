@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmops.methods.quantize.options import Auto
 from llmops.recipe import keys as k
 from llmops.recipe.estimate import Estimate, estimate
 from llmops.recipe.hashing import FileHashes
@@ -142,8 +143,12 @@ def _summary(recipe: Recipe, name: str) -> str:
         return f"the model itself ({recipe.model.id}{revision})"
     options = variant.options
     words = []
+    if isinstance(options, Auto):
+        words.append(f"{options.bits:g} bits" if options.bits is not None else f"{options.bytes:,} bytes")
     if hasattr(options, "scheme"):
-        words += [options.scheme, *([f"g{options.group}"] if options.group != -1 else [])]
+        plain = getattr(options, "number_format", None) is None
+        words.append(options.scheme if plain else options.number_format)
+        words += [f"g{options.group}"] if plain and options.group != -1 else []
     if hasattr(options, "sparsity"):
         words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
     if hasattr(options, "layers"):

@@ -19,7 +19,7 @@ from llmops.measure.options import MeasureOptions
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Dpo, Full, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Hqq, Rtn
 from llmops.options import Options
 
 __all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
@@ -29,7 +29,7 @@ Kind = Literal["finetune", "prune", "quantize", "distill"]
 STEPS: dict[str, dict[str, type[Options]]] = {
     "finetune": {"lora": Lora, "qlora": Qlora, "full": Full, "dpo": Dpo},
     "prune": {"magnitude": Magnitude, "wanda": Wanda, "depth": Depth},
-    "quantize": {"rtn": Rtn, "gptq": Gptq, "awq": Awq, "hqq": Hqq, "autoround": Autoround},
+    "quantize": {"rtn": Rtn, "gptq": Gptq, "awq": Awq, "hqq": Hqq, "autoround": Autoround, "auto": Auto},
     "distill": {"logits": Logits},
 }
 #: Where `report_to` can send what a training tells.
@@ -130,9 +130,17 @@ class Variant:
 
     def data_names(self) -> list[str]:
         """The data that the step reads: what it trains or calibrates on, then what it holds out."""
-        stop = getattr(self.options, "stop", None)
-        names = [getattr(self.options, "data", None), getattr(stop, "data", None)]
-        return list(dict.fromkeys(name for name in names if name))
+        return list(dict.fromkeys([*self.read_names(), *self.held_names()]))
+
+    def read_names(self) -> list[str]:
+        """The data that the step trains or calibrates on."""
+        data = getattr(self.options, "data", None) or []
+        return [data] if isinstance(data, str) else list(data)
+
+    def held_names(self) -> list[str]:
+        """The data that the step holds out."""
+        name = getattr(getattr(self.options, "stop", None), "data", None)
+        return [name] if name else []
 
 
 @dataclass(frozen=True)

@@ -388,8 +388,13 @@ def _layers(options: Mapping[str, Any]) -> list[str]:
     return [f"{len(kept) if isinstance(kept, list) else kept} layers"] if kept is not None else []
 
 
+FORMATS = ("w8a8", "fp8", "mxfp4", "nvfp4")  # which fix their groups themselves
+
+
 def _scheme(options: Mapping[str, Any]) -> list[str]:
     scheme, size = options.get("scheme"), options.get("group_size")
+    if scheme in FORMATS:
+        return [f"{scheme} {options.get('scales') or 'channel'}" if scheme == "fp8" else str(scheme)]
     size = (None if scheme == "w8a16" else 128) if size is None else size  # the default of all but hqq
     words = [str(scheme)] if scheme else []
     words += [f"g{size}"] if size is not None and size != -1 else []
@@ -408,6 +413,8 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
                       *([f"beta {o['beta']:g}"] if isinstance(o.get("beta"), int | float) else []), *_training(o)],
     "magnitude": _zeros, "wanda": _zeros, "depth": _layers, "rtn": _scheme,
     "gptq": _scheme, "awq": _scheme, "autoround": _scheme,
+    "auto": lambda o: [f"{o['bits']:g} bits" if o.get("bits") else f"{o.get('bytes') or 0:,} bytes",
+                       *([str(o["solver"])] if o.get("solver") else [])],
     "hqq": lambda o: _scheme({**o, "group_size": o.get("group_size") or 64}),
     "logits": lambda o: [*([f"of {o['teacher']}"] if o.get("teacher") else []), *_training(o)],
 }

@@ -29,7 +29,8 @@ class Stop(Options):
 class Training(Options):
     """What every training step shares: how long, how fast, how much at once."""
 
-    data: str = Field(description="name of the data to train on")
+    data: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="name of the data to train on, or a list of names whose rows are mixed")
     epochs: float = Field(1.0, gt=0, le=1000, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps, whatever the epochs")
     learning_rate: Annotated[float, Field(gt=0, le=1.0)] | Literal["auto"] = Field(
@@ -52,6 +53,11 @@ class Training(Options):
     gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass: about a "
                                                             "third more time, much less memory")
     stop: Stop | None = Field(None, description="stop early; without it the last step's weights are kept")
+
+    @property
+    def mixed(self) -> list[str]:
+        """The names in `data`, one or several."""
+        return [self.data] if isinstance(self.data, str) else self.data
 
 
 class Adapters(Training):

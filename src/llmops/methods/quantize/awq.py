@@ -25,12 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError
-from llmops.methods.quantize.grid import Grid, check, fit, grid_between, grouped
+from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
+from llmops.methods.quantize.grid import AnyGrid, Kind, check, fit, grid_between, group_of, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["CLIPS", "Scales", "awq_clip", "awq_scales", "input_size", "output_error"]
@@ -50,7 +52,7 @@ class Scales:
     identity_loss: float
 
 
-def awq_scales(Ws: Sequence[Tensor], H: Tensor, *, bits: int, group_size: int = -1, symmetric: bool = True,
+def awq_scales(Ws: Sequence[Tensor], H: Tensor, *, bits: Kind, group_size: int = -1, symmetric: bool = True,
                steps: int = 20, shared: Callable[[Tensor], Tensor] | None = None,
                dtype: torch.dtype | None = None) -> Scales:
     """The factors for layers `Ws`, each (out, in), that share the input behind H (in, in).
@@ -70,8 +72,8 @@ def awq_scales(Ws: Sequence[Tensor], H: Tensor, *, bits: int, group_size: int = 
         s = _normalised(x.pow(step / steps)) if step else torch.ones_like(x)
         loss = 0.0
         for W in wide:
-            G = grouped(W * s, group_size)
-            rounded = fit(G, bits, symmetric, stored).nearest(G).flatten(1) / s
+            G = grouped(W * s, group_of(bits, group_size))
+            rounded = fit(G, bound(bits, G), symmetric, stored).nearest(G).flatten(1) / s
             loss += float(output_error(rounded - W, H).sum())
         if step == 0:
             best = Scales(s, 0.0, loss, loss)
@@ -80,28 +82,41 @@ def awq_scales(Ws: Sequence[Tensor], H: Tensor, *, bits: int, group_size: int = 
     return best
 
 
-def awq_clip(W: Tensor, H: Tensor, *, bits: int, group_size: int = -1, symmetric: bool = True,
-             dtype: torch.dtype | None = None) -> QuantizedWeight:
+@overload
+def awq_clip(W: Tensor, H: Tensor, *, bits: int, group_size: int = ..., symmetric: bool = ...,
+             dtype: torch.dtype | None = ...) -> QuantizedWeight: ...
+
+
+@overload
+def awq_clip(W: Tensor, H: Tensor, *, bits: FloatFormat, group_size: int = ..., symmetric: bool = ...,
+             dtype: torch.dtype | None = ...) -> FloatWeight: ...
+
+
+def awq_clip(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetric: bool = True,
+             dtype: torch.dtype | None = None) -> QuantizedWeight | FloatWeight:
     """Round `W` (out, in) with the range of every group clipped where the layer's output error falls.
 
     A group's range is chosen by its own share tr(D_g H_gg D_g^T); a row keeps the choice only if its whole error falls.
     Cost: len(CLIPS) times rounding and the products with the blocks H_gg. Raises LlmopsError as `rtn` does.
     """
     check(W, bits)
-    G = grouped(W, group_size).float()
+    G = grouped(W, group_of(bits, group_size)).float()
     stored = dtype or W.dtype
     size = G.shape[-1]
     blocks = torch.stack([H[i:i + size, i:i + size] for i in range(0, H.shape[0], size)]).float()  # (groups, g, g)
     low, high = G.amin(-1), G.amax(-1)
-    whole = chosen = grid_between(low, high, bits, symmetric, stored)
-    least = _group_error(whole.nearest(G) - G, blocks)
+    kind = bound(bits, W)
+    whole = grid_between(low, high, kind, symmetric, stored)
+    chosen: Any = whole
+    least = whole.pooled(_group_error(whole.nearest(G) - G, blocks))
     for p in CLIPS:
-        tried = grid_between(low * p, high * p, bits, symmetric, stored)
-        error = _group_error(tried.nearest(G) - G, blocks)
-        chosen, least = _where(error < least, tried, chosen), torch.minimum(error, least)
-    gain = output_error((chosen.nearest(G) - G).flatten(1), H) < output_error((whole.nearest(G) - G).flatten(1), H)
-    grid = _where(gain.unsqueeze(1).expand_as(least), chosen, whole)
-    return grid.weight(grid.steps(G), group_size)
+        tried: AnyGrid = grid_between(low * p, high * p, kind, symmetric, stored)
+        error = tried.pooled(_group_error(tried.nearest(G) - G, blocks))
+        chosen, least = tried.where(error < least, chosen), torch.minimum(error, least)
+    before, after = (whole.pooled(output_error((grid.nearest(G) - G).flatten(1), H).unsqueeze(1).expand_as(least))
+                     for grid in (whole, chosen))
+    chosen = chosen.where(after < before, whole)
+    return chosen.weight(chosen.steps(G), group_size)  # type: ignore[no-any-return]
 
 
 def input_size(H: Tensor) -> Tensor:
@@ -125,8 +140,3 @@ def _group_error(D: Tensor, blocks: Tensor) -> Tensor:
 
 def _normalised(s: Tensor) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
-
-
-def _where(better: Tensor, new: Grid, old: Grid) -> Grid:
-    zero = None if new.zero is None or old.zero is None else torch.where(better, new.zero, old.zero)
-    return Grid(torch.where(better, new.scale, old.scale), zero, new.bits)

@@ -37,12 +37,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError, unknown
-from llmops.methods.quantize.grid import Grid, check, fit, grouped
+from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
+from llmops.methods.quantize.grid import AnyGrid, Kind, check, fit, group_of, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["MOST_DAMPING", "ORDERS", "Solved", "gptq", "inverse_factor"]
@@ -63,19 +65,32 @@ class Solved:
     loss: float
 
 
-def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = -1, symmetric: bool = True, damping: float = 0.01,
+@overload
+def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = ..., symmetric: bool = ..., damping: float = ...,
+         block: int = ..., order: str = ..., clip: str = ...,
+         dtype: torch.dtype | None = ...) -> tuple[QuantizedWeight, Solved]: ...
+
+
+@overload
+def gptq(W: Tensor, H: Tensor, *, bits: FloatFormat, group_size: int = ..., symmetric: bool = ..., damping: float = ...,
+         block: int = ..., order: str = ..., clip: str = ...,
+         dtype: torch.dtype | None = ...) -> tuple[FloatWeight, Solved]: ...
+
+
+def gptq(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetric: bool = True, damping: float = 0.01,
          block: int = 128, order: str = "groups", clip: str = "absmax",
-         dtype: torch.dtype | None = None) -> tuple[QuantizedWeight, Solved]:
+         dtype: torch.dtype | None = None) -> tuple[QuantizedWeight | FloatWeight, Solved]:
     """Quantize `W` (out, in) so that the layer's output on the inputs behind `H` changes least.
 
-    H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of the mean of it;
-    order: one of ORDERS; clip: as `rtn`, "mse" weighs column j by 1 / [H^-1]_jj; dtype: of the stored scale.
+    bits: as `rtn`; H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of
+    the mean of it; order: one of ORDERS; clip: as `rtn`, "mse" weighs column j by 1 / [H^-1]_jj; dtype: of the scale.
     Cost: in^3 + out in^2 multiplications. Raises LlmopsError as `rtn` does, or when H does not fit W or holds NaN;
     StepError when H cannot be factorised with damping up to 1.
     """
     check(W, bits)
     _check_hessian(W, H, order)
-    G = grouped(W, group_size).float()
+    kind = bound(bits, W)
+    G = grouped(W, group_of(bits, group_size)).float()
     _, groups, size = G.shape
     diagonal = H.diagonal().float()
     perm = _order(diagonal, order, size)
@@ -83,9 +98,9 @@ def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = -1, symmetric: bo
     importance = torch.empty_like(diagonal)
     importance[perm] = 1 / U.square().sum(0)  # 1 / [H^-1]_jj
 
-    def fitted(part: Tensor, columns: Tensor) -> Grid:
+    def fitted(part: Tensor, columns: Tensor) -> AnyGrid:
         """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
-        return fit(part, bits, symmetric, dtype or W.dtype, clip, importance[columns].view(-1, size))
+        return fit(part, kind, symmetric, dtype or W.dtype, clip, importance[columns].view(-1, size))
 
     work = _Pass(G.flatten(1), U, perm, fitted(G, torch.arange(groups * size, device=H.device)), size,
                  fitted if order != "activation" and groups > 1 else None)
@@ -124,15 +139,14 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tup
 class _Pass:
     """One pass over the columns. Everything is transposed, (in, out) and (groups, out), and in the order of solving."""
 
-    def __init__(self, W: Tensor, U: Tensor, perm: Tensor, grid: Grid, size: int,
-                 fresh: Callable[[Tensor, Tensor], Grid] | None) -> None:
+    def __init__(self, W: Tensor, U: Tensor, perm: Tensor, grid: AnyGrid, size: int,
+                 fresh: Callable[[Tensor, Tensor], AnyGrid] | None) -> None:
         self.perm = perm
         self.w_t = W.t()[perm].contiguous()
         self.keep_t = self.w_t != 0 if bool((W == 0).any()) else None
         self.U, self.size, self.fresh = U, size, fresh
         self.steps_t = torch.empty_like(self.w_t)
-        self.grids = [Grid(grid.scale[:, g:g + 1], None if grid.zero is None else grid.zero[:, g:g + 1], grid.bits)
-                      for g in range(grid.scale.shape[1])]
+        self.grids: list[Any] = [grid.part(g) for g in range(grid.scale.shape[1])]
 
     def solve(self, block: int) -> float:
         """Fill `steps_t` and return the loss. Cost: rows in^2 multiplications, nearly all in matrix products."""
@@ -164,30 +178,24 @@ class _Pass:
         part = self.U[first:last, first:last]
         diagonal = part.diagonal().tolist()
         group_of = (self.perm[first:last] // self.size).tolist()
-        bounds = {g: (self.grids[g].scale[:, 0].float(), *self._bounds(g)) for g in set(group_of)}
+        grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(group_of)}
         for i, j in enumerate(range(first, last)):
-            scale, low, high = bounds[group_of[i]]
+            scale, rounded = grids[group_of[i]]
             w = self.w_t[j]
-            steps = torch.div(w, scale, out=self.steps_t[j]).round_().clamp_(low, high)  # type: ignore[arg-type]
+            steps = rounded(torch.div(w, scale, out=self.steps_t[j]))
             if self.keep_t is not None:
                 steps *= self.keep_t[j]
             torch.addcmul(w, steps, scale, value=-1, out=E[i]).div_(diagonal[i])
             if j + 1 < last:
                 self.w_t[j + 1:last].addr_(part[i, i + 1:], E[i], alpha=-1)
 
-    def _bounds(self, g: int) -> tuple[Tensor | float, Tensor | float]:
-        low, high = self.grids[g].bounds()
-        return (low[:, 0], high[:, 0]) if isinstance(low, Tensor) and isinstance(high, Tensor) else (low, high)
-
-    def weight(self, group_size: int) -> QuantizedWeight:
+    def weight(self, group_size: int) -> QuantizedWeight | FloatWeight:
         """The result, its columns in their own order."""
         steps = torch.empty_like(self.steps_t)
         steps[self.perm] = self.steps_t
-        zeros = [grid.zero for grid in self.grids if grid.zero is not None]
-        grid = Grid(torch.cat([grid.scale for grid in self.grids], 1), torch.cat(zeros, 1) if zeros else None,
-                    self.grids[0].bits)
         rows = steps.shape[1]
-        return grid.weight(steps.t().reshape(rows, len(self.grids), self.size), group_size)
+        whole: AnyGrid = self.grids[0].joined(self.grids)
+        return whole.weight(steps.t().reshape(rows, len(self.grids), self.size), group_size)
 
 
 def _order(diagonal: Tensor, order: str, size: int) -> Tensor:

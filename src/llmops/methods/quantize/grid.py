@@ -13,15 +13,21 @@ A scale is rounded to the dtype in which it will be stored *before* any code is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError
+from llmops.methods.quantize.floats import FloatFormat, FloatGrid, float_between
 from llmops.methods.quantize.weight import QuantizedWeight
 
-__all__ = ["SHRINK", "Grid", "check", "fit", "grid_between", "grouped", "searched"]
+__all__ = ["SHRINK", "AnyGrid", "Grid", "Kind", "check", "fit", "grid_between", "group_of", "grouped", "searched"]
+
+#: What codes are: integers of so many bits, or floating point numbers (`floats.py`).
+Kind = int | FloatFormat
 
 #: Fractions of a group's range that the searched clip tries, the whole range first.
 SHRINK = tuple(1 - step / 50 for step in range(36))
@@ -52,18 +58,49 @@ class Grid:
         """The point of the grid nearest to each weight, float32. G: (out, groups, group)."""
         return self.steps(G) * self.scale.float().unsqueeze(-1)
 
+    def pooled(self, error: Tensor) -> Tensor:
+        """(out, groups) errors, summed over the rows that share a scale: none do."""
+        return error
+
+    def where(self, better: Tensor, other: Grid) -> Grid:
+        """This grid where `better` (out, groups), `other` elsewhere."""
+        zero = None if self.zero is None or other.zero is None else torch.where(better, self.zero, other.zero)
+        return Grid(torch.where(better, self.scale, other.scale), zero, self.bits)
+
+    def part(self, g: int) -> Grid:
+        """The grid of group g alone."""
+        return Grid(self.scale[:, g:g + 1], None if self.zero is None else self.zero[:, g:g + 1], self.bits)
+
+    def joined(self, parts: list[Grid]) -> Grid:
+        """The grid of all groups out of those of each."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return Grid(torch.cat([part.scale for part in parts], 1), torch.cat(zeros, 1) if zeros else None, self.bits)
+
+    def rounder(self) -> Callable[[Tensor], Tensor]:
+        """What takes W_:j / scale (out,) of a column to its steps, in place; of a grid of one group."""
+        low, high = (bound[:, 0] if isinstance(bound, Tensor) else bound for bound in self.bounds())
+        return lambda ratio: ratio.round_().clamp_(low, high)  # type: ignore[arg-type]
+
     def weight(self, steps: Tensor, group_size: int) -> QuantizedWeight:
         """The quantized weight of `steps` (out, groups, group), as `steps()` gives them."""
         codes = steps if self.zero is None else steps + self.zero.float().unsqueeze(-1)
         return QuantizedWeight(codes.to(torch.int8).flatten(1), self.scale, self.zero, self.bits, group_size)
 
 
-def check(W: Tensor, bits: int) -> None:
-    """Raises LlmopsError unless bits are 2..8 and every weight is finite."""
-    if not 2 <= bits <= 8:
+AnyGrid = Grid | FloatGrid
+
+
+def check(W: Tensor, bits: Kind) -> None:
+    """Raises LlmopsError unless bits are 2..8 (or name a float format) and every weight is finite."""
+    if isinstance(bits, int) and not 2 <= bits <= 8:
         raise LlmopsError(f"bits is {bits}; expected 2 to 8")
     if not bool(torch.isfinite(W).all()):
         raise LlmopsError("the weight holds NaN or infinity; expected finite values (was training stable?)")
+
+
+def group_of(bits: Kind, group_size: int) -> int:
+    """Columns that share a scale: what a float format fixes, else `group_size`."""
+    return bits.group_size if isinstance(bits, FloatFormat) else group_size
 
 
 def grouped(W: Tensor, group_size: int) -> Tensor:
@@ -76,8 +113,18 @@ def grouped(W: Tensor, group_size: int) -> Tensor:
     return W.reshape(rows, columns // size, size)
 
 
-def fit(G: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, clip: str = "absmax",
-        importance: Tensor | None = None) -> Grid:
+@overload
+def fit(G: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, clip: str = ...,
+        importance: Tensor | None = ...) -> Grid: ...
+
+
+@overload
+def fit(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, clip: str = ...,
+        importance: Tensor | None = ...) -> AnyGrid: ...
+
+
+def fit(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, clip: str = "absmax",
+        importance: Tensor | None = None) -> AnyGrid:
     """The grid of G (out, groups, group), float32. clip: "absmax" (the whole range fits) or "mse" (see `searched`)."""
     if clip == "mse":
         return searched(G, bits, symmetric, dtype, importance)
@@ -86,8 +133,18 @@ def fit(G: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, clip: str = "
     return grid_between(G.amin(-1), G.amax(-1), bits, symmetric, dtype)
 
 
-def grid_between(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Grid:
+@overload
+def grid_between(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Grid: ...
+
+
+@overload
+def grid_between(low: Tensor, high: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype) -> AnyGrid: ...
+
+
+def grid_between(low: Tensor, high: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype) -> AnyGrid:
     """The grid over [low, high], (out, groups) float32, widened to hold zero; its scale is stored in `dtype`."""
+    if isinstance(bits, FloatFormat):
+        return float_between(low, high, bits, dtype)
     half = 1 << (bits - 1)
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = 2 * torch.maximum(-low, high) if symmetric else high - low
@@ -99,29 +156,27 @@ def grid_between(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: t
     return Grid(scale, zero.to(torch.int8), bits)
 
 
-def searched(G: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
-    """The grid over p [min, max] whose p of `SHRINK` leaves the least squared error, chosen for every group.
+def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importance: Tensor | None = None) -> AnyGrid:
+    """The grid over p [min, max] whose p of `SHRINK` leaves the least squared error, chosen for every scale.
 
     A narrower range clips the few outermost weights and rounds all others more finely. p = 1 is tried first and only a
-    lower error replaces it. importance: (groups, group) or (1, 1) weights of the squared errors; all equal by default.
-    Cost: len(SHRINK) passes over G.
+    lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: (groups, group)
+    or (1, 1) weights of the squared errors; all equal by default. Cost: len(SHRINK) passes over G.
     """
     low, high = G.amin(-1), G.amax(-1)
     best = grid_between(low, high, bits, symmetric, dtype)
-    least = _error(G, best, importance)
-    scale, zero = best.scale.clone(), None if best.zero is None else best.zero.clone()
-    for p in SHRINK[1:]:
+    least = best.pooled(_error(G, best, importance))
+    ranges = bits.ranges if isinstance(bits, FloatFormat) else None
+    for p in (ranges or SHRINK)[1:]:
         tried = grid_between(low * p, high * p, bits, symmetric, dtype)
-        error = _error(G, tried, importance)
+        error = tried.pooled(_error(G, tried, importance))
         better = error < least
         least = torch.where(better, error, least)
-        scale = torch.where(better, tried.scale, scale)
-        if zero is not None and tried.zero is not None:
-            zero = torch.where(better, tried.zero, zero)
-    return Grid(scale, zero, bits)
+        best = tried.where(better, best)  # type: ignore[arg-type]  # both of one kind
+    return best
 
 
-def _error(G: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+def _error(G: Tensor, grid: AnyGrid, importance: Tensor | None) -> Tensor:
     """(out, groups) sum of squared errors."""
     squared = (grid.nearest(G) - G).square_()
     return (squared if importance is None else squared.mul_(importance)).sum(-1)

@@ -8,20 +8,30 @@ from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["BITS", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme", "WeightOnly"]
+__all__ = ["BITS", "FIXED", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme",
+           "WeightOnly"]
 
-Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16"]
+Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "fp8", "mxfp4", "nvfp4"]
+Scales = Literal["tensor", "channel", "block"]
 Clip = Literal["absmax", "mse"]
-BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2}
+BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
+#: Schemes that say all there is to say: weights that share a scale (-1 a row, for fp8 what `scales` says), symmetric.
+FIXED = {"w8a8": -1, "fp8": -1, "mxfp4": 32, "nvfp4": 16}
+BLOCK = 128
 
 
 class WeightOnly(Options):
     """What every quantization of weights shares: bits, groups, which layers."""
 
-    scheme: Scheme = Field(description="bits of the weights; activations stay 16 bit")
+    scheme: Scheme = Field(description="wNa16: integers of N bits, activations stay 16 bit. w8a8: int8, activations "
+                                       "too, token by token. fp8: E4M3, activations too. mxfp4, nvfp4: E2M1 in groups "
+                                       "of 32 or 16, activations stay 16 bit")
+    scales: Scales | None = Field(None, description="for scheme fp8: one for the weight, for each row, or for each "
+                                                    "block of 128 x 128 (activations then by 128, else by token). "
+                                                    "Default: channel")
     group_size: int | None = Field(None, description="weights that share a scale along the input; -1 a whole row. "
-                                                     "Default: -1 at 8 bits, 128 below")
-    symmetric: bool = Field(True, description="false stores a zero point for every scale")
+                                                     "Default: -1 at 8 bits, 128 below. Only for wNa16")
+    symmetric: bool = Field(True, description="false stores a zero point for every scale. Only for wNa16")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
 
     @property
@@ -29,8 +39,17 @@ class WeightOnly(Options):
         return BITS[self.scheme]
 
     @property
+    def number_format(self) -> str | None:
+        """The kind of numbers, "w8a8", "fp8-channel" and so on; None for integers of any group size."""
+        if self.scheme == "fp8":
+            return f"fp8-{self.scales or 'channel'}"
+        return self.scheme if self.scheme in FIXED else None
+
+    @property
     def group(self) -> int:
         """The group size with its default filled in."""
+        if self.scheme in FIXED:
+            return BLOCK if self.scales == "block" else FIXED[self.scheme]
         return self.group_size if self.group_size is not None else (-1 if self.bits == 8 else 128)
 
 
@@ -93,4 +112,41 @@ class Autoround(Calibrated):
     batch_size: int = Field(8, ge=1, le=4096, description="crops a step looks at")
 
 
-Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround, Field(discriminator="method")]
+class Auto(Options):
+    """Give each layer its own number of bits: measure what fewer cost it, then choose within a budget, exactly."""
+
+    method: Literal["auto"]
+    data: str = Field(description="name of the calibration data; its `samples` are the crops, 128 by default")
+    length: int = Field(2048, ge=8, description="tokens a calibration crop holds (at most the model's context)")
+    bits: float | None = Field(None, gt=0, le=16, description="budget: bits of a quantized weight on average, scales "
+                                                              "and zero points counted. This or `bytes`")
+    bytes: int | None = Field(None, gt=0, description="budget: bytes of all weights on disk, those in 16 bit counted")
+    candidates: list[Scheme] = Field(["w2a16", "w3a16", "w4a16", "w8a16"], min_length=1,
+                                     description="schemes that a layer can get")
+    group_size: int | list[int] | None = Field(None, description="weights that share a scale along the input; of a "
+                                               "list each is tried with each scheme. At 8 bits always a whole row. "
+                                               "Default: 128")
+    symmetric: bool = Field(True, description="false stores a zero point for every scale")
+    solver: Literal["gptq", "rtn", "awq"] = Field("gptq", description="how each layer is quantized in the end: by the "
+                                                  "method with its default options, rtn with clip: mse")
+    sensitivity: Literal["kl", "gradient"] = Field(
+        "kl", description="what fewer bits cost a layer: the measured divergence of the next-token distribution, or "
+                          "its second-order estimate, which takes one backward pass for all layers")
+    crops: int | None = Field(None, ge=1, description="calibration crops that the sensitivity is measured on. "
+                                                      "Default: 16 for kl, all for gradient")
+    ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
+
+    @property
+    def sizes(self) -> list[int]:
+        """The group sizes with their default filled in."""
+        given = self.group_size if self.group_size is not None else 128
+        return given if isinstance(given, list) else [given]
+
+    def grids(self) -> list[tuple[int, int]]:
+        """(bits, group size) of every candidate, the smallest first, each once."""
+        found = {(BITS[scheme], size) for scheme in self.candidates
+                 for size in ([-1] if BITS[scheme] == 8 else self.sizes)}
+        return sorted(found, key=lambda grid: (grid[0], -grid[1] if grid[1] != -1 else -(1 << 31)))
+
+
+Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround | Auto, Field(discriminator="method")]

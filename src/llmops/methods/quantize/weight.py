@@ -23,6 +23,7 @@ class QuantizedWeight:
     zero_point: (out, groups) int8 in the same range as codes, or None when symmetric
     bits:       2 to 8
     group_size: columns that share a scale; -1 when a whole row does (groups = 1)
+    activation_bits: 16, or 8 where the inputs are rounded to int8, token by token, before the product
     """
 
     codes: Tensor
@@ -30,6 +31,7 @@ class QuantizedWeight:
     zero_point: Tensor | None
     bits: int
     group_size: int
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -48,6 +50,11 @@ class QuantizedWeight:
     @property
     def symmetric(self) -> bool:
         return self.zero_point is None
+
+    @property
+    def kind(self) -> str:
+        """What the numbers are: "w8a8" where activations are rounded to int8, too, else "int"."""
+        return "w8a8" if self.activation_bits == 8 else "int"
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,0 +1,193 @@
+"""The step that gives each layer its own bits: measure what fewer cost, choose within the budget, then quantize.
+
+Every group of layers that must share a scheme (q, k and v; gate and up) is quantized once a candidate by the solver
+that will do it in the end, on what the unchanged model sees; its cost is what the swap does to the model's output
+(`methods/quantize/sensitivity.py`). The choice is exact (`allocation.py`), and the solver's own step makes the weights:
+later layers then see what earlier ones became, which the costs, taken one at a time, did not. Candidates are kept as
+8-bit codes until they were measured: a byte a weight and candidate. The table of costs does not depend on the budget,
+so it is measured once for all budgets of the same parent, data and candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmops import calibrate, swaps
+from llmops.build.job import Job, Work, bar, calibration
+from llmops.build.quantizing import awq_step, computed, gptq_step, rtn_step
+from llmops.errors import LlmopsError
+from llmops.methods.quantize.allocation import allocate, smallest, stored_bits
+from llmops.methods.quantize.gptq import gptq
+from llmops.methods.quantize.options import Auto, Awq, Gptq, Rtn
+from llmops.methods.quantize.rtn import rtn
+from llmops.methods.quantize.sensitivity import divergence, fisher_cost, shift
+from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.schemes import LayerScheme, average_bits, fused_groups
+
+__all__ = ["auto_step"]
+
+KL_CROPS = 16  # of a measurement that names none: one forward pass a swap
+Candidates = dict[str, list[QuantizedWeight]]
+Costs = list[list[float]]
+Groups = Sequence[tuple[str, ...]]
+
+
+def auto_step(job: Job, options: Auto) -> Work:
+    tokens = calibration(job, options.data, options.length)
+    schemes = [LayerScheme(bits, group, options.symmetric) for bits, group in options.grids()]
+    shapes = _shapes(job, options)
+    groups = fused_groups(shapes)
+    numbers = [sum(math.prod(shapes[name]) for name in group) for group in groups]
+    sizes = _sizes(shapes, groups, schemes, torch.finfo(job.storage).bits)
+    budget = _budget(job, options, sum(numbers), len(shapes), smallest(sizes))
+    crops = tokens[:options.crops or (KL_CROPS if options.sensitivity == "kl" else len(tokens))]
+    costs, measured = _remembered(job, groups, schemes, lambda: _costs(job, options, groups, schemes, tokens, crops))
+    choice = allocate(costs, sizes, budget)
+    chosen = {name: schemes[c] for group, c in zip(groups, choice, strict=True) for name in group}
+    work = _solve(job, options, chosen)
+    predicted = sum(row[c] for row, c in zip(costs, choice, strict=True))
+    work.allocation = {
+        "sensitivity": options.sensitivity, "unit": "nats a token", "crops": list(crops.shape),
+        "budget": {"bits": options.bits} if options.bits is not None else {"bytes": options.bytes},
+        "average_bits": average_bits(work.packed), "predicted": predicted,
+        "candidates": [str(scheme) for scheme in schemes],
+        "groups": [{"layers": list(group), "bits": [size / number for size in row], "cost": cost, "chosen": c}
+                   for group, row, number, cost, c in zip(groups, sizes, numbers, costs, choice, strict=True)]}
+    work.events.insert(1, f"bits chosen by {options.sensitivity} on {crops.shape[0]} crops of {crops.shape[1]} tokens"
+                       + ("" if measured else " (measured before, for another budget)") + f": {_counted(chosen)}; "
+                       f"expected to cost {predicted:.3g} nats a token")
+    work.tokens += crops.numel() if measured else 0
+    return work
+
+
+def _counted(chosen: dict[str, LayerScheme]) -> str:
+    counts = {scheme: sum(each == scheme for each in chosen.values()) for scheme in chosen.values()}
+    return ", ".join(f"{count} layers {scheme}" for scheme, count in sorted(counts.items(), key=lambda item: str(item)))
+
+
+# --------------------------------------------------------------------------------------------- candidates and costs
+
+
+def _remembered(job: Job, groups: Groups, schemes: Sequence[LayerScheme],
+                measure: Callable[[], Costs]) -> tuple[Costs, bool]:
+    """(costs, whether they were measured now): a table that another budget's build left is taken as it is."""
+    asked = {"groups": [list(group) for group in groups], "candidates": [str(scheme) for scheme in schemes]}
+    if job.memory is not None:
+        with suppress(OSError, ValueError, KeyError):
+            found = json.loads(job.memory.read_text(encoding="utf-8"))
+            if {key: found[key] for key in asked} == asked:
+                return found["costs"], False
+    costs = measure()
+    if job.memory is not None:
+        with suppress(OSError):  # a full disk costs the next build its time, not this one its result
+            job.memory.parent.mkdir(parents=True, exist_ok=True)
+            scratch = job.memory.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps({**asked, "costs": costs}), encoding="utf-8")
+            scratch.replace(job.memory)
+    return costs, True
+
+
+def _costs(job: Job, options: Auto, groups: Groups, schemes: Sequence[LayerScheme], tokens: Tensor,
+           crops: Tensor) -> Costs:
+    """(groups, schemes) nats a token."""
+    candidates = _candidates(job, options, schemes, tokens)
+    return {"kl": _kl, "gradient": _gradient}[options.sensitivity](job, candidates, groups, crops)
+
+
+def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens: Tensor) -> Candidates:
+    """Each layer in each scheme, as the solver would make it from the unchanged model; rounded to nearest for awq."""
+    found: Candidates = {}
+
+    def update(name: str, layer: nn.Linear, H: Tensor | None) -> None:
+        made = []
+        for scheme in schemes:
+            how: dict[str, Any] = {"bits": scheme.bits, "group_size": scheme.group_size, "clip": "mse",
+                                   "symmetric": scheme.symmetric, "dtype": job.storage}
+            made.append(rtn(layer.weight, **how) if H is None else gptq(layer.weight, H, **how)[0])
+        found[name] = made
+
+    if options.solver == "gptq":
+        calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True,
+                       compute=computed(job), progress=bar(job))
+    else:
+        calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
+    return found
+
+
+def _kl(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> Costs:
+    count = len(next(iter(candidates.values())))
+    tried = [{name: candidates[name][c] for name in group} for group in groups for c in range(count)]
+    scores = swaps.swap_scores(job.model, crops, tried, divergence, compute=computed(job), progress=bar(job))
+    return [scores[first:first + count] for first in range(0, len(scores), count)]
+
+
+def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> Costs:
+    count = len(next(iter(candidates.values())))
+    owner = {name: place for place, group in enumerate(groups) for name in group}
+    shifts = torch.zeros(len(groups), count, len(crops))
+
+    def take(crops: slice, name: str, G: Tensor) -> None:
+        W = job.model.get_submodule(name).weight
+        for c, candidate in enumerate(candidates[name]):
+            D = candidate.dequantize().float() - W.float()
+            shifts[owner[name], c, crops] += shift(G, D.to(G.device)).cpu()
+
+    swaps.crop_gradients(job.model, crops, list(candidates), take, seed=job.seed, compute=computed(job),
+                         progress=bar(job))
+    return [[fisher_cost(each, crops.shape[1]) for each in row] for row in shifts]
+
+
+# --------------------------------------------------------------------------------------------- budget and solution
+
+
+def _shapes(job: Job, options: Auto) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer to be quantized, by full name."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, layer: nn.Linear, _: Tensor | None) -> None:
+        found[name] = layer.out_features, layer.in_features
+
+    calibrate.walk(job.model, None, "none", note, ignore=options.ignore)
+    return found
+
+
+def _sizes(shapes: Mapping[str, tuple[int, int]], groups: Groups, schemes: Sequence[LayerScheme],
+           scale_bits: int) -> list[list[int]]:
+    return [[sum(stored_bits(*shapes[name], bits=scheme.bits, group_size=scheme.group_size, scale_bits=scale_bits,
+                             symmetric=scheme.symmetric) for name in group) for scheme in schemes] for group in groups]
+
+
+def _budget(job: Job, options: Auto, total: int, layers: int, least: int) -> int:
+    """Bits for the `total` weights of `layers`. Raises LlmopsError when they are fewer than `least`, in the unit that
+    was asked for."""
+    if options.bits is not None:
+        if options.bits * total < least:
+            raise LlmopsError(f"bits is {options.bits:g}; expected at least {least / total:.4g}, what the smallest "
+                              "candidates take with their scales")
+        return int(options.bits * total)
+    if options.bytes is None:
+        raise LlmopsError("neither bits nor bytes; expected one budget, as bits: 3.5")
+    rest = sum(parameter.numel() for parameter in job.model.parameters()) - total
+    outside = rest * torch.finfo(job.storage).bits + 128 * layers  # and the shape of each layer, two int64
+    if 8 * options.bytes < least + outside:
+        raise LlmopsError(f"bytes is {options.bytes:,}; expected at least {-(-(least + outside) // 8):,}: "
+                          f"{outside // 8:,} of what stays in 16 bit, and the smallest candidates")
+    return int(8 * options.bytes - outside)
+
+
+def _solve(job: Job, options: Auto, chosen: dict[str, LayerScheme]) -> Work:
+    shared: dict[str, Any] = {"scheme": options.candidates[0], "symmetric": options.symmetric, "ignore": options.ignore}
+    seen = {"data": options.data, "length": options.length}
+    solvers: dict[str, Callable[[], Work]] = {
+        "rtn": lambda: rtn_step(job, Rtn(method="rtn", clip="mse", **shared), chosen),
+        "gptq": lambda: gptq_step(job, Gptq(method="gptq", **shared, **seen), chosen),
+        "awq": lambda: awq_step(job, Awq(method="awq", **shared, **seen), chosen)}
+    return solvers[options.solver]()
