@@ -213,6 +213,9 @@ CASES = [
     ("quantized after healed", {"variants": variants(
         Q, HEALED, "a: {from: §h, quantize: {method: rtn, scheme: w4a16}}")},
      ["quantized already", 'start from "tuned", as "q" does']),
+    ("trained in floats", {"variants": variants("q: {from: tuned, quantize: {method: rtn, scheme: fp8}}",
+                           "a: {from: §q, finetune: {method: full, data: train}}")},
+     ['"q", in fp8, whose rounding cannot be trained', 'train "tuned" and quantize the result']),
     ("dora after quantized", {"variants": variants(
         Q, "a: {from: q, finetune: {method: lora, data: train, dora: §true}}")},
      ['after "q"', "rslora can stay"]),

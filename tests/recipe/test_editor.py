@@ -30,7 +30,7 @@ BEYOND = frozenset((
     "depth twice as many", "depth out of range", "depth duplicate", "depth order", "influence without data",
     "data without influence", "group size", "group size 0", "ignore misspelt",
     "four bits after quantized", "pairs after quantized", "pruned after healed", "quantized after healed",
-    "dora after quantized", "dropout after quantized", "pissa apart after quantized",
+    "trained in floats", "dora after quantized", "dropout after quantized", "pissa apart after quantized",
     "adapter apart on quantized zeros", "quantized base trained",
     "loftq without qlora", "loftq turns alone", "pissa rank", "qlora on zeros",
     "dora on zeros", "adapter apart on zeros", "pissa on zeros", "stop data unknown",
