@@ -22,6 +22,7 @@ from llmops.build.allocating import auto_step
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.distilling import logits_step
+from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
@@ -29,10 +30,12 @@ from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_ste
 from llmops.build.trace import Trace
 from llmops.build.training import full_step
 from llmops.data.sources import Rows, load_rows
+from llmops.errors import ModelError, StepError, StoreError
 from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
 from llmops.models import parity
 from llmops.models.builtin import locate
+from llmops.models.fake_quant import is_packed
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
@@ -57,9 +60,21 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step}
 
 
+#: The steps that a quantized parent can take; the others would change integers, or round them once more.
+ON_QUANTIZED: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
+    ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("distill", "logits"): heal_logits_step}
+
+
 def apply_step(kind: str, job: Job, options: Options) -> Work:
-    """Take one step on the job's model, in memory. Raises StepError where the numbers break."""
-    return STEPS[kind, options.method](job, options)  # type: ignore[attr-defined]
+    """Take one step on the job's model, in memory. Raises StepError where the numbers break, or a quantized model is
+    given to a step that cannot take one."""
+    taken = kind, str(options.method)  # type: ignore[attr-defined]
+    if not is_packed(job.model):
+        return STEPS[taken](job, options)
+    if taken not in ON_QUANTIZED:
+        raise StepError(f"{' '.join(taken)} was given a quantized model; expected one in 16 bit, or "
+                        f"{', '.join(' '.join(step) for step in ON_QUANTIZED)}, which can train one")
+    return ON_QUANTIZED[taken](job, options)
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,
@@ -151,15 +166,16 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
             cache[name] = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
         return cache[name]
 
-    def open_model(name: str, device: str = runtime.device) -> tuple[Any, Any]:
+    def open_model(name: str, device: str = runtime.device, kernel: str = "auto") -> tuple[Any, Any]:
         return load(source_of(name, recipe, store, keys), base_dir=recipe.base_dir, revision=recipe.model.revision,
-                    dtype="stored", device=device, trust_remote_code=recipe.model.trust_remote_code)
+                    dtype="stored", device=device, kernel=kernel, trust_remote_code=recipe.model.trust_remote_code)
 
     def parent() -> Any:
         return merged(open_model(variant.parent, "cpu")[0])
 
     on_cpu = variant.method == "qlora"  # goes to the device layer by layer, in 4 bits
-    model, tokenizer = open_model(variant.parent, "cpu" if on_cpu else runtime.device)
+    kernel = "reference" if isinstance(variant.options, Training) else "auto"  # whose codes are laid out as stored
+    model, tokenizer = open_model(variant.parent, "cpu" if on_cpu else runtime.device, kernel)
     model = merged(model)
     chain = store.manifest(keys[variant.parent])["chain"] if variant.parent != "base" else []
     base = locate(str(source_of(variant.parent, recipe, store, keys)), recipe.base_dir)
@@ -168,7 +184,25 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
                teacher=lambda name: merged(open_model(name)[0]), base_source=base,
                revision=recipe.model.revision if from_base else None,
                parent_key=None if from_base else keys[variant.parent], device=pick_device(runtime.device),
-               parent=parent, progress=progress)
+               parent=parent, unrounded=partial(_unrounded, keys.get(variant.parent), store, recipe),
+               progress=progress)
+
+
+def _unrounded(key: str | None, store: Store, recipe: Recipe) -> Any:
+    """The model that was quantized, and from which the build `key` came; None where it is not there."""
+    if key is None:
+        return None
+    try:
+        manifest = store.manifest(key)
+        while not str(manifest["chain"][-1]).startswith("quantize:"):
+            manifest = store.manifest(manifest["parent_key"])
+        from_base = len(manifest["chain"]) == 1  # which is no build
+        source = recipe.model.id if from_base else store.build(manifest["parent_key"])
+        model, _ = load(source, base_dir=recipe.base_dir, revision=recipe.model.revision, dtype="stored", device="cpu",
+                        trust_remote_code=recipe.model.trust_remote_code)
+    except (StoreError, ModelError, KeyError, IndexError):
+        return None
+    return merged(model)
 
 
 def _probe(job: Job, recipe: Recipe, rows: int = 4, length: int = 64) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmops.errors import ModelError
 from llmops.models.builtin import config_of, local_folder
 from llmops.models.layouts import COMPRESSED
+from llmops.models.packed import PackedLinear
 
 __all__ = ["DTYPES", "computed_in", "hush", "load", "load_tokenizer", "merged", "pick_device"]
 
@@ -92,7 +93,8 @@ def hush() -> None:
 def merged(model: Any) -> Any:
     """The plain model, with an adapter folded in if it carries one.
 
-    A base in 4 bits is written out in the type it computes in: what the adapter was trained on, not rounded again.
+    A base in 4 bits, or packed, is written out in the type it computes in: what the adapter was trained on, not rounded
+    again.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
@@ -100,6 +102,10 @@ def merged(model: Any) -> Any:
         from llmops.models.nf4 import dense
 
         return dense(model, model.dtype)
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        from llmops.models.packed_lora import dense as written_out
+
+        return written_out(model)
     return model.merge_and_unload()
 
 
@@ -124,7 +130,7 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, trust_remote_code: bool) -> nn.Module:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if not (folder / "adapter_model.safetensors").exists():
         raise ModelError(f"{folder}: holds no adapter_model.safetensors; expected a PEFT adapter saved as safetensors "
@@ -139,7 +145,13 @@ def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, t
 
         wanted = computed_in(dtype, str(model.dtype), device)
         model = rebuild(folder, model, compute=DTYPES.get(wanted, model.dtype), device=device)
-    adapted: nn.Module = PeftModel.from_pretrained(model, folder)
+    config = None
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        from llmops.models.packed_lora import CUSTOM
+
+        config = PeftConfig.from_pretrained(folder)
+        config._register_custom_module(CUSTOM)
+    adapted: nn.Module = PeftModel.from_pretrained(model, folder, config=config)
     return adapted
 
 

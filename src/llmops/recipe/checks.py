@@ -12,6 +12,7 @@ from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
 from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, Smoothquant, WeightOnly
 from llmops.recipe.auto_checks import check_auto
+from llmops.recipe.healing_checks import check_healing
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.number_checks import check_number_format
@@ -64,7 +65,7 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             if stop.data in variant.read_names():
                 problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
                              "loss falls whatever is learned; expected other data, or holdout: 0.05")
-        _check_parent(problems, variants, variant, dims)
+        check_healing(problems, variants, variant, dims)
         options = variant.options
         pattern = getattr(options, "pattern", "unstructured")
         if pattern != "unstructured":
@@ -120,31 +121,6 @@ def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) 
             return options.layers if isinstance(options.layers, int) else len(options.layers)
         name = variants[name].parent
     return count
-
-
-def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: Variant, dims: Dims | None) -> None:
-    """Packed integers can be served and scored, not changed: a quantized variant has no children."""
-    trail: Trail = ("variants", variant.name, "from")
-    parent = variants.get(variant.parent)
-    if variant.parent == BASE and dims is not None and dims.quantized:
-        problems.add(trail, "given a base model that is quantized already (quantization_config in its config.json); "
-                            "expected 16- or 32-bit weights: start from the model it was made of (it can be scored as "
-                            "it is: variants: {})")
-    if parent is None or parent.kind != "quantize":
-        return
-    if isinstance(variant.options, Adapters):
-        problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
-                            f"change; expected a variant in 16 bit: for adapters on a 4-bit base, method: qlora from "
-                            f"{shown(parent.parent)}, which rounds it itself; otherwise fine-tune from "
-                            f"{shown(parent.parent)} and quantize the result")
-    elif variant.kind == "quantize":
-        problems.add(trail, f"given {shown(parent.name)}, which is quantized already; expected a variant in 16 bit: "
-                            f"start from {shown(parent.parent)}, as it does")
-    else:
-        verb = {"finetune": "fine-tune", "prune": "prune", "distill": "distill"}[variant.kind]
-        problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
-                            f"change; expected a variant in 16 bit: {verb} from {shown(parent.parent)} and quantize "
-                            "the result")
 
 
 def _pruned_ancestor(variants: Mapping[str, Variant], name: str) -> str | None:

@@ -19,6 +19,7 @@ from llmops.recipe.schema import STEPS
 __all__ = ["PARENTS", "children", "compatibility", "verdict"]
 
 _TUNED: dict[str, Any] = {"method": "lora", "data": "train"}
+_QUANTIZED: dict[str, Any] = {"quantize": {"method": "rtn", "scheme": "w8a16", "group_size": 32}}
 #: Kind of parent -> the variants that lead to it, the last being the parent; none for base.
 PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "base": (),
@@ -28,7 +29,10 @@ PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "pruned": ({"prune": {"method": "magnitude", "sparsity": 0.5}},),
     "pruned 2:4": ({"prune": {"method": "magnitude", "pattern": "2:4"}},),
     "half depth": ({"prune": {"method": "depth", "layers": 3}},),
-    "quantized": ({"quantize": {"method": "rtn", "scheme": "w8a16", "group_size": 32}},),
+    "quantized": (_QUANTIZED,),
+    "quantized, healed": (_QUANTIZED, {"finetune": {"method": "full", "data": "train"}}),
+    "pruned, quantized": ({"prune": {"method": "magnitude", "sparsity": 0.5}}, _QUANTIZED),
+    "adapter on quantized": (_QUANTIZED, {"finetune": {**_TUNED, "merge": False}}),
 }
 #: Values for the options that a method requires.
 _REQUIRED: dict[str, Any] = {"data": "train", "teacher": "teacher", "layers": 2, "scheme": "w4a16"}
@@ -93,7 +97,10 @@ def verdict(parent: str, step: str, method: str, options: dict[str, Any]) -> str
                       "data": {"train": {"source": "builtin:facts"}}, "variants": variants})
     except RecipeError as error:
         said = re.sub(r"^.*?variants\.child\.[A-Za-z_.]+: ", "", error.problems[0])
-        return said.replace('"parent-0"', "the parent").replace('"base"', "the parent of it")
+        steps = len(PARENTS[parent])
+        for number in range(steps):
+            said = said.replace(f'"parent-{number}"', "the parent" if number == steps - 1 else "an ancestor")
+        return said.replace('"base"', "the parent of it" if steps == 1 else "an ancestor")
     return None
 
 
@@ -114,8 +121,9 @@ def compatibility() -> str:
                 lines.append(f"| {_label(method, options)} | {' | '.join(cells)} | {paper} |")
         lines.append("")
     lines += ["## Reasons", "", *(f"{number}. {reason}" for reason, number in notes.items()), "",
-              "A parent whose adapters were left apart is merged in memory before the step, one on a 4-bit base into "
-              "that base written out in 16 bits.", ""]
+              "A parent whose adapters were left apart is merged in memory before the step, one on a 4-bit or a "
+              "quantized base into that base written out in 16 bits. What is trained on a quantized parent and not "
+              "left apart is stored in its bits.", ""]
     return "\n".join(lines)
 
 

@@ -31,7 +31,10 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Dims:
-    """Dimensions of a decoder, in the words of its config.json."""
+    """Dimensions of a decoder, in the words of its config.json.
+
+    integers: quantized to integers that are read packed, with nothing done to activations.
+    """
 
     hidden: int
     intermediate: int
@@ -46,6 +49,7 @@ class Dims:
     family: str
     quantized: bool
     bias: bool = False
+    integers: bool = False
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """name within a layer -> (out, in)."""
@@ -119,7 +123,16 @@ def dims_from_config(config: dict[str, Any]) -> Dims:
         tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", family.startswith("gemma")))),
         context=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
         dtype=dtype if dtype in _BYTES else "bfloat16", family=family, quantized="quantization_config" in whole,
-        bias=bool(config.get("attention_bias", family == "qwen2")))
+        bias=bool(config.get("attention_bias", family == "qwen2")),
+        integers=_integers(whole.get("quantization_config")))
+
+
+def _integers(block: Any) -> bool:
+    """Whether a `quantization_config` is of integer weights alone, with activations left as they are."""
+    if not isinstance(block, dict):
+        return False
+    packed = block.get("quant_method") == "compressed-tensors" and block.get("format") == "pack-quantized"
+    return packed or block.get("quant_method") in ("gptq", "awq")
 
 
 def bytes_per_weight(runtime_dtype: str, dims: Dims) -> int:
