@@ -53,7 +53,7 @@ def apply(model: Any, tokenizer: Any, step: Mapping[str, Mapping[str, Any]],
         raise LlmopsError("distillation needs a teacher; give a model as teacher=")
     storage = model.dtype
     work = apply_step(kind, job, options)
-    if kind == "quantize":
+    if work.packed:
         return pack(work.model, work.packed).eval()
     return work.model.to(storage).eval()
 

@@ -23,7 +23,9 @@ one turn, as far as their statistics fit into `AT_ONCE` bytes. An expert that sa
 a statistic.
 
 A method that looks at a whole block (its output, the norms between its layers) takes `walk_blocks` instead: the same
-walk, with the block itself in place of its layers.
+walk, with the block itself in place of its layers. Either walk hands each block to `prepare` first, if given: whatever
+changes the weights and not what the block computes (a rotation, factors moved between layers) happens there, once the
+block is on the accelerator and in the wider dtype, and before anything of it is measured.
 
 Deliberate differences from others: without `sequential` all linear layers of a block are measured in one pass;
 statistics are summed in float32 or wider whatever the model's dtype; a layer that got no tokens is an error, not a
@@ -142,8 +144,8 @@ class _Gather:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
-         compute: torch.dtype | None = None, progress: Progress | None = None,
-         routing: Routing | None = None) -> None:
+         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None,
+         progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
     tokens:     (samples, length) int64 without padding; may be None when statistic is "none"
@@ -153,6 +155,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     device:     where a block computes; the model's own device by default
     sequential: whether the layers of a block take turns, as the module's docstring says
     compute:    dtype in which a block computes and update sees its weights; as stored by default
+    prepare:    called with every block before its layers are measured
     progress:   called with (blocks done, blocks in all)
     routing:    how experts are measured; it is told how many tokens each saw. Those with too few get no statistic
 
@@ -169,6 +172,10 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     for index, block in enumerate(blocks):
         layers = _inside(todo, f"{path}.{index}")
         with lent(block, stream.device if stream else device, compute):
+            if prepare is not None:
+                for name, layer in layers:
+                    finite(layer.weight, f"{name}: the weight holds")
+                prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index, routing))
             alone: list[Turn] = [[[layer] for layer in layers]]
             for turn in _turns(stream, index, layers) if stream and sequential else alone:
                 gathered = _measure(stream, index, turn, make, routing) if stream and make and turn else {}
@@ -187,7 +194,8 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore: Sequence[str] = (),
                 batch_size: int = 8, device: str | torch.device | None = None, compute: torch.dtype | None = None,
-                targets: bool = False, progress: Progress | None = None, routing: Routing | None = None) -> None:
+                targets: bool = False, prepare: BlockUpdate | None = None, progress: Progress | None = None,
+                routing: Routing | None = None) -> None:
     """Give every decoder block to `update`, which may change it as it likes. Later blocks see what it became.
 
     targets: whether `Block.targets` holds what the block makes of the activations of the unchanged model; that is a
@@ -209,9 +217,11 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
         name = f"{path}.{index}"
         layers = _inside(todo, name)
         with lent(module, stream.device, compute):
-            exact = [stream.run(index, batch, hidden).to(stream.home) for batch, hidden in enumerate(exact)]
             for full, layer in layers:
                 finite(layer.weight, f"{full}: the weight holds")
+            if prepare is not None:
+                prepare(Block(name, module, dict(layers), [], stream, index, routing))
+            exact = [stream.run(index, batch, hidden).to(stream.home) for batch, hidden in enumerate(exact)]
             if layers:
                 update(Block(name, module, dict(layers), exact, stream, index, routing))
             stream.advance(index, name)
@@ -221,38 +231,45 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`."""
+    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`; stream: the
+    calibration batches, None in a walk without any, where nothing can be run or measured."""
 
     name: str
     module: nn.Module
     layers: Mapping[str, nn.Linear]
     targets: Sequence[Tensor]
-    stream: Stream
+    stream: Stream | None
     index: int
     routing: Routing
 
     @property
+    def flow(self) -> Stream:
+        if self.stream is None:
+            raise LlmopsError(f"{self.name}: this walk runs no data; expected calibration tokens (samples, length)")
+        return self.stream
+
+    @property
     def batches(self) -> int:
-        return len(self.stream.hidden)
+        return len(self.flow.hidden)
 
     def run(self, batch: int = 0, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output on a batch, with `weights` (full layer name -> weight) in place of its own if given."""
         if weights is None:
-            return self.stream.run(self.index, batch)
+            return self.flow.run(self.index, batch)
         inside = {f"{full.removeprefix(self.name + '.')}.weight": weight for full, weight in weights.items()}
-        return self.stream.run(self.index, batch, weights=inside)
+        return self.flow.run(self.index, batch, weights=inside)
 
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""
         layers = [(f"{self.name}.{name}", layer) for name, layer in linear_layers(self.module)]
-        return [[name for name, _ in group] for turn in _turns(self.stream, self.index, layers) for group in turn]
+        return [[name for name, _ in group] for turn in _turns(self.flow, self.index, layers) for group in turn]
 
     def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor | None]:
         """The statistic of the layers `names` (full), each on its own; None for experts that saw too little."""
         make = _statistic(statistic)
         assert make is not None
         layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
-        return _measure(self.stream, self.index, [[layer] for layer in layers], make, self.routing)
+        return _measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
 
     def put(self, name: str, weight: Tensor) -> None:
         """Put a new weight into the layer of a full name."""

@@ -416,6 +416,10 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if record.exists():
         base = json.loads(record.read_text(encoding="utf-8"))
         found["storage_dtype"] = f"adapter on {base['quant']} g{base['blocksize']}"
+    if (folder / "adapter_config.json").exists() and not record.exists():
+        below = str(_storage({}, folder.parent / str(manifest.get("parent_key"))).get("storage_dtype"))
+        if below.startswith("int"):
+            found["storage_dtype"] = f"adapter on {below}"
     return found
 
 

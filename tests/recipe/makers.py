@@ -31,7 +31,8 @@ def folder(place: Path) -> Path:
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     (place / "empty.jsonl").write_text("")
     (place / "table.xlsx").write_text("not read")
-    for name, extra in (("small", {}), ("packed", {"quantization_config": {"quant_method": "x"}})):
+    for name, extra in (("small", {}), ("packed", {"quantization_config": {"quant_method": "x"}}),
+                        ("integers", {"quantization_config": {"quant_method": "gptq", "bits": 4}})):
         model = place / name
         model.mkdir()
         (model / "config.json").write_text(json.dumps(CONFIG | extra))

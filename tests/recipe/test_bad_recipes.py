@@ -28,6 +28,9 @@ def data(*lines: str) -> str:
     return "\n".join([makers.HEAD["data"], *(f"  {line}" for line in lines)])
 
 
+Q = "q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}"
+HEALED = "h: {from: q, finetune: {method: full, data: train}}"
+
 CASES = [
     # ------------------------------------------------------------------------------------------------- YAML itself
     ("tab", {"data": "data:\n§\ttrain: {source: train.jsonl}"}, ["tab", "spaces"]),
@@ -201,12 +204,30 @@ CASES = [
     ("group size 0", {"variants": variants("a: {quantize: {method: rtn, scheme: w4a16, group_size: §0}}")}, ["-1"]),
     ("ignore misspelt", {"variants": variants("a: {quantize: {method: rtn, scheme: w4a16, ignore: [§down_prj]}}")},
      ['did you mean "down_proj"']),
-    ("tuned after quantized", {"variants": variants("q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}",
-                               "a: {from: §q, finetune: {method: lora, data: train}}")},
-     ["quantized variant", 'method: qlora from "tuned"', 'fine-tune from "tuned" and quantize the result']),
-    ("distilled after quantized", {"variants": variants("q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}",
-                                   "a: {from: §q, distill: {method: logits, teacher: tuned, data: train}}")},
-     ["quantized variant", 'distill from "tuned" and quantize the result']),
+    ("four bits after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: qlora, data: train}}")},
+     ["quantized variant", "merge: false", 'method: qlora from "tuned"']),
+    ("pairs after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: dpo, data: train}}")},
+     ["quantized variant", "reference", 'dpo from "tuned" and quantize the result']),
+    ("pruned after healed", {"variants": variants(Q, HEALED, "a: {from: §h, prune: {method: magnitude}}")},
+     ['given "h", a quantized variant', 'prune from "tuned" and quantize the result']),
+    ("quantized after healed", {"variants": variants(
+        Q, HEALED, "a: {from: §h, quantize: {method: rtn, scheme: w4a16}}")},
+     ["quantized already", 'start from "tuned", as "q" does']),
+    ("trained in floats", {"variants": variants("q: {from: tuned, quantize: {method: rtn, scheme: fp8}}",
+                           "a: {from: §q, finetune: {method: full, data: train}}")},
+     ['"q", in fp8, whose rounding cannot be trained', 'train "tuned" and quantize the result']),
+    ("dora after quantized", {"variants": variants(
+        Q, "a: {from: q, finetune: {method: lora, data: train, dora: §true}}")},
+     ['after "q"', "rslora can stay"]),
+    ("dropout after quantized", {"variants": variants(
+        Q, "a: {from: q, finetune: {method: lora, data: train, dropout: §0.1}}")},
+     ['after "q"', "expected 0, or merge"]),
+    ("pissa apart after quantized", {"variants": variants(
+        Q, "a: {from: q, finetune: {method: lora, data: train, merge: false, init: §pissa}}")},
+     ['after "q"', "init: default, or merge: true"]),
+    ("adapter apart on quantized zeros", {"variants": variants(
+        "p: {prune: {method: magnitude}}", "q: {from: p, quantize: {method: rtn, scheme: w8a16}}",
+        "a: {from: q, finetune: {method: lora, data: train, merge: §false}}")}, ['after "p"', "merge: true"]),
     ("loftq without qlora", {"variants": tuned("init: §loftq")}, ["not rounded", "method: qlora"]),
     ("init unknown", {"variants": tuned("init: §pisa")}, ['did you mean "pissa"']),
     ("loftq turns alone", {"variants": variants("a: {finetune: {method: qlora, data: train, §loftq_iterations: 3}}")},
@@ -236,6 +257,9 @@ CASES = [
                          "a: {from: §q, quantize: {method: rtn, scheme: w4a16}}")},
      ["quantized already", 'start from "tuned"']),
     ("quantized base", {"model": "model: packed", "variants": "variants:\n  §tuned: {prune: {method: magnitude}}"},
+     ["quantization_config", "the model it was made of"]),
+    ("quantized base trained", {"model": "model: packed",
+                                "variants": "variants:\n  §tuned: {finetune: {method: lora, data: train}}"},
      ["quantization_config", "the model it was made of"]),
     ("teacher is the student", {"variants": variants("a: {distill: {method: logits, teacher: §a, data: train}}")},
      ["the student itself", "another variant"]),

@@ -28,15 +28,18 @@ BEYOND = frozenset((
     "watts", "context", "dangling from", "cycle", "from itself", "learning rate nan", "targets empty",
     "targets misspelt", "training data", "pattern and sparsity", "depth too many", "depth zero",
     "depth twice as many", "depth out of range", "depth duplicate", "depth order", "influence without data",
-    "data without influence", "group size", "group size 0", "ignore misspelt", "tuned after quantized",
-    "distilled after quantized", "loftq without qlora", "loftq turns alone", "pissa rank", "qlora on zeros",
+    "data without influence", "group size", "group size 0", "ignore misspelt",
+    "four bits after quantized", "pairs after quantized", "pruned after healed", "quantized after healed",
+    "trained in floats", "dora after quantized", "dropout after quantized", "pissa apart after quantized",
+    "adapter apart on quantized zeros", "quantized base trained",
+    "loftq without qlora", "loftq turns alone", "pissa rank", "qlora on zeros",
     "dora on zeros", "adapter apart on zeros", "pissa on zeros", "stop data unknown",
     "stop data trained on", "mixed data", "mixed data twice", "stop data among the mixed",
     "pair adapter apart on zeros",
     "quantized twice", "quantized base", "teacher is the student", "teacher is the parent", "teacher unknown",
     "teacher circle", "matrix option", "matrix entry", "matrix twice", "matrix name", "matrix collision",
     "goal unknown", "goal on no score", "goal against", "goal against nothing", "goal min above max",
-    "goal shared name", "goal not scored", "prefer unknown", "distilled after quantized", "loftq without qlora",
+    "goal shared name", "goal not scored", "prefer unknown", "loftq without qlora",
     "loftq turns alone", "pissa rank", "qlora on zeros", "dora on zeros", "adapter apart on zeros", "pissa on zeros"))
 
 

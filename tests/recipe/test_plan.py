@@ -224,8 +224,31 @@ def test_estimates_follow_the_steps(home: Path) -> None:
     assert figures["w4"].tokens.value is None and figures["w4"].tokens.method == "the step reads no tokens"
     for name in ("tuned", "student"):
         assert (figures[name].peak_memory_bytes.value or 0) > 4 * count
+    healed = plan(home, variants="variants:\n  q: {quantize: {method: rtn, scheme: w4a16, group_size: 32}}\n"
+                  "  full: {from: q, finetune: {method: full, data: train}}\n"
+                  "  plain: {finetune: {method: full, data: train}}\n"
+                  "  lora: {from: q, finetune: {method: lora, data: train}}\n"
+                  "  thin: {finetune: {method: lora, data: train}}\n"
+                  "  apart: {from: q, finetune: {method: lora, data: train, merge: false}}\n")
+    found = {stage.variant: stage.estimate for stage in healed.stages}
+    assert found["full"].disk_bytes == found["lora"].disk_bytes == found["q"].disk_bytes
+    assert healed.stage("full").describe() == "finetune full 1 epoch qat from q"
+    assert healed.stage("apart").describe() == "finetune lora r16 apart 1 epoch from q"
+    linear = 4 * 6 * dims_from_config(makers.CONFIG).linear_parameters
+    memory = {name: each.peak_memory_bytes.value or 0 for name, each in found.items()}
+    assert memory["full"] - memory["plain"] == linear and memory["lora"] - memory["thin"] == 2 * linear
+    largest = 4 * 384 * 128
+    assert memory["thin"] - memory["apart"] == pytest.approx(linear * (1 - (4 + 16 / 32) / 32) - largest)
     far = plan(home, model="model: org/name").stages[1].estimate
     assert far.disk_bytes.value is None and "hub" in far.disk_bytes.method and far.tokens.value == 6 * 1024
+
+
+@pytest.mark.parametrize(("rotate", "more"), [("hadamard", 2 * 1000 * 128), ("[r1]", 2 * 1000 * 128), ("[r2]", 0)])
+def test_a_rotated_stream_costs_a_head_of_its_own(home: Path, rotate: str, more: int) -> None:
+    made = plan(home, variants="variants:\n  plain: {quantize: {method: rtn, scheme: w8a16}}\n"
+                               f"  turned: {{quantize: {{method: rtn, scheme: w8a16, rotate: {rotate}}}}}")
+    figures = {stage.variant: stage.estimate.disk_bytes.value or 0 for stage in made.stages}
+    assert figures["turned"] - figures["plain"] == more
 
 
 def test_rows_are_counted_without_being_read(home: Path) -> None:

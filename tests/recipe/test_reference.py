@@ -30,5 +30,7 @@ def test_the_table_says_what_the_validator_says():
     assert verdict("base", "finetune", "lora", {"dora": True}) is None
     assert "DoRA rescales whole rows" in verdict("pruned 2:4", "finetune", "lora", {"dora": True})
     assert verdict("pruned", "finetune", "lora", {"rslora": True}) is None
-    assert "method: qlora" in verdict("quantized", "finetune", "lora", {})
+    assert verdict("quantized", "finetune", "lora", {}) is verdict("quantized, healed", "distill", "logits", {}) is None
+    assert "round once more" in verdict("quantized, healed", "finetune", "qlora", {})
+    assert verdict("adapter on quantized", "quantize", "rtn", {"scheme": "w4a16", "group_size": 32}) is None
     assert all(verdict(parent, "finetune", "lora", {"init": "loftq"}) for parent in PARENTS)

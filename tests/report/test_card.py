@@ -5,6 +5,7 @@ import yaml
 from tests.report.rows import EVIL, make_rows, null
 
 from llmops.report.card import card, front_matter
+from llmops.report.reading import what
 
 
 def parts(row, rows=None):
@@ -34,6 +35,25 @@ def test_an_adapter_is_one():
     head, body = parts(row)
     assert head["base_model_relation"] == "adapter" and head["library_name"] == "peft"
     assert "AutoPeftModelForCausalLM" in body
+
+
+def test_what_was_trained_through_its_rounding_is_quantized_and_says_so():
+    row = named("tuned")
+    row["identity"]["base_model"], row["transform"]["storage_dtype"] = "org/model", "int2 g32 symmetric"
+    row["transform"]["chain"] = ["finetune:lora", "quantize:rtn", "finetune:lora"]
+    head, body = parts(row)
+    assert head["base_model_relation"] == "quantized" and "compressed-tensors" in head["tags"]
+    assert "pip install compressed-tensors" in body and what(row).endswith(" qat")
+    assert not what(named("tuned")).endswith(" qat") and not what(named("tuned-w4")).endswith(" qat")
+
+
+def test_an_adapter_on_packed_layers_tells_how_its_base_is_opened():
+    row = named("tuned")
+    row["identity"]["base_model"], row["transform"]["options"]["merge"] = "org/model", False
+    row["transform"]["storage_dtype"] = "adapter on int4 g32 symmetric"
+    head, body = parts(row)
+    assert head["base_model_relation"] == "adapter" and not what(row).endswith(" qat")
+    assert "CompressedTensorsConfig(dequantize=True)" in body
 
 
 def test_tags_and_licence():

@@ -22,6 +22,7 @@ from llmops.methods.distill.options import Logits
 from llmops.models.arch import decoder_layers, text_config
 from llmops.models.block_outputs import block_outputs
 from llmops.models.packed_rows import use_packed_attention
+from llmops.models.parity import count_parameters
 from llmops.models.token_loss import head_of, last_hidden
 from llmops.quantity import Quantity
 from llmops.train import IGNORED, Loss
@@ -29,8 +30,11 @@ from llmops.train import IGNORED, Loss
 __all__ = ["logits_step"]
 
 
-def logits_step(job: Job, options: Logits) -> Work:
-    """Every weight of the student is trained towards the teacher's distribution, and its hidden states if asked."""
+def logits_step(job: Job, options: Logits, train: Callable[..., Work] = train_all) -> Work:
+    """Every weight of the student is trained towards the teacher's distribution, and its hidden states if asked.
+
+    train: `train_all`, or what does the same for another kind of student.
+    """
     if job.teacher is None:
         raise StepError("distillation needs a teacher; name one with `teacher:`")
     teacher = trainable(job.teacher(options.teacher), frozen=True)
@@ -41,9 +45,9 @@ def logits_step(job: Job, options: Logits) -> Work:
     rows = training_rows(taught, options)
     attention = use_packed_attention(teacher) if rows.train.packed else nullcontext()
     with attention, _taught_by(teacher, job.model, options) as loss:
-        work = train_all(job, options, loss, rows)
+        work = train(job, options, loss, rows)
     work.events += told
-    forward = 2.0 * sum(p.numel() for p in teacher.parameters()) * work.tokens
+    forward = 2.0 * count_parameters(teacher) * work.tokens
     if work.flops.value is not None:
         work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
                               f"{work.flops.method}, and 2 x the teacher's parameters x tokens")

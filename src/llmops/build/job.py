@@ -29,9 +29,10 @@ class Job:
 
     base_source, revision: where an adapter's base can be loaded from, and which one; parent_key: of the parent's build,
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
-    in the type it is stored in, for steps that change the one in memory and need both. memory: a file for what a step
-    measures of its parent and builds with another budget can use again; notes: what a step had to do with less than was
-    asked, told in the row.
+    in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized
+    parent, opens the variant that was quantized likewise; gives None where it is not there. memory: a file for what a
+    step measures of its parent and builds with another budget can use again; notes: what a step had to do with less
+    than was asked, told in the row.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Job:
     parent_key: str | None = None
     device: torch.device | None = None
     parent: Callable[[], Any] | None = None
+    unrounded: Callable[[], Any] | None = None
     progress: Progress | None = None
     checkpoints: Checkpoints | None = None
     spent: Callable[[], float | None] = lambda: None

@@ -22,7 +22,7 @@ from llmops.methods.finetune.starts import Pair, loftq_init, pissa_init, pissa_t
 from llmops.models import parity
 from llmops.models.save import save_adapter, save_dense
 
-__all__ = ["lora_step", "qlora_step"]
+__all__ = ["adapted_model", "lora_step", "qlora_step", "rate_scale_of", "trained_parameters"]
 
 
 def lora_step(job: Job, options: Lora) -> Work:
@@ -34,10 +34,10 @@ def lora_step(job: Job, options: Lora) -> Work:
     model = trainable(job.model, frozen=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    adapted = _adapted(model, job, options)
+    adapted = adapted_model(model, job, options)
     starts = start_pissa(adapted) if options.init == "pissa" else {}
-    done = run_fit(job, options, adapted, rows, rate_scale=_rate_scale(options))
-    done.events.append(_trained(adapted, options))
+    done = run_fit(job, options, adapted, rows, rate_scale=rate_scale_of(options))
+    done.events.append(trained_parameters(adapted, options))
     if options.merge:
         plain = merge_lora(adapted)
         save: Callable[[Path], None] = partial(save_dense, plain, job.tokenizer, dtype=job.storage)
@@ -76,10 +76,10 @@ def qlora_step(job: Job, options: Qlora) -> Work:
 
     base = nf4.quantize_base(job.model.cpu(), quant=options.quant, double_quant=options.double_quant, compute=compute,
                              device=device, rest=rest)
-    adapted = _adapted(job.model, job, options)
+    adapted = adapted_model(job.model, job, options)
     set_adapters(adapted, starts)
-    done = run_fit(job, options, adapted, rows, rate_scale=_rate_scale(options))
-    done.events.append(_trained(adapted, options))
+    done = run_fit(job, options, adapted, rows, rate_scale=rate_scale_of(options))
+    done.events.append(trained_parameters(adapted, options))
     base = nf4.Base(**{**vars(base), "source": job.base_source, "revision": job.revision,
                        "parent_key": job.parent_key, "scaling": scaling if shift else None})
 
@@ -93,7 +93,7 @@ def qlora_step(job: Job, options: Qlora) -> Work:
         model = parent()
         nf4.quantize_base(model, quant=options.quant, double_quant=options.double_quant, compute=compute,
                           device=device, rest=nf4.shifted(shift, scaling))
-        again = _adapted(model, job, options)
+        again = adapted_model(model, job, options)
         _copy_adapters(adapted, again)
         return again.eval()
 
@@ -142,16 +142,20 @@ def _targeted(name: str, options: Adapters) -> bool:
     return options.targets == "all-linear" or any(name == end or name.endswith(f".{end}") for end in options.targets)
 
 
-def _adapted(model: Any, job: Job, options: Adapters) -> Any:
-    return add_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
-                    seed=job.seed, keep_zeros=job.keeps_zeros, rslora=options.rslora, dora=options.dora)
+def adapted_model(model: Any, job: Job, options: Adapters, **changes: Any) -> Any:
+    """The model with the adapters that the options ask for; `changes` to what `add_lora` is given."""
+    given = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout, "targets": options.targets,
+             "seed": job.seed, "keep_zeros": job.keeps_zeros, "rslora": options.rslora, "dora": options.dora}
+    return add_lora(model, **given | changes)
 
 
-def _rate_scale(options: Adapters) -> Callable[[str], float] | None:
+def rate_scale_of(options: Adapters) -> Callable[[str], float] | None:
+    """What LoRA+ multiplies the learning rate of a parameter by; None where all learn alike."""
     return lora_plus_scale(options.lora_plus_ratio) if options.lora_plus_ratio else None
 
 
-def _trained(adapted: Any, options: Adapters) -> str:
+def trained_parameters(adapted: Any, options: Adapters) -> str:
+    """The event that says how many parameters were trained, and in which way."""
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     named = [name for name, on in (("rsLoRA", options.rslora), ("DoRA", options.dora),
                                    ("PiSSA", options.init == "pissa"), ("LoftQ", options.init == "loftq")) if on]

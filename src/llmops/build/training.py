@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmops.build.job import Job, Work
 from llmops.data.render import Encoded, encode
@@ -28,7 +28,7 @@ from llmops.train import Fit, Hooks, Loss, Schedule, Stopping, TrainingSet, fit,
 from llmops.train.finder import find_rate
 from llmops.train.rows import to_device
 
-__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "packing", "run_fit", "schedule_of",
+__all__ = ["SEED_OF_SPLIT", "Rows", "Trained", "full_step", "keeping_zeros", "packing", "run_fit", "schedule_of",
            "train_all", "trainable", "training_rows", "work_of"]
 
 SEED_OF_SPLIT = 1  # added to the recipe's seed for the draw of the held-out rows
@@ -66,14 +66,7 @@ def train_all(job: Job, options: Training, loss: Loss, rows: Rows | None = None)
     masks = zero_masks(model) if job.keeps_zeros else {}
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    modules = dict(model.named_modules())
-
-    def keep_zeros() -> None:
-        with torch.no_grad():
-            for name, mask in masks.items():
-                modules[name].weight.mul_(mask)
-
-    done = run_fit(job, options, model, rows, loss, keep_zeros if masks else None)
+    done = run_fit(job, options, model, rows, loss, keeping_zeros(model, masks))
     return work_of(job, model, partial(save_dense, model, job.tokenizer, dtype=job.storage), done, backward=2.0)
 
 
@@ -88,6 +81,18 @@ def trainable(model: Any, *, frozen: bool = False) -> Any:
     """
     device = next(iter(model.parameters())).device
     return model if frozen and device.type == "cuda" else model.float()
+
+
+def keeping_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None] | None:
+    """What puts the zeros of layers back after an optimizer step; None where there are none. masks: by layer name."""
+    modules = dict(model.named_modules())
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for name, mask in masks.items():
+                modules[name].weight.mul_(mask)
+
+    return put_back if masks else None
 
 
 def training_rows(job: Job, options: Training) -> Rows:

@@ -23,20 +23,22 @@ from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.distilling import logits_step
 from llmops.build.embedding import joined, prepared
+from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
-from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
+from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
 from llmops.build.trace import Trace
 from llmops.build.training import full_step
 from llmops.data.sources import Rows, load_rows
-from llmops.errors import LlmopsError
+from llmops.errors import LlmopsError, ModelError, StepError, StoreError
 from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
 from llmops.models import parity
 from llmops.models.builtin import locate
 from llmops.models.embeddings import is_tied
 from llmops.models.experts import split_experts
+from llmops.models.fake_quant import is_packed
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
@@ -58,39 +60,65 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
     ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
-    ("quantize", "auto"): auto_step}
+    ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step}
+
+
+#: The steps that a quantized parent can take; the others would change integers, or round them once more.
+ON_QUANTIZED: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
+    ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("distill", "logits"): heal_logits_step}
 
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:
-    """Take one step on the job's model, in memory. Raises StepError where the numbers break."""
-    method = options.method  # type: ignore[attr-defined]
+    """Take one step on the job's model, in memory. Raises StepError where the numbers break, or a quantized model is
+    given to a step that cannot take one."""
+    taken = kind, str(options.method)  # type: ignore[attr-defined]
     if kind in ("quantize", "prune"):
-        _check_plain(job.model, kind)
-    if kind == "quantize" or (kind, method) in (("prune", "magnitude"), ("prune", "wanda")):
+        return _compressed(taken, job, options)
+    if not is_packed(job.model):
+        return STEPS[taken](job, options)
+    if taken not in ON_QUANTIZED:
+        raise StepError(f"{' '.join(taken)} was given a quantized model; expected one in 16 bit, or "
+                        f"{', '.join(' '.join(step) for step in ON_QUANTIZED)}, which can train one")
+    return ON_QUANTIZED[taken](job, options)
+
+
+def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
+    """A step that quantizes or prunes, with what comes before and after whatever its method: experts taken apart,
+    embedding and head, notes."""
+    _check_plain(job.model, taken[0])
+    if taken != ("prune", "depth"):
         mixed = split_experts(job.model)  # what looks for linear layers would pass them by
-        if mixed and (method == "auto" or getattr(options, "number_format", None) is not None):
-            given = "method: auto" if method == "auto" else f"scheme: {getattr(options, 'scheme', None)}"
-            raise LlmopsError(f"{mixed[0]} holds experts, which readers take in one scheme of integers; given {given}, "
-                              "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround")
-    if kind != "quantize":
-        work = STEPS[kind, method](job, options)
+        if mixed:
+            _check_mixture(mixed[0], taken[1], options)
+    if taken[0] != "quantize":
+        work = STEPS[taken](job, options)
     else:
         was_tied = is_tied(job.model)
         rounded = prepared(job, options)
-        work = joined(STEPS[kind, method](job, options), rounded, was_tied)
+        work = joined(STEPS[taken](job, options), rounded, was_tied)
     work.events += job.notes
     return work
 
 
+def _check_mixture(name: str, method: str, options: Options) -> None:
+    """Raises LlmopsError for what readers do not take of experts, and for what was not tried on a router."""
+    scheme, rotations = getattr(options, "scheme", ""), getattr(options, "rotations", ())
+    wrong = ("method: auto" if method == "auto" else f"scheme: {scheme}" if getattr(options, "number_format", None)
+             else "rotate" if rotations else "")
+    if wrong:
+        raise LlmopsError(f"{name} holds experts, which readers take in one scheme of integers; given {wrong}, "
+                          "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround, not rotated")
+
+
 def _check_plain(model: Any, kind: str) -> None:
-    """Raises LlmopsError for a model whose weights are codes, or lie beside an adapter, already."""
+    """Raises StepError for a model whose weights are codes, or lie beside an adapter, already."""
     coded = next((name for name, module in model.named_modules() if hasattr(module, "packed_tensors")), None)
     if coded is not None:
-        raise LlmopsError(f"{coded} is quantized already; expected a model in 16 or 32 bit to {kind}: take the one "
-                          "that it was made of")
+        raise StepError(f"{coded} is quantized already; expected a model in 16 or 32 bit to {kind}: take the one "
+                        "that it was made of")
     if any(hasattr(module, "lora_A") for module in model.modules()):
-        raise LlmopsError(f"the model carries an adapter apart; expected a plain model to {kind}: merge it first "
-                          "(merge_and_unload), or the adapter's own matrices would be taken for layers")
+        raise StepError(f"the model carries an adapter apart; expected a plain model to {kind}: merge it first "
+                        "(merge_and_unload), or the adapter's own matrices would be taken for layers")
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,
@@ -182,15 +210,16 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
             cache[name] = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
         return cache[name]
 
-    def open_model(name: str, device: str = runtime.device) -> tuple[Any, Any]:
+    def open_model(name: str, device: str = runtime.device, kernel: str = "auto") -> tuple[Any, Any]:
         return load(source_of(name, recipe, store, keys), base_dir=recipe.base_dir, revision=recipe.model.revision,
-                    dtype="stored", device=device, trust_remote_code=recipe.model.trust_remote_code)
+                    dtype="stored", device=device, kernel=kernel, trust_remote_code=recipe.model.trust_remote_code)
 
     def parent() -> Any:
         return merged(open_model(variant.parent, "cpu")[0])
 
     on_cpu = variant.method == "qlora"  # goes to the device layer by layer, in 4 bits
-    model, tokenizer = open_model(variant.parent, "cpu" if on_cpu else runtime.device)
+    kernel = "reference" if isinstance(variant.options, Training) else "auto"  # whose codes are laid out as stored
+    model, tokenizer = open_model(variant.parent, "cpu" if on_cpu else runtime.device, kernel)
     model = merged(model)
     chain = store.manifest(keys[variant.parent])["chain"] if variant.parent != "base" else []
     base = locate(str(source_of(variant.parent, recipe, store, keys)), recipe.base_dir)
@@ -199,7 +228,25 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
                teacher=lambda name: merged(open_model(name)[0]), base_source=base,
                revision=recipe.model.revision if from_base else None,
                parent_key=None if from_base else keys[variant.parent], device=pick_device(runtime.device),
-               parent=parent, progress=progress)
+               parent=parent, unrounded=partial(_unrounded, keys.get(variant.parent), store, recipe),
+               progress=progress)
+
+
+def _unrounded(key: str | None, store: Store, recipe: Recipe) -> Any:
+    """The model that was quantized, and from which the build `key` came; None where it is not there."""
+    if key is None:
+        return None
+    try:
+        manifest = store.manifest(key)
+        while not str(manifest["chain"][-1]).startswith("quantize:"):
+            manifest = store.manifest(manifest["parent_key"])
+        from_base = len(manifest["chain"]) == 1  # which is no build
+        source = recipe.model.id if from_base else store.build(manifest["parent_key"])
+        model, _ = load(source, base_dir=recipe.base_dir, revision=recipe.model.revision, dtype="stored", device="cpu",
+                        trust_remote_code=recipe.model.trust_remote_code)
+    except (StoreError, ModelError, KeyError, IndexError):
+        return None
+    return merged(model)
 
 
 def _probe(job: Job, recipe: Recipe, rows: int = 4, length: int = 64) -> Tensor:

@@ -20,6 +20,7 @@ from llmops.errors import ModelError
 from llmops.methods.finetune.peft_library import hush_bitsandbytes, library
 from llmops.models.builtin import config_of, local_folder
 from llmops.models.layouts import COMPRESSED
+from llmops.models.packed import PackedLinear
 
 __all__ = ["DTYPES", "computed_in", "hush", "load", "load_tokenizer", "merged", "pick_device"]
 
@@ -100,7 +101,8 @@ def hush() -> None:
 def merged(model: Any) -> Any:
     """The plain model, with an adapter folded in if it carries one.
 
-    A base in 4 bits is written out in the type it computes in: what the adapter was trained on, not rounded again.
+    A base in 4 bits, or packed, is written out in the type it computes in: what the adapter was trained on, not rounded
+    again.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
@@ -108,6 +110,10 @@ def merged(model: Any) -> Any:
         from llmops.models.nf4 import dense
 
         return dense(model, model.dtype)
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        from llmops.models.packed_lora import dense as written_out
+
+        return written_out(model)
     return model.merge_and_unload()
 
 
@@ -150,7 +156,13 @@ def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, t
 
         wanted = computed_in(dtype, str(model.dtype), device)
         model = rebuild(folder, model, compute=DTYPES.get(wanted, model.dtype), device=device)
-    adapted: nn.Module = library().PeftModel.from_pretrained(model, folder)
+    config = None
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        from llmops.models.packed_lora import CUSTOM
+
+        config = library().PeftConfig.from_pretrained(folder)
+        config._register_custom_module(CUSTOM)
+    adapted: nn.Module = library().PeftModel.from_pretrained(model, folder, config=config)
     return adapted
 
 

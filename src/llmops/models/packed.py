@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.ops import int_matmul as op
+from llmops.ops.int_matmul_grad import int_matmul_grad
 
 __all__ = ["PackedLinear"]
 
@@ -54,8 +55,15 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
         """What runs it, for people: `torch:int4pack (3-bit codes in 4-bit slots)`."""
         return op.describe(self.kernel_name, self.bits)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, under the name by which PEFT finds out where a packed layer lies."""
+        return self.codes
+
     def forward(self, x: Tensor) -> Tensor:
         prepared = op.Prepared(self.codes, self.codes_extra)
+        if torch.is_grad_enabled() and x.requires_grad:  # adapters are trained on top
+            return int_matmul_grad(x, prepared, self._weight(), self.kernel_name, self.bias)
         return op.int_matmul(x, prepared, self._weight(), self.kernel_name, self.bias)
 
     def packed_tensors(self) -> dict[str, Tensor]:
@@ -72,7 +80,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
 
     def dequantized(self) -> Tensor:
         """(out, in), dense, in the dtype of the scales. Nothing here keeps it."""
-        return op.dequantize(self._packed(), self._weight())
+        return op.dense(op.Prepared(self.codes, self.codes_extra), self._weight(), self.kernel_name)
 
     def _packed(self) -> Tensor:
         return op.recover(op.Prepared(self.codes, self.codes_extra), self._weight(), self.kernel_name)

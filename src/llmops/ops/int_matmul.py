@@ -35,7 +35,8 @@ from torch.nn import functional as F
 from llmops.errors import LlmopsError, unknown
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
-__all__ = ["KERNELS", "IntWeight", "Prepared", "choose", "dequantize", "describe", "int_matmul", "prepare", "recover"]
+__all__ = ["KERNELS", "IntWeight", "Prepared", "choose", "dense", "dequantize", "describe", "int_matmul", "prepare",
+           "recover"]
 
 REFERENCE, INT8, INT4, TRITON = "reference", "torch:int8pack", "torch:int4pack", "triton"
 INT4_GROUPS = (256, 128, 64, 32)  # what the op takes, largest first
@@ -102,7 +103,15 @@ def describe(name: str, bits: int) -> str:
 
 def dequantize(packed: Tensor, weight: IntWeight) -> Tensor:
     """packed int32 (out, words) -> (out, in) in the dtype of the scales: (codes - zero_point) * scale."""
-    codes = unpack_bits(packed, weight.bits, weight.columns)
+    return _dense(unpack_bits(packed, weight.bits, weight.columns), weight)
+
+
+def dense(prepared: Prepared, weight: IntWeight, name: str) -> Tensor:
+    """`dequantize` of codes that are laid out for the kernel `name`."""
+    return _dense(KERNELS[name].codes(prepared, weight), weight)
+
+
+def _dense(codes: Tensor, weight: IntWeight) -> Tensor:
     grouped = codes.view(weight.rows, weight.scale.shape[1], -1).to(weight.scale.dtype)
     zero = _zero_points(weight)
     if zero is not None:

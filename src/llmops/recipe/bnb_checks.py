@@ -27,6 +27,9 @@ def check_bitsandbytes(problems: Problems, trail: Trail, options: Rtn) -> None:
     if options.clip != "absmax":
         problems.add((*trail, "clip"), f"given {options.clip} with scheme: {scheme}, whose range bitsandbytes takes "
                                        "from the largest weight; expected no clip, or scheme: w4a16 or w8a16")
+    if options.rotations:
+        problems.add((*trail, "rotate"), f"given rotate with scheme: {scheme}, which was not tried together; expected "
+                                         "no rotate, or scheme: w4a16 or w8a16")
     if options.embeddings:
         problems.add((*trail, "embeddings"), f"given true with scheme: {scheme}, which bitsandbytes has for linear "
                                              "layers alone; expected no embeddings, or scheme: w4a16 or w8a16")

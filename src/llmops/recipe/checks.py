@@ -10,10 +10,11 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Awq, Hqq, Rtn, WeightOnly
+from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Awq, Hqq, Rtn, Smoothquant, WeightOnly
 from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.bnb_checks import check_bitsandbytes
-from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
+from llmops.recipe.healing_checks import check_healing
+from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.number_checks import check_number_format
 from llmops.recipe.schema import BASE, Variant
@@ -65,7 +66,7 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             if stop.data in variant.read_names():
                 problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
                              "loss falls whatever is learned; expected other data, or holdout: 0.05")
-        _check_parent(problems, variants, variant, dims)
+        check_healing(problems, variants, variant, dims)
         options = variant.options
         pattern = getattr(options, "pattern", "unstructured")
         if pattern != "unstructured":
@@ -78,15 +79,19 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             check_number_format(problems, trail, options, _widths(dims, options.ignore))
             if options.number_format is None:
                 _check_groups(problems, trail, options.group, options, dims)
+            _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
         if isinstance(options, Auto):
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)
-        if isinstance(options, Awq | Autoround) and not _ignored("lm_head", options.ignore):
+        if isinstance(options, Awq | Autoround | Smoothquant) and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
                          "lm_head in `ignore`, or method: gptq", key=True)
+        if isinstance(options, WeightOnly) and options.embeddings and options.rotations:
+            problems.add((*trail, "embeddings"), "given true with rotate, which changes the embedding after it was "
+                         "rounded; expected one of the two: leave embeddings in 16 bit, or rotate out")
         if isinstance(options, Magnitude | Wanda) and dims is not None and dims.tied \
                 and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), "given no lm_head, which shares its weight with the token embedding here "
@@ -104,7 +109,10 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
 
 def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Sequence[str] | None) -> None:
     """Names of data that lead somewhere, each given once."""
-    names = variant.read_names()
+    judge = getattr(variant.options, "judge", None)
+    if judge is not None:
+        refer(problems, (*trail, "judge"), judge, known, "data")
+    names = [name for name in variant.read_names() if name != judge or name == variant.options.data]
     for index, name in enumerate(names):
         place: Trail = (*trail, "data") if isinstance(variant.options.data, str) else (*trail, "data", index)
         if refer(problems, place, name, known, "data") and name in names[:index]:
@@ -123,31 +131,6 @@ def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) 
             return options.layers if isinstance(options.layers, int) else len(options.layers)
         name = variants[name].parent
     return count
-
-
-def _check_parent(problems: Problems, variants: Mapping[str, Variant], variant: Variant, dims: Dims | None) -> None:
-    """Packed integers can be served and scored, not changed: a quantized variant has no children."""
-    trail: Trail = ("variants", variant.name, "from")
-    parent = variants.get(variant.parent)
-    if variant.parent == BASE and dims is not None and dims.quantized:
-        problems.add(trail, "given a base model that is quantized already (quantization_config in its config.json); "
-                            "expected 16- or 32-bit weights: start from the model it was made of (it can be scored as "
-                            "it is: variants: {})")
-    if parent is None or parent.kind != "quantize":
-        return
-    if isinstance(variant.options, Adapters):
-        problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
-                            f"change; expected a variant in 16 bit: for adapters on a 4-bit base, method: qlora from "
-                            f"{shown(parent.parent)}, which rounds it itself; otherwise fine-tune from "
-                            f"{shown(parent.parent)} and quantize the result")
-    elif variant.kind == "quantize":
-        problems.add(trail, f"given {shown(parent.name)}, which is quantized already; expected a variant in 16 bit: "
-                            f"start from {shown(parent.parent)}, as it does")
-    else:
-        verb = {"finetune": "fine-tune", "prune": "prune", "distill": "distill"}[variant.kind]
-        problems.add(trail, f"given {shown(parent.name)}, a quantized variant, whose packed weights no step can "
-                            f"change; expected a variant in 16 bit: {verb} from {shown(parent.parent)} and quantize "
-                            "the result")
 
 
 def _pruned_ancestor(variants: Mapping[str, Variant], name: str) -> str | None:
@@ -266,6 +249,22 @@ def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightO
         problems.add(place, f"{said} {group}, but {listed}; expected a divisor of every layer's inputs: "
                             f"{f'{fits[0]}, ' if fits else ''}or -1 for one scale a row, or the layer in `ignore`",
                      key=options.group_size is None)
+
+
+def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly, pruned: str | None,
+                    dims: Dims | None) -> None:
+    given = shown(options.rotate)
+    if options.rotate is None:
+        return
+    if not options.rotations:
+        problems.add(trail, "given an empty list; expected hadamard, or a list of r1 and r2")
+    elif pruned is not None:
+        problems.add(trail, f"given {given} after {shown(pruned)}, whose zeros have to stay: a rotation fills them; "
+                            "expected no rotate here", key=True)
+    elif "r1" in options.rotations and dims is not None and dims.family in POST_NORMS:
+        problems.add(trail, f"given {given} for a model of type {dims.family}, whose layers norm what they add to the "
+                            "residual stream (post-norms), so that a rotation of the stream (r1) cannot be folded; "
+                            "expected [r2], the values of each head alone, or no rotate", key=True)
 
 
 def _check_hqq(problems: Problems, trail: Trail, options: Hqq) -> None:

@@ -19,6 +19,7 @@ from llmops.recipe.schema import STEPS
 __all__ = ["PARENTS", "children", "compatibility", "verdict"]
 
 _TUNED: dict[str, Any] = {"method": "lora", "data": "train"}
+_QUANTIZED: dict[str, Any] = {"quantize": {"method": "rtn", "scheme": "w8a16", "group_size": 32}}
 #: Kind of parent -> the variants that lead to it, the last being the parent; none for base.
 PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "base": (),
@@ -28,7 +29,10 @@ PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "pruned": ({"prune": {"method": "magnitude", "sparsity": 0.5}},),
     "pruned 2:4": ({"prune": {"method": "magnitude", "pattern": "2:4"}},),
     "half depth": ({"prune": {"method": "depth", "layers": 3}},),
-    "quantized": ({"quantize": {"method": "rtn", "scheme": "w8a16", "group_size": 32}},),
+    "quantized": (_QUANTIZED,),
+    "quantized, healed": (_QUANTIZED, {"finetune": {"method": "full", "data": "train"}}),
+    "pruned, quantized": ({"prune": {"method": "magnitude", "sparsity": 0.5}}, _QUANTIZED),
+    "adapter on quantized": (_QUANTIZED, {"finetune": {**_TUNED, "merge": False}}),
 }
 #: Values for the options that a method requires.
 _REQUIRED: dict[str, Any] = {"data": "train", "teacher": "teacher", "layers": 2, "scheme": "w4a16"}
@@ -54,12 +58,18 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
                              ({"pattern": "2:4"}, "Mishra et al. 2021, arXiv 2104.08378")),
     ("prune", "wanda"): (({"sparsity": 0.5}, "Sun et al. 2023, arXiv 2306.11695"), ({"pattern": "2:4"}, "")),
     ("prune", "depth"): (({}, "Men et al. 2024, arXiv 2403.03853"),),
-    ("quantize", "rtn"): (({"scheme": "w8a16", **_GROUPS}, ""), ({"scheme": "w4a16", **_GROUPS}, "")),
-    ("quantize", "gptq"): (({"scheme": "w4a16", **_GROUPS}, "Frantar et al. 2022, arXiv 2210.17323"),),
+    ("quantize", "rtn"): (({"scheme": "w8a16", **_GROUPS}, ""), ({"scheme": "w4a16", **_GROUPS}, ""),
+                          ({"scheme": "w4a16", "rotate": "hadamard", **_GROUPS},
+                           "Ashkboos et al. 2024, arXiv 2404.00456")),
+    ("quantize", "gptq"): (({"scheme": "w4a16", **_GROUPS}, "Frantar et al. 2022, arXiv 2210.17323"),
+                           ({"scheme": "w4a16", "rotate": "hadamard", **_GROUPS}, ""),
+                           ({"scheme": "w4a16", "factors": "awq", **_GROUPS}, "")),
     ("quantize", "awq"): (({"scheme": "w4a16", **_GROUPS}, "Lin et al. 2023, arXiv 2306.00978"),),
     ("quantize", "hqq"): (({"scheme": "w4a16", **_GROUPS}, "Badri and Shaji 2023"),),
-    ("quantize", "autoround"): (({"scheme": "w4a16", **_GROUPS}, "Cheng et al. 2023, arXiv 2309.05516"),),
+    ("quantize", "autoround"): (({"scheme": "w4a16", **_GROUPS}, "Cheng et al. 2023, arXiv 2309.05516"),
+                                ({"scheme": "w4a16", "factors": "awq", **_GROUPS}, "")),
     ("quantize", "auto"): (({"bits": 3.5, **_GROUPS}, "Yao et al. 2021, arXiv 2011.10680"),),
+    ("quantize", "smoothquant"): (({"scheme": "w8a16", **_GROUPS}, "Xiao et al. 2022, arXiv 2211.10438"),),
     ("distill", "logits"): (({}, "Hinton et al. 2015, arXiv 1503.02531"),),
 }
 
@@ -87,7 +97,10 @@ def verdict(parent: str, step: str, method: str, options: dict[str, Any]) -> str
                       "data": {"train": {"source": "builtin:facts"}}, "variants": variants})
     except RecipeError as error:
         said = re.sub(r"^.*?variants\.child\.[A-Za-z_.]+: ", "", error.problems[0])
-        return said.replace('"parent-0"', "the parent").replace('"base"', "the parent of it")
+        steps = len(PARENTS[parent])
+        for number in range(steps):
+            said = said.replace(f'"parent-{number}"', "the parent" if number == steps - 1 else "an ancestor")
+        return said.replace('"base"', "the parent of it" if steps == 1 else "an ancestor")
     return None
 
 
@@ -108,8 +121,9 @@ def compatibility() -> str:
                 lines.append(f"| {_label(method, options)} | {' | '.join(cells)} | {paper} |")
         lines.append("")
     lines += ["## Reasons", "", *(f"{number}. {reason}" for reason, number in notes.items()), "",
-              "A parent whose adapters were left apart is merged in memory before the step, one on a 4-bit base into "
-              "that base written out in 16 bits.", ""]
+              "A parent whose adapters were left apart is merged in memory before the step, one on a 4-bit or a "
+              "quantized base into that base written out in 16 bits. What is trained on a quantized parent and not "
+              "left apart is stored in its bits.", ""]
     return "\n".join(lines)
 
 

@@ -5,11 +5,15 @@ without the network or the data is null with the reason. In the formulas below b
 size, V the vocabulary, L the layers kept.
 
     parameters      embeddings + L x (linear + norms) + final norm        (model.py)
-    disk            parameters x bytes of the dtype; quantized: linear weights x bits / 8 + 2 bytes a scale
-                    (+ a zero point of `bits` bits where asymmetric); an unmerged adapter: r x (in + out) x 4 bytes
+    disk            parameters x bytes of the dtype; quantized, or trained on a quantized parent: linear weights x
+                    bits / 8 + 2 bytes a scale (+ a zero point of `bits` bits where asymmetric); an unmerged adapter:
+                    r x (in + out) x 4 bytes
     memory          weights in fp32 for everything that trains on the CPU's terms (the worst case)
       full, logits  16 bytes a parameter (weight, gradient, two Adam moments, fp32) + activations (+ the teacher)
       lora, dpo     4 bytes a parameter + 16 bytes an adapter parameter + activations (dpo: of both answers)
+      on a quantized parent, beside these: what the forward pass sees of every linear weight, 4 bytes, and for lora
+                    the sum it is rounded from, 4 more; an adapter apart instead: the packed weights, 4 bytes for
+                    each of the rest, and one linear layer in 4
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
@@ -38,6 +42,7 @@ from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
 from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
+from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
 
@@ -97,23 +102,38 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         assert isinstance(options, Adapters | Dpo)
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
-    if isinstance(options, Auto):
+    scheme = _scheme(recipe, variant.name) if variant is not None else None
+    if "r1" in getattr(scheme, "rotations", ()) and dims.tied:
+        dense += width * dims.vocab * dims.hidden  # the head, untied
+    dense += layers * sum(packed - width * count for count, packed in _packed(scheme, dims, layers, width))
+    return dense + (_ends(scheme, dims, width) if isinstance(scheme, WeightOnly) else 0)
+
+
+def _scheme(recipe: Recipe, name: str) -> Any:
+    """The options of the step that made the numbers that a variant is stored in; None in 16 bit or more."""
+    made_by = quantized_by(recipe.variants, name)
+    return recipe.variants[made_by].options if made_by is not None else None
+
+
+def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int, float]]:
+    """(weights, bytes with their scales) of each linear layer of a block that is quantized so."""
+    if isinstance(scheme, Auto):
         linear = layers * dims.linear_parameters
-        return float(options.bytes or dense + linear * ((options.bits or 0) / 8 - width))
-    if not isinstance(options, WeightOnly):
-        return dense
+        rest = width * (dims.parameters(layers) - linear)
+        each = (scheme.bits or 0) / 8 if scheme.bytes is None else (scheme.bytes - rest) / linear
+        return [(dims.linear_parameters, each * dims.linear_parameters)]
+    found = []
     for name, (out, into) in dims.linear_shapes().items():
-        if any(name.endswith(ending) for ending in options.ignore):
-            continue
-        groups = out * (1 if options.group == -1 else -(-into // options.group))
-        if options.number_format == "fp8-block":
-            groups = -(-out // options.group) * -(-into // options.group)
-        scale = 1 if options.scheme in ("mxfp4", "nvfp4") else 2
-        packed = out * into * options.bits / 8 + groups * (scale + (0 if options.symmetric else options.bits / 8))
-        if options.scheme in BITSANDBYTES:
-            packed = out * into * options.bits / 8 + _bitsandbytes_scales(options, out, into)
-        dense += layers * (packed - width * out * into)
-    return dense + _ends(options, dims, width)
+        if isinstance(scheme, WeightOnly) and not any(name.endswith(ending) for ending in scheme.ignore):
+            groups = out * (1 if scheme.group == -1 else -(-into // scheme.group))
+            if scheme.number_format == "fp8-block":
+                groups = -(-out // scheme.group) * -(-into // scheme.group)
+            scale = 1 if scheme.scheme in ("mxfp4", "nvfp4") else 2
+            extra = groups * (scale + (0 if scheme.symmetric else scheme.bits / 8))
+            if scheme.scheme in BITSANDBYTES:
+                extra = _bitsandbytes_scales(scheme, out, into)
+            found.append((out * into, out * into * scheme.bits / 8 + extra))
+    return found
 
 
 def _bitsandbytes_scales(options: WeightOnly, out: int, into: int) -> float:
@@ -134,7 +154,8 @@ def _ends(options: WeightOnly, dims: Dims, width: int) -> float:
     if head:
         groups = dims.vocab * (1 if options.group == -1 else -(-dims.hidden // options.group))
         packed = table * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
-        change += packed - (0 if dims.tied else width * table)
+        apart = not dims.tied or "r1" in options.rotations  # a head of its own already
+        change += packed - (width * table if apart else 0)
     return change
 
 
@@ -181,17 +202,29 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
     options = variant.options
     layers = _layers(recipe, variant.parent, dims)
     count = dims.parameters(layers)
+    made_by = quantized_by(recipe.variants, variant.parent)
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
     logits = min(12.0 * tokens * dims.vocab, 12.0 * CHUNK_BYTES)
     activations = tokens * 2 * 34 * dims.hidden * kept + logits
     if isinstance(options, Adapters) or (isinstance(options, Dpo) and options.rank is not None):
         width = bytes_per_weight(recipe.runtime.dtype, dims)
         base = _four_bit(dims, layers, width, options) if isinstance(options, Qlora) else 4.0 * count
+        if made_by is not None:
+            base += _on_integers(recipe.variants[made_by].options, dims, layers, width, apart=_kept_apart(options))
         return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
     if isinstance(options, Logits):
         teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
-    return 16.0 * count + activations + teacher
+    seen = 4.0 * layers * dims.linear_parameters if made_by is not None else 0.0
+    return 16.0 * count + seen + activations + teacher
+
+
+def _on_integers(scheme: Any, dims: Dims, layers: int, width: int, apart: bool) -> float:
+    """Bytes that adapters on a quantized parent take beside (apart: less than) 4 for each weight."""
+    if not apart:
+        return 8.0 * layers * dims.linear_parameters
+    saved = sum(4.0 * count - packed for count, packed in _packed(scheme, dims, layers, width))
+    return 4.0 * max(out * into for out, into in dims.linear_shapes().values()) - layers * saved
 
 
 def _four_bit(dims: Dims, layers: int, width: int, options: Qlora) -> float:

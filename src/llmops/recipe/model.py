@@ -15,13 +15,15 @@ from typing import Any
 from llmops.models.builtin import BUILTIN
 from llmops.recipe.schema import ModelSource
 
-__all__ = ["LINEARS", "LLAMA_LIKE", "Dims", "bytes_per_weight", "dims_from_config", "folder_of",
+__all__ = ["LINEARS", "LLAMA_LIKE", "POST_NORMS", "Dims", "bytes_per_weight", "dims_from_config", "folder_of",
            "looks_like_hub_id", "read_dims"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 #: Families whose decoder layer holds exactly these linear layers.
 LLAMA_LIKE = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "granite", "olmo2",
                         "smollm3"))
+#: Those whose layers have norms between a branch and the residual stream, past which no rotation can be folded.
+POST_NORMS = frozenset(("gemma2", "gemma3_text", "olmo2"))
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 #: Config keys that say how many experts a layer has.
@@ -31,7 +33,10 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Dims:
-    """Dimensions of a decoder, in the words of its config.json."""
+    """Dimensions of a decoder, in the words of its config.json.
+
+    integers: quantized to integers that are read packed, with nothing done to activations.
+    """
 
     hidden: int
     intermediate: int
@@ -46,6 +51,7 @@ class Dims:
     family: str
     quantized: bool
     bias: bool = False
+    integers: bool = False
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """name within a layer -> (out, in)."""
@@ -122,7 +128,16 @@ def dims_from_config(config: dict[str, Any]) -> Dims:
         tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", family.startswith("gemma")))),
         context=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
         dtype=dtype if dtype in _BYTES else "bfloat16", family=family, quantized="quantization_config" in whole,
-        bias=bool(config.get("attention_bias", family == "qwen2")))
+        bias=bool(config.get("attention_bias", family == "qwen2")),
+        integers=_integers(whole.get("quantization_config")))
+
+
+def _integers(block: Any) -> bool:
+    """Whether a `quantization_config` is of integer weights alone, with activations left as they are."""
+    if not isinstance(block, dict):
+        return False
+    packed = block.get("quant_method") == "compressed-tensors" and block.get("format") == "pack-quantized"
+    return packed or block.get("quant_method") in ("gptq", "awq")
 
 
 def bytes_per_weight(runtime_dtype: str, dims: Dims) -> int:

@@ -15,6 +15,7 @@ from llmops.methods.quantize.options import Auto
 from llmops.recipe import keys as k
 from llmops.recipe.estimate import Estimate, estimate
 from llmops.recipe.hashing import FileHashes
+from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import read_dims
 from llmops.recipe.schema import BASE, Recipe
 
@@ -157,6 +158,8 @@ def _summary(recipe: Recipe, name: str) -> str:
     if hasattr(options, "epochs"):
         epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
         words.append(f"{options.max_steps} steps" if options.max_steps else epochs)
+    if variant.kind != "quantize" and quantized_by(recipe.variants, name) is not None:
+        words.append("qat")  # trained through the rounding of its parent, and stored in its bits
     return " ".join(words)
 
 

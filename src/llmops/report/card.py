@@ -24,6 +24,7 @@ from llmops.report.reading import (
     events,
     figure,
     group,
+    healed,
     joules_per_trained_token,
     looks,
     loss_curve,
@@ -111,7 +112,7 @@ def _relation(row: Row) -> str | None:
     apart = group(transform, "options").get("merge") in (False, "apart")
     if transform.get("method") in ("lora", "qlora", "dpo") and apart:
         return "adapter"
-    return "quantized" if chain[-1].startswith("quantize:") else "finetune"
+    return "quantized" if chain[-1].startswith("quantize:") or healed(row) else "finetune"
 
 
 def _tags(row: Row) -> list[str]:
@@ -277,7 +278,14 @@ def _trained(row: Row) -> str:
 def _use(row: Row) -> str:
     plain = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
              'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")')
-    if _relation(row) == "adapter":
+    below = str(group(row, "transform").get("storage_dtype") or "")
+    if _relation(row) == "adapter" and below.startswith("adapter on int"):
+        plain = ("from peft import PeftConfig, PeftModel\n"
+                 "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n\n"
+                 'base = AutoModelForCausalLM.from_pretrained(\n    PeftConfig.from_pretrained(".").'
+                 "base_model_name_or_path,\n    quantization_config=CompressedTensorsConfig(dequantize=True))\n"
+                 'model = PeftModel.from_pretrained(base, ".")')
+    elif _relation(row) == "adapter":
         plain = 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
     own = "import llmops\n\nmodel, tokenizer = llmops.load(\".\")"
     packed = " (needs `pip install compressed-tensors`)" if _relation(row) == "quantized" else ""

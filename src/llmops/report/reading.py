@@ -28,6 +28,7 @@ __all__ = [
     "figure",
     "goals_of",
     "group",
+    "healed",
     "kind_of",
     "joules_per_trained_token",
     "looks",
@@ -341,14 +342,21 @@ def tree(rows: Iterable[Row]) -> list[tuple[int, Row]]:
 
 
 def what(row: Row) -> str:
-    """The step in a few words: `rtn w4a16 g128`, `lora r16 2 ep`, `wanda 50%`."""
+    """The step in a few words: `rtn w4a16 g128`, `lora r16 2 ep`, `wanda 50%`, `full 1 ep qat`."""
     method = group(row, "transform").get("method")
     options = group(row, "transform", "options")
     if not method:
         return "as it came" if parent_of(row) is None else "no step"
     words = WORDS.get(str(method), _any_words)(options)
     simulated = ["simulated"] if group(row, "transform").get("simulated") else []
-    return " ".join([str(method), *words, *simulated])
+    return " ".join([str(method), *words, *(["qat"] if healed(row) else []), *simulated])
+
+
+def healed(row: Row) -> bool:
+    """Whether the step trained a quantized parent through its rounding: what it made lies in integers again."""
+    transform = group(row, "transform")
+    return (transform.get("kind") in ("finetune", "distill")
+            and str(transform.get("storage_dtype") or "").startswith("int"))
 
 
 def _training(options: Mapping[str, Any]) -> list[str]:

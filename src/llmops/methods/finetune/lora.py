@@ -68,11 +68,13 @@ def zero_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0,
              targets: str | Sequence[str] = "all-linear", seed: int = 0, keep_zeros: bool = False,
-             rslora: bool = False, dora: bool = False) -> Any:
+             rslora: bool = False, dora: bool = False,
+             custom: Mapping[type[nn.Module], type[nn.Module]] | None = None) -> Any:
     """The model with float32 adapters on its linear layers, everything else frozen (a `peft.PeftModel`).
 
-    targets: "all-linear" (PEFT leaves the output head out) or names. keep_zeros: train M * B A (see above). Raises
-    ValueError when no layer has such a name, LlmopsError for keep_zeros with DoRA, whose rows are rescaled as a whole.
+    targets: "all-linear" (PEFT leaves the output head out) or names. keep_zeros: train M * B A (see above). custom:
+    kinds of layers that PEFT does not know, each with PEFT's layer for it. Raises ValueError when no layer has such a
+    name, LlmopsError for keep_zeros with DoRA, whose rows are rescaled as a whole.
     """
     if keep_zeros and dora:
         raise LlmopsError("given DoRA on a pruned model; expected plain LoRA or rsLoRA there: leave dora out")
@@ -81,6 +83,8 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0,
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM", bias="none",
                              use_rslora=rslora, use_dora=dora,
                              target_modules=targets if isinstance(targets, str) else list(targets))
+    if custom:
+        config._register_custom_module(dict(custom))
     adapted = peft.get_peft_model(model, config)
     if keep_zeros:
         for layer in adapters(adapted).values():
