@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from llmops import calibrate
 from llmops.build.job import Job, Work, bar, calibrated, calibration
-from llmops.build.layer_schemes import Chosen, scheme, shared
+from llmops.build.layer_schemes import Chosen, check_groups, scheme, shared
 from llmops.build.preparing import Prepared, awq_factors, folded, prepare
-from llmops.errors import LlmopsError
 from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.methods.quantize.gptq import Solved, gptq
-from llmops.methods.quantize.grid import grouped
 from llmops.methods.quantize.hqq import hqq
 from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant, WeightOnly
 from llmops.methods.quantize.rtn import rtn
@@ -122,7 +120,6 @@ def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
     found: list[int] = []
 
     def update(block: calibrate.Block) -> None:
-        _check_groups(block, options)
         H, links = awq_factors(block, options, options.grid, job.storage, chosen)
         found.append(links)
         alike = shared(options, block.layers)
@@ -145,6 +142,7 @@ def smoothquant_step(job: Job, options: Smoothquant) -> Work:
     weights: Weights = {}
 
     def update(block: calibrate.Block) -> None:
+        check_groups(block.layers, options)
         alike = shared(options, block.layers)
         for name, layer in block.layers.items():
             how = scheme(options, None, name) | alike.get(name, {})
@@ -163,7 +161,7 @@ def autoround_step(job: Job, options: Autoround) -> Work:
     tuned: list[Tuned] = []
 
     def update(block: calibrate.Block) -> None:
-        _check_groups(block, options)
+        check_groups(block.layers, options)
 
         def loss(candidate: Mapping[str, Tensor], batch: int) -> Tensor:
             out = block.run(batch, candidate)
@@ -191,15 +189,6 @@ def autoround_step(job: Job, options: Autoround) -> Work:
     gained = ", ".join(f"{each.start:.3g} to {each.best:.3g}" for each in tuned)
     return _quantized(job, options, weights, ready, tokens, [f"squared error of each block's output: {gained}",
                                                              *routing.events(INSTEAD)])
-
-
-def _check_groups(block: calibrate.Block, options: WeightOnly) -> None:
-    """Raises LlmopsError naming the layer that the groups do not fit."""
-    for name, layer in block.layers.items() if options.number_format is None else ():
-        try:
-            grouped(layer.weight, options.group)
-        except LlmopsError as error:
-            raise LlmopsError(f"{name}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------ what all of them share
