@@ -97,6 +97,18 @@ def test_both_sensitivities_mean_the_same(place: Path) -> None:
     assert float(both[0, 1]) > 0.8 and 0.5 < float(estimated.sum() / measured.sum()) < 2
 
 
+def test_costs_may_be_counted_on_answers_alone(place: Path) -> None:
+    options = {"bits": 3.4, "solver": "rtn", "sensitivity": "gradient", "length": 48}
+    everywhere, answers = take(place, **options), take(place, **options, judge="calib")
+    assert answers.allocation["judge"] == "calib" and everywhere.allocation["judge"] is None
+    assert 0 < answers.allocation["counted"] < everywhere.allocation["counted"] == 4 * 48
+    assert f"{answers.allocation['counted']} of them answers of calib" in answers.events[1]
+    assert [each["cost"] for each in answers.allocation["groups"]] != [each["cost"] for each in
+                                                                      everywhere.allocation["groups"]]
+    with pytest.raises(RecipeError, match='did you mean "calib"'):
+        parse_recipe(recipe({"q": {"quantize": {**PLAIN, "bits": 3, "judge": "calibb"}}}), base_dir=place)
+
+
 def test_bytes_are_those_on_disk(place: Path, tmp_path: Path) -> None:
     work = take(place, bytes=400_000, candidates=["w2a16", "w4a16", "w8a16"], sensitivity="gradient", solver="rtn")
     work.save(tmp_path)

@@ -277,3 +277,38 @@ def test_blocks_get_what_the_unchanged_model_would_make_and_their_own_inputs() -
         walk_blocks(untied, tokens(), update)
     with pytest.raises(LlmopsError, match="no calibration tokens"):
         walk_blocks(untied, tokens(0, 8), update)
+
+
+def test_a_block_is_prepared_before_it_is_measured_in_the_dtype_it_computes_in() -> None:
+    ids = tokens()
+    plain = gather(twin("llama")[0], ids, "x_norm", compute=torch.float32)
+    order: list[str] = []
+
+    @torch.no_grad()
+    def prepare(block: Block) -> None:
+        assert all(layer.weight.dtype == torch.float32 for layer in block.layers.values())
+        order.append(block.name)
+        block.module.input_layernorm.weight *= 2
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(block.module.self_attn, name).weight /= 2
+
+    got = gather(twin("llama")[0], ids, "x_norm", compute=torch.float32, prepare=prepare)
+    for key, value in got.items():
+        factor = 2 if key.endswith(("q_proj", "k_proj", "v_proj")) else 1
+        torch.testing.assert_close(value, plain[key] * factor, rtol=2e-2, atol=1e-3)
+    walk_blocks(twin("llama")[0], ids, lambda block: order.append("updated"), ignore=["lm_head"], prepare=prepare,
+                compute=torch.float32)
+    names = [f"model.layers.{index}" for index in range(4)]
+    assert order == [*names, *(step for name in names for step in (name, "updated"))]
+
+
+def test_a_walk_without_data_prepares_blocks_that_cannot_be_run() -> None:
+    def run(block: Block) -> None:
+        block.run()
+
+    with pytest.raises(LlmopsError, match=r"model\.layers\.0: this walk runs no data; expected calibration tokens"):
+        gather(twin("llama")[0], None, "none", prepare=run)
+    broken, _ = twin("llama")
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(StepError, match=r"layers\.1\.mlp\.up_proj: the weight holds NaN"):
+        gather(broken, None, "none", prepare=lambda block: None)

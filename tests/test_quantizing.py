@@ -18,7 +18,7 @@ from llmops.build.variant import apply_step
 from llmops.data.options import DataSource
 from llmops.data.sources import load_rows
 from llmops.errors import DataError, LlmopsError, RecipeError, StepError
-from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn
+from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant
 from llmops.recipe import parse_recipe
 
 CALIBRATED = {"data": "calib", "length": 32, "group_size": 32}
@@ -27,7 +27,8 @@ METHODS: dict[str, Any] = {
     "hqq": Hqq(method="hqq", scheme="w3a16", group_size=32),
     "gptq": Gptq(method="gptq", scheme="w3a16", **CALIBRATED),
     "awq": Awq(method="awq", scheme="w3a16", **CALIBRATED),
-    "autoround": Autoround(method="autoround", scheme="w3a16", iterations=8, batch_size=4, **CALIBRATED)}
+    "autoround": Autoround(method="autoround", scheme="w3a16", iterations=8, batch_size=4, **CALIBRATED),
+    "smoothquant": Smoothquant(method="smoothquant", scheme="w3a16", **CALIBRATED)}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_every_architecture_holds_what_is_packed_and_only_that_changed(place: Pa
     old, new = before.state_dict(), work.model.state_dict()
     touched = {key for key, value in new.items() if not torch.equal(value, old[key])}
     allowed = {f"{key}.weight" for key in work.packed}
-    if method == "awq":
+    if method in ("awq", "smoothquant"):
         allowed |= {key for key in old if "norm" in key or key.endswith("_proj.bias")}
     assert touched <= allowed and new.keys() == old.keys()
     assert not any(layer._forward_pre_hooks for layer in work.model.modules())
@@ -170,7 +171,7 @@ def test_too_few_tokens_and_a_tied_head_are_refused(place: Path) -> None:
 
 def test_an_untied_head_is_solved_where_a_method_can_and_refused_where_not(place: Path) -> None:
     assert "lm_head" in take(place, "gptq", "mistral", ignore=[]).packed
-    for method in ("awq", "autoround"):
+    for method in ("awq", "autoround", "smoothquant"):
         with pytest.raises(LlmopsError, match="lm_head stands outside the decoder blocks"):
             take(place, method, "mistral", ignore=[])
 

@@ -46,6 +46,26 @@ def test_a_swap_costs_what_the_changed_model_differs_by(name: str) -> None:
     assert found == swap_scores(model, crops, swaps, divergence, batch_size=2)
 
 
+@torch.no_grad()
+def test_only_the_tokens_asked_for_are_counted() -> None:
+    model, _ = twin("llama", torch.float32)
+    crops, where = tokens(5, 24), torch.rand(5, 24, generator=torch.Generator().manual_seed(0)) < 0.3
+    tried = swap(model, names_of(2, ENDS[0]), 3)
+    changed = copy.deepcopy(model)
+    for key, weight in tried.items():
+        changed.get_submodule(key).weight.copy_(weight.dequantize())
+    by_hand = float(divergence(model(crops).logits[where], changed(crops).logits[where])) / int(where.sum())
+    found = swap_scores(model, crops, [tried], divergence, where=where, batch_size=2)
+    assert found[0] == pytest.approx(by_hand, rel=1e-3)
+    gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    nothing = torch.zeros_like(where)
+    for some in (True, False):
+        crop_gradients(model, crops, list(tried), lambda at, key, G, some=some: gradients[some].append(G),
+                       where=where if some else nothing)
+    assert all(float(G.abs().sum()) == 0 for G in gradients[False])
+    assert all(float(G.abs().sum()) > 0 for G in gradients[True])
+
+
 def test_a_stored_type_is_widened_for_the_while() -> None:
     model, _ = twin("llama")
     wide, _ = twin("llama", torch.float32)

@@ -19,7 +19,9 @@ With `sequential` the layers of a block take turns in the order in which they ru
 A turn's statistic is gathered once, whatever the number of its layers, and its forward pass ends at its last layer.
 
 A method that looks at a whole block (its output, the norms between its layers) takes `walk_blocks` instead: the same
-walk, with the block itself in place of its layers.
+walk, with the block itself in place of its layers. Either walk hands each block to `prepare` first, if given: whatever
+changes the weights and not what the block computes (a rotation, factors moved between layers) happens there, once the
+block is on the accelerator and in the wider dtype, and before anything of it is measured.
 
 Deliberate differences from others: without `sequential` all linear layers of a block are measured in one pass;
 statistics are summed in float32 or wider whatever the model's dtype; a layer that got no tokens is an error, not a
@@ -127,7 +129,8 @@ class _Gather:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
-         compute: torch.dtype | None = None, progress: Progress | None = None) -> None:
+         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None,
+         progress: Progress | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
     tokens:     (samples, length) int64 without padding; may be None when statistic is "none"
@@ -137,6 +140,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     device:     where a block computes; the model's own device by default
     sequential: whether the layers of a block take turns, as the module's docstring says
     compute:    dtype in which a block computes and update sees its weights; as stored by default
+    prepare:    called with every block before its layers are measured
     progress:   called with (blocks done, blocks in all)
 
     Raises LlmopsError for a wrong call, StepError naming the layer when a weight or an activation is NaN or infinite.
@@ -151,6 +155,10 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     for index, block in enumerate(blocks):
         layers = _inside(todo, f"{path}.{index}")
         with lent(block, stream.device if stream else device, compute):
+            if prepare is not None:
+                for name, layer in layers:
+                    finite(layer.weight, f"{name}: the weight holds")
+                prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index))
             for turn in _turns(stream, index, layers) if stream and sequential else [layers]:
                 gathered = _measure(stream, index, turn, make, sequential) if stream and make and turn else {}
                 for name, layer in turn:
@@ -168,7 +176,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore: Sequence[str] = (),
                 batch_size: int = 8, device: str | torch.device | None = None, compute: torch.dtype | None = None,
-                targets: bool = False, progress: Progress | None = None) -> None:
+                targets: bool = False, prepare: BlockUpdate | None = None, progress: Progress | None = None) -> None:
     """Give every decoder block to `update`, which may change it as it likes. Later blocks see what it became.
 
     targets: whether `Block.targets` holds what the block makes of the activations of the unchanged model; that is a
@@ -189,9 +197,11 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
         name = f"{path}.{index}"
         layers = _inside(todo, name)
         with lent(module, stream.device, compute):
-            exact = [stream.run(index, batch, hidden).to(stream.home) for batch, hidden in enumerate(exact)]
             for full, layer in layers:
                 finite(layer.weight, f"{full}: the weight holds")
+            if prepare is not None:
+                prepare(Block(name, module, dict(layers), [], stream, index))
+            exact = [stream.run(index, batch, hidden).to(stream.home) for batch, hidden in enumerate(exact)]
             if layers:
                 update(Block(name, module, dict(layers), exact, stream, index))
             stream.advance(index, name)
@@ -201,37 +211,44 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`."""
+    """A decoder block in its turn. layers: those to update, by full name; targets: see `walk_blocks`; stream: the
+    calibration batches, None in a walk without any, where nothing can be run or measured."""
 
     name: str
     module: nn.Module
     layers: Mapping[str, nn.Linear]
     targets: Sequence[Tensor]
-    stream: Stream
+    stream: Stream | None
     index: int
 
     @property
+    def flow(self) -> Stream:
+        if self.stream is None:
+            raise LlmopsError(f"{self.name}: this walk runs no data; expected calibration tokens (samples, length)")
+        return self.stream
+
+    @property
     def batches(self) -> int:
-        return len(self.stream.hidden)
+        return len(self.flow.hidden)
 
     def run(self, batch: int = 0, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output on a batch, with `weights` (full layer name -> weight) in place of its own if given."""
         if weights is None:
-            return self.stream.run(self.index, batch)
+            return self.flow.run(self.index, batch)
         inside = {f"{full.removeprefix(self.name + '.')}.weight": weight for full, weight in weights.items()}
-        return self.stream.run(self.index, batch, weights=inside)
+        return self.flow.run(self.index, batch, weights=inside)
 
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""
         layers = [(f"{self.name}.{name}", layer) for name, layer in linear_layers(self.module)]
-        return [[name for name, _ in turn] for turn in _turns(self.stream, self.index, layers)]
+        return [[name for name, _ in turn] for turn in _turns(self.flow, self.index, layers)]
 
     def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor]:
         """The statistic of the layers `names` (full), each gathered on its own."""
         make = _statistic(statistic)
         assert make is not None
         layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
-        return _measure(self.stream, self.index, layers, make)
+        return _measure(self.flow, self.index, layers, make)
 
     def put(self, name: str, weight: Tensor) -> None:
         """Put a new weight into the layer of a full name."""

@@ -31,17 +31,19 @@ Progress = Callable[[int, int], None]
 # ------------------------------------------------------------------------------------------------------------- swaps
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def swap_scores(model: nn.Module, tokens: Tensor, swaps: Sequence[Swap], score: Callable[[Tensor, Tensor], Tensor], *,
-                batch_size: int = 8, compute: torch.dtype | None = None,
+                where: Tensor | None = None, batch_size: int = 8, compute: torch.dtype | None = None,
                 progress: Progress | None = None) -> list[float]:
     """For each swap, `score(logits of the model, logits with the swap)` summed over batches, a token.
 
     tokens: (samples, length) int64; swaps: weights by full layer name, each within one decoder block, or of a head
-    after the blocks; score: (B, T, V), (B, T, V) -> a scalar, summed over tokens. Cost: the blocks from each swap's own
+    after the blocks; score: (n, V), (n, V) -> a scalar, summed over n tokens; where: (samples, length) bool, after
+    which tokens logits count, all by default. Cost: the blocks from each swap's own
     to the last, and the head. Raises LlmopsError for a swap across blocks, StepError when the model's output is NaN.
     """
     path, blocks = decoder_layers(model)
     places = [_place(swap, path) for swap in swaps]
     totals = [0.0] * len(swaps)
+    counted = torch.ones_like(tokens, dtype=torch.bool) if where is None else where
     batches = tokens.split(batch_size)
     with lent(model, None, compute):
         for done, batch in enumerate(batches):
@@ -49,14 +51,15 @@ def swap_scores(model: nn.Module, tokens: Tensor, swaps: Sequence[Swap], score: 
             states = [stream.hidden[0]]
             for index in range(len(blocks)):
                 states.append(stream.run(index, 0, states[-1]))
-            exact = finite(_logits(stream, states[-1]), "the model's logits hold")
+            here = counted[done * batch_size:][:len(batch)].to(stream.home)
+            exact = finite(_logits(stream, states[-1])[here], "the model's logits hold")
             for number, (swap, place) in enumerate(zip(swaps, places, strict=True)):
                 weights = {f"{name}.weight": weight.dequantize().to(stream.home, stream.dtype)
                            for name, weight in swap.items()}
-                totals[number] += float(score(exact, _swapped(stream, states, place, path, weights)))
+                totals[number] += float(score(exact, _swapped(stream, states, place, path, weights)[here]))
             if progress is not None:
                 progress(done + 1, len(batches))
-    return [total / tokens.numel() for total in totals]
+    return [total / int(counted.sum()) for total in totals]
 
 
 def _place(swap: Swap, path: str) -> int | None:
@@ -90,12 +93,13 @@ def _logits(stream: Stream, hidden: Tensor, weights: Mapping[str, Tensor] | None
 
 # --------------------------------------------------------------------------------------------------------- gradients
 def crop_gradients(model: nn.Module, tokens: Tensor, names: Sequence[str],
-                   take: Callable[[slice, str, Tensor], None], *, batch_size: int = 4, seed: int = 0,
-                   compute: torch.dtype | None = None, progress: Progress | None = None) -> None:
+                   take: Callable[[slice, str, Tensor], None], *, where: Tensor | None = None, batch_size: int = 4,
+                   seed: int = 0, compute: torch.dtype | None = None, progress: Progress | None = None) -> None:
     """Hand the gradient of each crop's loss by each weight to `take(which crops, layer name, (crops, out, in))`.
 
     The loss is -sum_t log p(y_t | x_<=t) with y_t drawn from the model's own p, seeded: the gradients whose second
-    moment is the Fisher information. tokens: (samples, length); names: full names of linear layers. A layer that runs
+    moment is the Fisher information. tokens: (samples, length); where: as `swap_scores`, the t that are summed over;
+    names: full names of linear layers. A layer that runs
     several times in one pass is handed over as often. Cost: a forward and a backward pass of all the tokens; memory:
     activations of a batch through all blocks, and a layer's gradients for each of its crops.
     """
@@ -111,7 +115,7 @@ def crop_gradients(model: nn.Module, tokens: Tensor, names: Sequence[str],
         with lent(model, None, compute), torch.enable_grad():
             for first in range(0, len(tokens), batch_size):
                 current[0] = slice(first, min(first + batch_size, len(tokens)))
-                _backward(model, tokens[current[0]], draw)
+                _backward(model, tokens[current[0]], None if where is None else where[current[0]], draw)
                 if progress is not None:
                     progress(current[0].stop, len(tokens))
     finally:
@@ -121,12 +125,13 @@ def crop_gradients(model: nn.Module, tokens: Tensor, names: Sequence[str],
             parameter.requires_grad_(wanted)
 
 
-def _backward(model: nn.Module, ids: Tensor, draw: torch.Generator) -> None:
+def _backward(model: nn.Module, ids: Tensor, where: Tensor | None, draw: torch.Generator) -> None:
     device = next(model.parameters()).device
     logits = model(input_ids=ids.to(device), use_cache=False).logits.float().flatten(0, 1)
     finite(logits.detach(), "the model's logits hold")
     labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw).flatten().to(device)
-    nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    (losses if where is None else losses * where.flatten().to(device)).sum().backward()
 
 
 def _differentiable(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from tests.data.makers import (
 
 from llmops.data.options import Limits
 from llmops.data.render import (
+    IGNORED,
+    answer_crops,
     calibration_tokens,
     choice_examples,
     collate,
@@ -223,3 +225,28 @@ def test_a_batch_is_padded_on_the_right_and_only_there() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+
+
+
+def test_crops_of_answers_are_true_before_each_token_of_an_answer() -> None:
+    tokenizer = make_tokenizer("chatml")
+    rows = pair_rows(*((f"How many are {n} and one?", f"There are {n + 1}.") for n in range(30)))
+    crops, where = answer_crops(rows, tokenizer, samples=4, length=32, seed=1)
+    assert crops.shape == where.shape == (4, 32) and not where[:, -1].any()
+    examples = encode(rows, tokenizer, max_length=64, limits=STRICT).examples
+    stream = crops.flatten().tolist()
+    first = next(e for e in examples if e["input_ids"] == stream[:len(e["input_ids"])])  # whole, in a drawn order
+    assert first != examples[0]
+    learned = [label != IGNORED for label in first["labels"]]
+    flat = where.flatten().tolist()
+    inside = [at for at in range(len(learned) - 1) if at != 31]  # the last token of a crop has no next one
+    assert [flat[at] for at in inside] == [learned[at + 1] for at in inside]
+    assert 0.05 < where.float().mean() < 0.6
+    again, other = (answer_crops(rows, tokenizer, samples=4, length=32, seed=seed)[0] for seed in (1, 2))
+    assert torch.equal(crops, again) and not torch.equal(crops, other)
+    assert len(answer_crops(rows, tokenizer, samples=10**6, length=32, seed=1)[0]) == sum(
+        len(e["input_ids"]) for e in examples) // 32
+    with pytest.raises(DataError, match="its rows are text, which has no answers"):
+        answer_crops(text_rows("Five."), tokenizer, samples=1, length=8, seed=0)
+    with pytest.raises(DataError, match="one crop needs 10000"):
+        answer_crops(rows, tokenizer, samples=1, length=10_000, seed=0)

@@ -178,7 +178,7 @@ def test_refuses_folders_that_are_not_whole_or_not_ours(tmp_path: Path) -> None:
 def test_refuses_to_save_foreign_weights_and_halves_of_a_fused_layer(tmp_path: Path) -> None:
     model, weights, _ = quantized("llama", 4, 128)
     name = "model.layers.0.self_attn.k_proj"
-    with pytest.raises(LlmopsError, match=r"k_proj int8 grow symmetric, .* one scheme for layers that servers run"):
+    with pytest.raises(LlmopsError, match=r"k_proj int8 row symmetric, .* one scheme for layers that servers run"):
         save_quantized(model, weights | {name: rtn(model.get_submodule(name).weight.data, bits=8)}, tmp_path)
     with pytest.raises(LlmopsError, match="weights name .'nowhere'"):
         save_quantized(model, {"nowhere": weights[name]}, tmp_path)
@@ -218,7 +218,7 @@ def test_layers_may_have_schemes_of_their_own(name: str, tmp_path: Path) -> None
     assert schemes_of(block, weights) == {key: LayerScheme.of(weight) for key, weight in weights.items()}
     assert stored_as(block) == told(schemes_of(block, weights)) == (
         "int2 g32 symmetric in 6 layers, int3 g32 symmetric in 9 layers, int4 g32 symmetric in 7 layers, "
-        "int4 g64 asymmetric in 3 layers, int8 grow symmetric in 3 layers")
+        "int4 g64 asymmetric in 3 layers, int8 row symmetric in 3 layers")
 
 
 def test_targets_are_ranked_as_compressed_tensors_ranks_them(tmp_path: Path) -> None:

@@ -243,6 +243,14 @@ def test_estimates_follow_the_steps(home: Path) -> None:
     assert far.disk_bytes.value is None and "hub" in far.disk_bytes.method and far.tokens.value == 6 * 1024
 
 
+@pytest.mark.parametrize(("rotate", "more"), [("hadamard", 2 * 1000 * 128), ("[r1]", 2 * 1000 * 128), ("[r2]", 0)])
+def test_a_rotated_stream_costs_a_head_of_its_own(home: Path, rotate: str, more: int) -> None:
+    made = plan(home, variants="variants:\n  plain: {quantize: {method: rtn, scheme: w8a16}}\n"
+                               f"  turned: {{quantize: {{method: rtn, scheme: w8a16, rotate: {rotate}}}}}")
+    figures = {stage.variant: stage.estimate.disk_bytes.value or 0 for stage in made.stages}
+    assert figures["turned"] - figures["plain"] == more
+
+
 def test_rows_are_counted_without_being_read(home: Path) -> None:
     sources = recipe(home, data=makers.HEAD["data"] + (
         "\n  part: {source: train.jsonl, split: '[:50%]'}\n  few: {from: part, samples: 2}\n"

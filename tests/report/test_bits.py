@@ -39,7 +39,7 @@ def test_every_cell_is_there_shaded_by_the_logarithm_and_the_choice_ringed() -> 
                        picture)
     assert len(cells) == 12 and sum(bool(cell[4]) for cell in cells) == sum(bool(cell[6]) for cell in cells) == 4
     by = {(name, scheme): (float(cost), int(shade), bool(ring)) for name, scheme, cost, _, _, shade, ring in cells}
-    assert by["block 0 q, k, v", "int2"] == (0.8, 5, False) and by["block 0 q, k, v", "int4"][2]
+    assert by["block 0 q, k, v", "int2"] == (0.8, 7, False) and by["block 0 q, k, v", "int4"][2]
     assert by["block 1 down", "int4"][1] == 0
     ordered = sorted(by.values())
     assert [shade for _, shade, _ in ordered] == sorted(shade for _, shade, _ in ordered)
@@ -79,4 +79,4 @@ def test_costs_without_a_logarithm_are_drawn_too() -> None:
     for each in body["groups"]:
         each["cost"] = [0.0, -1e-9, float("inf")]
     seen = allocation_of(row(body))
-    assert seen is not None and heat_map(seen).count('class="heat0"') == 8 and heat_map(seen).count('"heat5"') == 4
+    assert seen is not None and heat_map(seen).count('class="heat0"') == 8 and heat_map(seen).count('"heat7"') == 4

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmops import calibrate, swaps
 from llmops.build.job import Job, Work, bar, calibration
 from llmops.build.quantizing import awq_step, computed, gptq_step, rtn_step
+from llmops.data.render import answer_crops
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.allocation import allocate, smallest, stored_bits
 from llmops.methods.quantize.gptq import gptq
@@ -48,20 +49,23 @@ def auto_step(job: Job, options: Auto) -> Work:
     numbers = [sum(math.prod(shapes[name]) for name in group) for group in groups]
     sizes = _sizes(shapes, groups, schemes, torch.finfo(job.storage).bits)
     budget = _budget(job, options, sum(numbers), len(shapes), smallest(sizes))
-    crops = tokens[:options.crops or (KL_CROPS if options.sensitivity == "kl" else len(tokens))]
-    costs, measured = _remembered(job, groups, schemes, lambda: _costs(job, options, groups, schemes, tokens, crops))
+    crops, where = _crops(job, options, tokens)
+    costs, measured = _remembered(job, groups, schemes,
+                                  lambda: _costs(job, options, groups, schemes, tokens, crops, where))
     choice = allocate(costs, sizes, budget)
     chosen = {name: schemes[c] for group, c in zip(groups, choice, strict=True) for name in group}
     work = _solve(job, options, chosen)
     predicted = sum(row[c] for row, c in zip(costs, choice, strict=True))
     work.allocation = {
         "sensitivity": options.sensitivity, "unit": "nats a token", "crops": list(crops.shape),
+        "counted": int(where.sum()), "judge": options.judge,
         "budget": {"bits": options.bits} if options.bits is not None else {"bytes": options.bytes},
         "average_bits": average_bits(work.packed), "predicted": predicted,
         "candidates": [str(scheme) for scheme in schemes],
         "groups": [{"layers": list(group), "bits": [size / number for size in row], "cost": cost, "chosen": c}
                    for group, row, number, cost, c in zip(groups, sizes, numbers, costs, choice, strict=True)]}
     work.events.insert(1, f"bits chosen by {options.sensitivity} on {crops.shape[0]} crops of {crops.shape[1]} tokens"
+                       + (f", {int(where.sum()):,} of them answers of {options.judge}" if options.judge else "")
                        + ("" if measured else " (measured before, for another budget)") + f": {_counted(chosen)}; "
                        f"expected to cost {predicted:.3g} nats a token")
     work.tokens += crops.numel() if measured else 0
@@ -96,10 +100,10 @@ def _remembered(job: Job, groups: Groups, schemes: Sequence[LayerScheme],
 
 
 def _costs(job: Job, options: Auto, groups: Groups, schemes: Sequence[LayerScheme], tokens: Tensor,
-           crops: Tensor) -> Costs:
+           crops: Tensor, where: Tensor) -> Costs:
     """(groups, schemes) nats a token."""
     candidates = _candidates(job, options, schemes, tokens)
-    return {"kl": _kl, "gradient": _gradient}[options.sensitivity](job, candidates, groups, crops)
+    return {"kl": _kl, "gradient": _gradient}[options.sensitivity](job, candidates, groups, crops, where)
 
 
 def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens: Tensor) -> Candidates:
@@ -122,14 +126,28 @@ def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens:
     return found
 
 
-def _kl(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> Costs:
+def _crops(job: Job, options: Auto, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(crops, length) ids that costs are measured on, and where they count."""
+    count = options.crops or (KL_CROPS if options.sensitivity == "kl" else len(tokens))
+    if options.judge is None:
+        return tokens[:count], torch.ones_like(tokens[:count], dtype=torch.bool)
+    rows = job.rows(options.judge)
+    crops, where = answer_crops(rows, job.tokenizer, samples=count, length=tokens.shape[1], seed=job.seed)
+    if not bool(where.any()):
+        raise LlmopsError(f"no answer in {crops.shape[0]} crops of {rows.name}; expected data with answers, as the "
+                          "task has them: name other data in `judge`, or leave it out")
+    return crops, where
+
+
+def _kl(job: Job, candidates: Candidates, groups: Groups, crops: Tensor, where: Tensor) -> Costs:
     count = len(next(iter(candidates.values())))
     tried = [{name: candidates[name][c] for name in group} for group in groups for c in range(count)]
-    scores = swaps.swap_scores(job.model, crops, tried, divergence, compute=computed(job), progress=bar(job))
+    scores = swaps.swap_scores(job.model, crops, tried, divergence, where=where, compute=computed(job),
+                               progress=bar(job))
     return [scores[first:first + count] for first in range(0, len(scores), count)]
 
 
-def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -> Costs:
+def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor, where: Tensor) -> Costs:
     count = len(next(iter(candidates.values())))
     owner = {name: place for place, group in enumerate(groups) for name in group}
     shifts = torch.zeros(len(groups), count, len(crops))
@@ -140,9 +158,9 @@ def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor) -
             D = candidate.dequantize().float() - W.float()
             shifts[owner[name], c, crops] += shift(G, D.to(G.device)).cpu()
 
-    swaps.crop_gradients(job.model, crops, list(candidates), take, seed=job.seed, compute=computed(job),
+    swaps.crop_gradients(job.model, crops, list(candidates), take, where=where, seed=job.seed, compute=computed(job),
                          progress=bar(job))
-    return [[fisher_cost(each, crops.shape[1]) for each in row] for row in shifts]
+    return [[fisher_cost(each, int(where.sum())) for each in row] for row in shifts]
 
 
 # --------------------------------------------------------------------------------------------- budget and solution

@@ -26,7 +26,7 @@ from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_ste
 from llmops.build.job import Job, Work
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
-from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step
+from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
 from llmops.build.trace import Trace
 from llmops.build.training import full_step
 from llmops.data.sources import Rows, load_rows
@@ -57,7 +57,7 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
     ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
-    ("quantize", "auto"): auto_step}
+    ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step}
 
 
 #: The steps that a quantized parent can take; the others would change integers, or round them once more.

@@ -41,8 +41,8 @@ from llmops.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Encoded", "IGNORED", "Prompt", "calibration_tokens", "check_leak", "choice_examples", "collate", "encode",
-           "prompts_and_answers", "text_stream", "with_answers"]
+__all__ = ["Encoded", "IGNORED", "Prompt", "answer_crops", "calibration_tokens", "check_leak", "choice_examples",
+           "collate", "encode", "prompts_and_answers", "text_stream", "with_answers"]
 
 
 @dataclass(frozen=True)
@@ -329,6 +329,31 @@ def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int,
         starts = [draw.randint(0, len(stream) - length) for _ in range(samples)]
     tokens = torch.tensor(stream, dtype=torch.long)
     return torch.stack([tokens[start:start + length] for start in starts])
+
+
+def answer_crops(rows: Rows, tokenizer: Any, *, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(samples, length) ids of rows one after the other in a seeded order, as they are trained on, and where they are
+    answers: true at a token after which the next one is an answer's.
+
+    Fewer crops when the rows do not fill so many. Raises DataError for text, which has no answers, and when the rows
+    do not fill one crop.
+    """
+    import torch
+
+    if rows.kind == "text":
+        raise DataError(f"{rows.name}: its rows are text, which has no answers; expected messages, or prompt and "
+                        "completion")
+    examples = list(encode(rows, tokenizer, max_length=10**9, limits=Limits(dropped=1.0, truncated=1.0)).examples)
+    random.Random(seed).shuffle(examples)
+    ids = [token for example in examples for token in example["input_ids"]]
+    labels = [label for example in examples for label in example["labels"]]
+    count = min(samples, len(ids) // length)
+    if count < 1:
+        raise DataError(f"{rows.name}: its {len(rows.rows)} rows have {len(ids)} tokens, and one crop needs {length}; "
+                        "use more rows (`samples`, or another `split`) or a shorter `length`")
+    crops = torch.tensor(ids[:count * length]).view(count, length)
+    learned = torch.tensor(labels[:count * length]).view(count, length) != IGNORED
+    return crops, torch.cat([learned[:, 1:], torch.zeros(count, 1, dtype=torch.bool)], dim=1)
 
 
 def collate(examples: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmops.models.arch import PRODUCERS, linear_layers
 
-__all__ = ["Link", "find_links", "fold"]
+__all__ = ["Link", "after_norms", "between_linears", "find_links", "fold", "is_norm"]
 
 _TOLERANCE = 1e-2  # of what the factors would change were they folded into one side alone
 
@@ -59,7 +59,7 @@ class Link:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def find_links(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
     """The links of a decoder block that its own output confirms, linear sources first. run: one forward pass of it."""
-    candidates = [*_between_linears(block), *_after_norms(block, run)]
+    candidates = [*between_linears(block), *after_norms(block, run)]
     before = run()
     return [link for link in candidates if _confirmed(block, link, run, before)]
 
@@ -89,7 +89,8 @@ def fold(block: nn.Module, link: Link, s: Tensor, dtype: torch.dtype | None = No
     return s
 
 
-def _between_linears(block: nn.Module) -> list[Link]:
+def between_linears(block: nn.Module) -> list[Link]:
+    """The links that `arch.PRODUCERS` names, unconfirmed."""
     linears = dict(linear_layers(block))
     links = []
     for name, target in linears.items():
@@ -105,7 +106,8 @@ def _between_linears(block: nn.Module) -> list[Link]:
     return links
 
 
-def _after_norms(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
+def after_norms(block: nn.Module, run: Callable[[], Any]) -> list[Link]:
+    """Every norm whose output is the very tensor that linear layers read in `run`, unconfirmed."""
     made: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
 
@@ -118,7 +120,7 @@ def _after_norms(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
 
     handles = [layer.register_forward_pre_hook(partial(before, name)) for name, layer in linear_layers(block)]
     handles += [module.register_forward_hook(partial(after, name)) for name, module in block.named_modules()
-                if _is_norm(module)]
+                if is_norm(module)]
     try:
         run()
     finally:
@@ -133,7 +135,8 @@ def _after_norms(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
     return links
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module multiplies feature by feature: all that is asked of a norm here."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() == 1
 

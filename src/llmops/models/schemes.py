@@ -50,8 +50,8 @@ class LayerScheme:
     def __str__(self) -> str:
         if self.kind != "int":
             return number_formats.TOLD[self.kind]
-        size = "row" if self.group_size == -1 else str(self.group_size)
-        return f"{self.kind}{self.bits} g{size} {'symmetric' if self.symmetric else 'asymmetric'}"
+        size = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.kind}{self.bits} {size} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 Schemes = Mapping[str, LayerScheme]

@@ -193,6 +193,8 @@ def _type_in_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         values = get_args(annotation)
         return f'"{values[0]}"' if len(values) == 1 else "one of " + ", ".join(str(value) for value in values)
+    if get_origin(annotation) is list and get_origin(get_args(annotation)[0]) is Literal:
+        return f"a list out of {', '.join(map(str, get_args(get_args(annotation)[0])))}"
     if get_origin(annotation) is list:
         plural = {int: "whole numbers", float: "numbers", str: "text"}
         return f"a list of {plural.get(get_args(annotation)[0], 'entries')}"

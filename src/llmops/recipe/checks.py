@@ -10,10 +10,10 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, WeightOnly
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, Smoothquant, WeightOnly
 from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.healing_checks import check_healing
-from llmops.recipe.model import LINEARS, LLAMA_LIKE, Dims
+from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.number_checks import check_number_format
 from llmops.recipe.schema import BASE, Variant
@@ -76,13 +76,14 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             check_number_format(problems, trail, options, _widths(dims, options.ignore))
             if options.number_format is None:
                 _check_groups(problems, trail, options.group, options, dims)
+            _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
         if isinstance(options, Auto):
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)
-        if isinstance(options, Awq | Autoround) and dims is not None and not dims.tied \
+        if isinstance(options, Awq | Autoround | Smoothquant) and dims is not None and not dims.tied \
                 and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
                          "lm_head in `ignore`, or method: gptq", key=True)
@@ -98,7 +99,10 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
 
 def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Sequence[str] | None) -> None:
     """Names of data that lead somewhere, each given once."""
-    names = variant.read_names()
+    judge = getattr(variant.options, "judge", None)
+    if judge is not None:
+        refer(problems, (*trail, "judge"), judge, known, "data")
+    names = [name for name in variant.read_names() if name != judge or name == variant.options.data]
     for index, name in enumerate(names):
         place: Trail = (*trail, "data") if isinstance(variant.options.data, str) else (*trail, "data", index)
         if refer(problems, place, name, known, "data") and name in names[:index]:
@@ -235,6 +239,22 @@ def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightO
         problems.add(place, f"{said} {group}, but {listed}; expected a divisor of every layer's inputs: "
                             f"{f'{fits[0]}, ' if fits else ''}or -1 for one scale a row, or the layer in `ignore`",
                      key=options.group_size is None)
+
+
+def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly, pruned: str | None,
+                    dims: Dims | None) -> None:
+    given = shown(options.rotate)
+    if options.rotate is None:
+        return
+    if not options.rotations:
+        problems.add(trail, "given an empty list; expected hadamard, or a list of r1 and r2")
+    elif pruned is not None:
+        problems.add(trail, f"given {given} after {shown(pruned)}, whose zeros have to stay: a rotation fills them; "
+                            "expected no rotate here", key=True)
+    elif "r1" in options.rotations and dims is not None and dims.family in POST_NORMS:
+        problems.add(trail, f"given {given} for a model of type {dims.family}, whose layers norm what they add to the "
+                            "residual stream (post-norms), so that a rotation of the stream (r1) cannot be folded; "
+                            "expected [r2], the values of each head alone, or no rotate", key=True)
 
 
 def _check_hqq(problems: Problems, trail: Trail, options: Hqq) -> None:

@@ -103,6 +103,8 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
         return 4.0 * _adapter(options, dims, layers)
     dense = float(width * dims.parameters(layers))
     scheme = _scheme(recipe, variant.name) if variant is not None else None
+    if "r1" in getattr(scheme, "rotations", ()) and dims.tied:
+        dense += width * dims.vocab * dims.hidden  # the head, untied
     return dense + layers * sum(packed - width * count for count, packed in _packed(scheme, dims, layers, width))
 
 

@@ -15,13 +15,15 @@ from typing import Any
 from llmops.models.builtin import BUILTIN
 from llmops.recipe.schema import ModelSource
 
-__all__ = ["LINEARS", "LLAMA_LIKE", "Dims", "bytes_per_weight", "dims_from_config", "folder_of",
+__all__ = ["LINEARS", "LLAMA_LIKE", "POST_NORMS", "Dims", "bytes_per_weight", "dims_from_config", "folder_of",
            "looks_like_hub_id", "read_dims"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 #: Families whose decoder layer holds exactly these linear layers.
 LLAMA_LIKE = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "granite", "olmo2",
                         "smollm3"))
+#: Those whose layers have norms between a branch and the residual stream, past which no rotation can be folded.
+POST_NORMS = frozenset(("gemma2", "gemma3_text", "olmo2"))
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -19,7 +19,7 @@ from llmops.measure.options import MeasureOptions
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Dpo, Full, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Hqq, Rtn
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant
 from llmops.options import Options
 
 __all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
@@ -29,7 +29,8 @@ Kind = Literal["finetune", "prune", "quantize", "distill"]
 STEPS: dict[str, dict[str, type[Options]]] = {
     "finetune": {"lora": Lora, "qlora": Qlora, "full": Full, "dpo": Dpo},
     "prune": {"magnitude": Magnitude, "wanda": Wanda, "depth": Depth},
-    "quantize": {"rtn": Rtn, "gptq": Gptq, "awq": Awq, "hqq": Hqq, "autoround": Autoround, "auto": Auto},
+    "quantize": {"rtn": Rtn, "gptq": Gptq, "awq": Awq, "hqq": Hqq, "autoround": Autoround, "auto": Auto,
+                 "smoothquant": Smoothquant},
     "distill": {"logits": Logits},
 }
 #: Where `report_to` can send what a training tells.
@@ -133,9 +134,10 @@ class Variant:
         return list(dict.fromkeys([*self.read_names(), *self.held_names()]))
 
     def read_names(self) -> list[str]:
-        """The data that the step trains or calibrates on."""
-        data = getattr(self.options, "data", None) or []
-        return [data] if isinstance(data, str) else list(data)
+        """The data that the step trains or calibrates on, and last what it judges by, if that is another."""
+        data, judge = getattr(self.options, "data", None) or [], getattr(self.options, "judge", None)
+        names = [data] if isinstance(data, str) else list(data)
+        return names + ([judge] if judge and judge not in names else [])
 
     def held_names(self) -> list[str]:
         """The data that the step holds out."""

@@ -20,7 +20,7 @@ from llmops.report.sections import NOTHING, Page
 __all__ = ["Allocation", "Group", "allocation_of", "bits", "heat_map", "in_words"]
 
 LEFT, TOP, ROW, GAP, MOST = 176, 8, 17, 9, 560
-SHADES = 6
+SHADES = 8
 NAMES = {"kl": "measured: mean KL of the next-token distribution with this layer swapped",
          "gradient": "estimated: second-order expansion of that KL, by the Fisher information"}
 
@@ -49,6 +49,8 @@ class Allocation:
     sensitivity: str
     unit: str
     crops: Sequence[int]
+    judge: str | None
+    counted: int
     average_bits: float
     predicted: float
     candidates: Sequence[str]
@@ -70,8 +72,10 @@ def _read(variant: str, body: Mapping[str, Any]) -> Allocation:
     if not groups or any(not len(each.bits) == len(each.cost) == len(candidates) or each.chosen < 0
                          or each.chosen >= len(candidates) for each in groups):
         raise ValueError("not one bit and cost a candidate")
-    return Allocation(variant, str(body["sensitivity"]), str(body["unit"]), [int(each) for each in body["crops"]],
-                      float(body["average_bits"]), float(body["predicted"]), candidates, groups)
+    crops = [int(each) for each in body["crops"]]
+    return Allocation(variant, str(body["sensitivity"]), str(body["unit"]), crops, body.get("judge"),
+                      int(body.get("counted") or math.prod(crops)), float(body["average_bits"]),
+                      float(body["predicted"]), candidates, groups)
 
 
 def _group(body: Mapping[str, Any]) -> Group:
@@ -99,9 +103,10 @@ def bits(page: Page) -> Markup:
 
 
 def _headline(seen: Allocation) -> str:
-    crops = " x ".join(map(str, seen.crops))
+    counted = (f"{seen.counted:,} tokens of answers of {seen.judge}" if seen.judge
+               else f"{seen.counted:,} calibration tokens")
     return (f"{number(seen.average_bits)} bits on average, scales counted; costs in {seen.unit}, "
-            f"{NAMES.get(seen.sensitivity, seen.sensitivity)} (calibration {crops} tokens)")
+            f"{NAMES.get(seen.sensitivity, seen.sensitivity)} (on {counted})")
 
 
 def in_words(seen: Allocation) -> str:
@@ -125,7 +130,7 @@ def heat_map(seen: Allocation) -> Markup:
     """The picture alone."""
     kinds = list(dict.fromkeys(each.kind for each in seen.groups))
     blocks = sorted({each.block for each in seen.groups if each.block is not None}) or [0]
-    wide = min(40.0, MOST / len(blocks))
+    wide = min(88.0, MOST / len(blocks))
     band = len(seen.candidates) * ROW + GAP
     shade = _shades([cost for each in seen.groups for cost in each.cost])
     height = TOP + len(kinds) * band + 20

@@ -248,7 +248,8 @@ def round_e2m1(x: Tensor) -> Tensor:
     """To the nearest of +-E2M1, ties to an even mantissa, beyond 6 to 6; float32."""
     x = x.float()
     bounds, values = _e2m1(x.device.type)
-    return values[torch.bucketize(x.abs().contiguous(), bounds, right=True)].copysign_(x).add_(0.0)  # 0: no negative zeros
+    nearest = values[torch.bucketize(x.abs().contiguous(), bounds, right=True)]
+    return nearest.copysign_(x).add_(0.0)  # 0: no negative zeros
 
 
 def round_e4m3(x: Tensor) -> Tensor:

@@ -160,8 +160,8 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
     """The grid over p [min, max] whose p of `SHRINK` leaves the least squared error, chosen for every scale.
 
     A narrower range clips the few outermost weights and rounds all others more finely. p = 1 is tried first and only a
-    lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: (groups, group)
-    or (1, 1) weights of the squared errors; all equal by default. Cost: len(SHRINK) passes over G.
+    lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: (groups,
+    group) or (1, 1) weights of the squared errors; all equal by default. Cost: len(SHRINK) passes over G.
     """
     low, high = G.amin(-1), G.amax(-1)
     best = grid_between(low, high, bits, symmetric, dtype)

@@ -9,15 +9,19 @@ from pydantic import Field
 from llmops.options import Options
 
 __all__ = ["BITS", "FIXED", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize", "Rtn", "Scheme",
-           "WeightOnly"]
+           "Smoothquant", "WeightOnly"]
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "fp8", "mxfp4", "nvfp4"]
+Integers = Literal["w8a16", "w4a16", "w3a16", "w2a16"]  # that layers of one model can be given each its own of
 Scales = Literal["tensor", "channel", "block"]
 Clip = Literal["absmax", "mse"]
 BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
 #: Schemes that say all there is to say: weights that share a scale (-1 a row, for fp8 what `scales` says), symmetric.
 FIXED = {"w8a8": -1, "fp8": -1, "mxfp4": 32, "nvfp4": 16}
 BLOCK = 128
+
+
+_FACTORS = "awq: scale up the weights of large inputs first, the factors folded away as method awq does"
 
 
 class WeightOnly(Options):
@@ -33,6 +37,15 @@ class WeightOnly(Options):
                                                      "Default: -1 at 8 bits, 128 below. Only for wNa16")
     symmetric: bool = Field(True, description="false stores a zero point for every scale. Only for wNa16")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
+    rotate: Literal["hadamard"] | list[Literal["r1", "r2"]] | None = Field(
+        None, description="rotate the weights before rounding, the function unchanged and nothing left to run "
+                          "(Ashkboos et al. 2024): the stream between the blocks (r1), the values of each head (r2), "
+                          "or both (hadamard)")
+
+    @property
+    def rotations(self) -> tuple[str, ...]:
+        """The parts of `rotate`, none when it is left out."""
+        return ("r1", "r2") if self.rotate == "hadamard" else tuple(self.rotate or ())
 
     @property
     def bits(self) -> int:
@@ -72,6 +85,7 @@ class Gptq(Calibrated):
     """Round column by column, the columns to come making up for each error (Frantar et al. 2022)."""
 
     method: Literal["gptq"]
+    factors: Literal["awq"] | None = Field(None, description=_FACTORS)
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; "
                                                          "ten times as much is tried, and told, where it fails")
     order: Literal["groups", "activation", "none"] = Field(
@@ -108,8 +122,19 @@ class Autoround(Calibrated):
     """Learn how to round by signed gradient descent on the output of each block (Cheng et al. 2023)."""
 
     method: Literal["autoround"]
+    factors: Literal["awq"] | None = Field(None, description=_FACTORS)
     iterations: int = Field(200, ge=1, le=100_000, description="steps of the descent for each block")
     batch_size: int = Field(8, ge=1, le=4096, description="crops a step looks at")
+
+
+class Smoothquant(Calibrated):
+    """Move part of the inputs' range into the weights, the factors folded away, and round (Xiao et al. 2022)."""
+
+    method: Literal["smoothquant"]
+    alpha: float = Field(0.5, ge=0, le=1, description="how much of the inputs' range moves into the weights; 0.5 makes "
+                                                      "both alike")
+    clip: Clip = Field("absmax", description="range of a group: its largest weight, or the range that leaves the least "
+                                             "squared error")
 
 
 class Auto(Options):
@@ -121,7 +146,7 @@ class Auto(Options):
     bits: float | None = Field(None, gt=0, le=16, description="budget: bits of a quantized weight on average, scales "
                                                               "and zero points counted. This or `bytes`")
     bytes: int | None = Field(None, gt=0, description="budget: bytes of all weights on disk, those in 16 bit counted")
-    candidates: list[Scheme] = Field(["w2a16", "w3a16", "w4a16", "w8a16"], min_length=1,
+    candidates: list[Integers] = Field(["w2a16", "w3a16", "w4a16", "w8a16"], min_length=1,
                                      description="schemes that a layer can get")
     group_size: int | list[int] | None = Field(None, description="weights that share a scale along the input; of a "
                                                "list each is tried with each scheme. At 8 bits always a whole row. "
@@ -132,6 +157,9 @@ class Auto(Options):
     sensitivity: Literal["kl", "gradient"] = Field(
         "kl", description="what fewer bits cost a layer: the measured divergence of the next-token distribution, or "
                           "its second-order estimate, which takes one backward pass for all layers")
+    judge: str | None = Field(None, description="name of data whose answers alone the cost of fewer bits is counted on "
+                                                "(chat rows, or prompt and completion, as the task asks them). "
+                                                "Default: every token of `data`")
     crops: int | None = Field(None, ge=1, description="calibration crops that the sensitivity is measured on. "
                                                       "Default: 16 for kl, all for gradient")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
@@ -149,4 +177,4 @@ class Auto(Options):
         return sorted(found, key=lambda grid: (grid[0], -grid[1] if grid[1] != -1 else -(1 << 31)))
 
 
-Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround | Auto, Field(discriminator="method")]
+Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround | Auto | Smoothquant, Field(discriminator="method")]

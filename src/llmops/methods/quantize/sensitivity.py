@@ -39,10 +39,10 @@ def shift(G: Tensor, D: Tensor) -> Tensor:
     return G.float().flatten(1) @ D.float().flatten()
 
 
-def fisher_cost(shifts: Mapping[str, Tensor] | Tensor, length: int) -> float:
-    """1/2 d^T F d a token, from `shift`s of the summed loss of each crop of `length` tokens.
+def fisher_cost(shifts: Mapping[str, Tensor] | Tensor, tokens: int) -> float:
+    """1/2 d^T F d a token, from `shift`s of the summed loss of each crop. tokens: of all crops together.
 
     shifts: (crops,), or several of them by layer, which are added first: the errors of a group act together.
     """
     s = shifts if isinstance(shifts, Tensor) else torch.stack(list(shifts.values())).sum(0)
-    return float(s.double().square().mean() / (2 * length))
+    return float(s.double().square().sum() / (2 * tokens))

@@ -1,0 +1,128 @@
+"""What is done to a model before its weights are rounded: changes of the weights that leave the function as it was.
+
+Each is a function on a block of the calibration walk, in the order in which they are listed; the walk calls them when
+the block is in float32 and before it measures anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmops import calibrate
+from llmops.build.job import Job
+from llmops.build.layer_schemes import Chosen, scheme
+from llmops.errors import LlmopsError
+from llmops.methods.quantize.awq import awq_scales
+from llmops.methods.quantize.options import Autoround, Awq, Gptq, Smoothquant, WeightOnly
+from llmops.methods.quantize.smoothquant import smooth_factors
+from llmops.models.fold import find_links, fold
+from llmops.models.rotate import find_rotation
+
+__all__ = ["Prepared", "awq_factors", "folded", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """steps: what a block goes through; looks: what sees it after that and changes nothing; told: one function a step,
+    called after the walk, for the row's events."""
+
+    steps: list[Callable[[calibrate.Block], None]] = field(default_factory=list)
+    looks: list[Callable[[calibrate.Block], None]] = field(default_factory=list)
+    told: list[Callable[[], list[str]]] = field(default_factory=list)
+
+    @property
+    def block(self) -> Callable[[calibrate.Block], None] | None:
+        """What the walk calls for every block, None when there is nothing to do."""
+        return self._all if self.steps else None
+
+    def _all(self, block: calibrate.Block) -> None:
+        for step in (*self.steps, *self.looks):
+            step(block)
+
+    def compute(self, otherwise: torch.dtype | None = None) -> torch.dtype | None:
+        """float32 where weights are changed before they are rounded, so that they are rounded once."""
+        return torch.float32 if self.steps else otherwise
+
+    def events(self) -> list[str]:
+        return [event for tell in self.told for event in tell()]
+
+
+def prepare(job: Job, options: WeightOnly, chosen: Chosen = None) -> Prepared:
+    """What the options ask for before solving: a rotation first, then factors."""
+    ready = Prepared()
+    if options.rotations:
+        _rotated(job, options, ready)
+    if isinstance(options, Gptq | Autoround) and options.factors == "awq":
+        grid = Awq.model_fields["grid"].default
+        _counted(ready, lambda block: awq_factors(block, options, grid, job.storage, chosen)[1])
+    if isinstance(options, Smoothquant):
+        _counted(ready, lambda block: _smoothed(block, options.alpha, job.storage))
+    return ready
+
+
+def _rotated(job: Job, options: WeightOnly, ready: Prepared) -> None:
+    """Rotate what lies outside the blocks now, and each block in its turn."""
+    if job.keeps_zeros:
+        raise LlmopsError(f"rotate: {', '.join(options.rotations)} on a pruned model would fill its zeros; expected no "
+                          "rotate after magnitude or wanda, or a model that is not sparse")
+    rotation = find_rotation(job.model, options.rotations, job.seed)
+    events = rotation.describe() + rotation.begin(job.model)
+    ready.steps.append(lambda block: rotation.block(block.index, block.module))
+    ready.told.append(lambda: events)
+
+
+def _counted(ready: Prepared, change: Callable[[calibrate.Block], int]) -> None:
+    """A step that says how many links of a block took factors, and one event about all."""
+    found: list[int] = []
+    ready.steps.append(lambda block: found.append(change(block)))
+    ready.told.append(lambda: [folded(found)])
+
+
+def folded(found: Sequence[int]) -> str:
+    """The event about factors. found: how many links of each block took some."""
+    return f"factors folded into {sum(found)} norms and layers of {len(found)} blocks"
+
+
+def awq_factors(block: calibrate.Block, options: WeightOnly, grid: int, storage: torch.dtype,
+                chosen: Chosen = None) -> tuple[dict[str, Tensor], int]:
+    """Fold AWQ's best factors into every link of a block. Returns the Hessians by full name, as they are after that,
+    and how many links took factors. grid: exponents tried, 0 for none at all."""
+    H = _measured(block, "hessian")
+    count = 0
+    for link in find_links(block.module, block.run) if grid else []:
+        targets = [f"{block.name}.{name}" for name in link.targets]
+        quantized = [name for name in targets if name in block.layers]
+        if not quantized:
+            continue
+        scales = awq_scales([block.layers[name].weight for name in quantized], H[quantized[0]],
+                            **scheme(options, chosen, quantized[0]), steps=grid, shared=link.shared, dtype=storage)
+        if scales.alpha:
+            s = fold(block.module, link, scales.s, storage)
+            H.update(dict.fromkeys(targets, H[targets[0]] / torch.outer(s, s)))
+            count += 1
+    return H, count
+
+
+def _smoothed(block: calibrate.Block, alpha: float, storage: torch.dtype) -> int:
+    """Fold SmoothQuant's factors into every link of a block. Returns how many there were."""
+    x_absmax = _measured(block, "x_absmax")
+    count = 0
+    for link in find_links(block.module, block.run):
+        quantized = [name for target in link.targets if (name := f"{block.name}.{target}") in block.layers]
+        if quantized:
+            s = smooth_factors([block.layers[name].weight for name in quantized], x_absmax[quantized[0]], alpha=alpha,
+                               shared=link.shared)
+            fold(block.module, link, s, storage)
+            count += 1
+    return count
+
+
+def _measured(block: calibrate.Block, statistic: str) -> dict[str, Tensor]:
+    """The statistic of every layer of a block by full name, gathered once for those that see one tensor."""
+    turns = block.turns()
+    seen = block.measure(statistic, [turn[0] for turn in turns])
+    return {name: seen[turn[0]] for turn in turns for name in turn}
