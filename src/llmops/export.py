@@ -61,8 +61,9 @@ def export(variant: str, to: str, *, out: str | Path | None = None, run: str | N
         source = Source.of(folder)
         try:
             written = FORMATS[to].write(source, scratch)
-            record = {**held_against(source, scratch, to, written), "notes": [*said, *written.notes], **found.facts,
-                      "llmops": __version__, "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+            held = held_against(source, scratch, to, written)
+            record = {**held, "notes": [*said, *held["notes"]], **found.facts, "llmops": __version__,
+                      "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
         except (LlmopsError, OSError):
             raise
         except Exception as error:  # other people's converters and readers raise what they like

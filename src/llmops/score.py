@@ -30,6 +30,7 @@ from llmops.measure.carbon import carbon
 from llmops.measure.cost import break_even
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
+from llmops.models.kv_cache import attached
 from llmops.models.load import load
 from llmops.models.parity import count_parameters, sparsity
 from llmops.quantity import Quantity
@@ -213,11 +214,13 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
     size["sparsity"] = (Quantity.measured(zeros / linear, "fraction", "zeros among the linear weights") if linear else
                         Quantity.null("fraction", "every linear layer is packed")).as_dict()
     size["weights_bytes"] = resident.as_dict()
+    size["kv_bytes_per_token"] = memory.kv_bytes_per_token(model).as_dict()
     if resident.value is not None:
         size["bits_per_weight"] = Quantity.measured(8 * resident.value / parameters, "bits", "resident bytes x 8 / "
                                                     "parameters, scales and embeddings included").as_dict()
     size["disk_bytes"] = (memory.disk_bytes(folder) if folder is not None else
                           Quantity.null("B", "the base lies in the hub's cache")).as_dict()
+    row["transform"]["kv_cache"] = attached(model)
     row["transform"]["compute_dtype"] = str(model.dtype).removeprefix("torch.")
     kernels = sorted({module.kernel for module in model.modules() if hasattr(module, "packed_tensors")
                       and hasattr(module, "kernel")})

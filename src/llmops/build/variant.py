@@ -25,6 +25,7 @@ from llmops.build.distilling import logits_step
 from llmops.build.embedding import joined, prepared
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
 from llmops.build.job import Job, Work
+from llmops.build.kv_cache import kv_cache_step, with_kv_cache
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
@@ -34,11 +35,13 @@ from llmops.data.sources import Rows, load_rows
 from llmops.errors import LlmopsError, ModelError, StepError, StoreError
 from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
+from llmops.methods.quantize.options import KV_RECORD
 from llmops.models import parity
 from llmops.models.builtin import locate
 from llmops.models.embeddings import is_tied
 from llmops.models.experts import split_experts
 from llmops.models.fake_quant import is_packed
+from llmops.models.kv_cache import attached
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
 from llmops.options import Options
@@ -60,7 +63,8 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
     ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
-    ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step}
+    ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step,
+    ("quantize", "kv_cache"): kv_cache_step}
 
 
 #: The steps that a quantized parent can take; the others would change integers, or round them once more.
@@ -70,26 +74,35 @@ ON_QUANTIZED: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:
     """Take one step on the job's model, in memory. Raises StepError where the numbers break, or a quantized model is
-    given to a step that cannot take one."""
+    given to a step that cannot take one, LlmopsError for a model whose keys and values are rounded already."""
+    rounded = attached(job.model)
+    if rounded is not None:
+        raise LlmopsError(f"the model keeps its keys and values in {rounded}, which would shape what this step learns "
+                          f"and then be lost; expected a model in 16 bit: take {KV_RECORD} out of its config.json, and "
+                          f"set kv_cache: {rounded} in the last step")
     taken = kind, str(options.method)  # type: ignore[attr-defined]
-    if kind in ("quantize", "prune"):
-        return _compressed(taken, job, options)
-    if not is_packed(job.model):
-        return STEPS[taken](job, options)
+    compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), ("prune", "depth"))
+    if compressing or not is_packed(job.model):
+        work = (_compressed if compressing else _plainly)(taken, job, options)
+        dtype = getattr(options, "kv_cache", None)
+        return work if dtype is None else with_kv_cache(work, dtype)
     if taken not in ON_QUANTIZED:
         raise StepError(f"{' '.join(taken)} was given a quantized model; expected one in 16 bit, or "
                         f"{', '.join(' '.join(step) for step in ON_QUANTIZED)}, which can train one")
     return ON_QUANTIZED[taken](job, options)
 
 
+def _plainly(taken: tuple[str, str], job: Job, options: Options) -> Work:
+    return STEPS[taken](job, options)
+
+
 def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
     """A step that quantizes or prunes, with what comes before and after whatever its method: experts taken apart,
     embedding and head, notes."""
     _check_plain(job.model, taken[0])
-    if taken != ("prune", "depth"):
-        mixed = split_experts(job.model)  # what looks for linear layers would pass them by
-        if mixed:
-            _check_mixture(mixed[0], taken[1], options)
+    mixed = split_experts(job.model)  # what looks for linear layers would pass them by
+    if mixed:
+        _check_mixture(mixed[0], taken[1], options)
     if taken[0] != "quantize":
         work = STEPS[taken](job, options)
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from llmops.errors import StepError
 from llmops.formats.source import Source, Written
 from llmops.formats.table import FORMATS
+from llmops.models.kv_cache import attached, detach
 from llmops.models.load import load
 from llmops.models.parity import KL_MEAN_LIMIT, divergence
 from llmops.quantity import Quantity
@@ -24,6 +25,7 @@ from llmops.quantity import Quantity
 __all__ = ["held_against", "probe"]
 
 ROWS, LENGTH = 4, 48
+CACHE_NOTE = "keys and values in {} are not part of the format: set the like of it where it is served"
 
 
 def probe(vocabulary: int, context: int, seed: int = 0) -> Tensor:
@@ -38,6 +40,8 @@ def held_against(source: Source, folder: Path, name: str, written: Written) -> d
     Raises StepError when it was written without rounding and still reads back as something else.
     """
     model, tokenizer = load(source.folder, dtype="float32", device="cpu", kernel="reference")
+    kept = attached(model)
+    detach(model)  # an export is the weights; what its reader keeps of keys and values is the reader's to choose
     window = getattr(model.config, "sliding_window", None) or LENGTH  # within it, having none is the same
     ids = probe(min(len(tokenizer), model.config.vocab_size), min(window, model.config.max_position_embeddings))
     with torch.no_grad():
@@ -58,4 +62,5 @@ def held_against(source: Source, folder: Path, name: str, written: Written) -> d
             "max_logit_difference": Quantity.measured(difference, "logits", how, n=ids.numel()).as_dict(),
             "kl_mean": Quantity.measured(mean, "nats", f"KL(variant || export): {how}", n=ids.numel()).as_dict(),
             "bytes": Quantity.measured(size, "B", "sum over the files of the folder").as_dict(),
-            "exact": written.exact, "notes": written.notes}
+            "exact": written.exact,
+            "notes": [*written.notes, *([] if kept is None else [CACHE_NOTE.format(kept)])]}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.formats.source import Source
+from llmops.models.kv_cache import detach
 from llmops.models.load import load
 from llmops.models.quantized import CODED
 
@@ -29,6 +30,7 @@ class Logits(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy,
 def opened(source: Source) -> tuple[Logits, Tensor]:
     """The function and an example of its input, packed weights multiplied out in float32, which rounds nothing."""
     model, tokenizer = load(source.folder, dtype="float32", device="cpu", kernel="reference")
+    detach(model)
     for name, packed in list(model.named_modules()):
         if isinstance(packed, CODED):
             layer = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")

@@ -21,7 +21,7 @@ from typing import Any
 from llmops.measure.sensors import Poller
 from llmops.quantity import Quantity
 
-__all__ = ["Peak", "disk_bytes", "peak", "weights_bytes"]
+__all__ = ["Peak", "disk_bytes", "kv_bytes_per_token", "peak", "weights_bytes"]
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx"}
 SAMPLE_S = 0.002
@@ -52,6 +52,30 @@ def weights_bytes(model: Any) -> Quantity:
             held[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
     return Quantity.measured(float(sum(held.values())), "B", "parameters, buffers and packed tensors as held, shared "
                                                              "storage counted once")
+
+
+def kv_bytes_per_token(model: Any, tokens: int = 8) -> Quantity:
+    """Bytes that the cache of keys and values holds for a token, all layers together, after a prefill of a few tokens.
+
+    A sliding-window layer counts as long as its window is not full; later it grows no more. Null when the model's cache
+    has layers that keep something else than keys and values.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    total = 0.0
+    for layer in getattr(cache, "layers", []):
+        held: list[Any] = (layer.packed_tensors() if hasattr(layer, "packed_tensors") else
+                           [getattr(layer, "keys", None), getattr(layer, "values", None)])
+        if any(part is None or part.shape[-2] == 0 for part in held):
+            return Quantity.null("B/token", f"a layer keeps a {type(layer).__name__}, whose size is not one of tokens")
+        total += sum(part.numel() * part.element_size() / part.shape[-2] for part in held)
+    if not total:
+        return Quantity.null("B/token", f"{type(model).__name__} gave no cache of keys and values back")
+    return Quantity.measured(total, "B/token", f"tensors held by the cache after {tokens} tokens, over all layers")
 
 
 def disk_bytes(folder: Path | str, *, weights_only: bool = False) -> Quantity:

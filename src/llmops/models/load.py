@@ -4,6 +4,7 @@ A folder is one of four kinds, told apart by what lies in it: dense weights, cod
 which come back as `PackedLinear` or `FormattedLinear` and are never expanded), a PEFT adapter beside the model it
 belongs to, or an adapter with the record of the 4-bit base it was trained on (`base.json`), which is made again from
 the weights that it names and from no others. Weights are safetensors or the load is refused: a pickle runs code.
+A config.json that keeps keys and values in 8 or 4 bits (`kv_cache.py`) is obeyed, whatever the weights are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmops.errors import ModelError
 from llmops.methods.finetune.peft_library import hush_bitsandbytes, library
 from llmops.models.builtin import config_of, local_folder
+from llmops.models.kv_cache import restore
 from llmops.models.layouts import COMPRESSED
 from llmops.models.packed import PackedLinear
 
@@ -59,6 +61,8 @@ def load(source: str | Path, *, base_dir: Path | None = None, revision: str | No
         tokenizer = load_tokenizer(folder or str(source), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(_cannot_load(str(source), folder, error)) from error
+    if not hasattr(model, "peft_config"):  # an adapter's base has been through here
+        restore(model)
     if model.generation_config is not None and tokenizer.pad_token_id is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer

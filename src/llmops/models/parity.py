@@ -4,7 +4,9 @@ The commonest failure of this field is a model that was good in the trainer and 
 stop token lost, an adapter merged onto the wrong base, a "quantized" folder that is not. So every variant is read back
 from disk and held against a snapshot of the model in memory:
 
-- the next-token distributions on a probe, KL(memory || disk), mean and max over tokens;
+- the next-token distributions on a probe, KL(memory || disk), mean and max over tokens; where keys and values are
+  rounded, with them as they are shipped, and once more with them as they are computed: a rounding turns another op's
+  last bit into a step now and then, and may change as much as the rounding itself does, but no weight may;
 - the bytes of the chat template with their SHA-256, and the stop tokens;
 - the data type, the bits, the sparsity and the number of layers that the step asked for, counted in the weights
   themselves; for an adapter, its rank, and the data type of the 4-bit base it was trained on.
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmops.models.kv_cache import attached, unrounded
 from llmops.quantity import Quantity
 
 __all__ = ["KL_MEAN_LIMIT", "Expected", "Snapshot", "check", "count_parameters", "divergence", "log_probabilities",
@@ -36,7 +39,7 @@ class Expected:
     pruned layers, decoder layers.
 
     dtype: of the weights on disk. adapter_rank: of a PEFT folder. base: (data type, double quantization) of the 4-bit
-    base under an adapter.
+    base under an adapter. kv_cache: type of keys and values.
     """
 
     bits: int | Mapping[str, int] | None = None
@@ -46,21 +49,27 @@ class Expected:
     dtype: torch.dtype | None = None
     adapter_rank: int | None = None
     base: tuple[str, bool] | None = None
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The model in memory: log-probabilities (tokens, vocabulary) on the probe, template, stop tokens."""
+    """The model in memory: log-probabilities (tokens, vocabulary) on the probe, template, stop tokens.
+
+    unrounded: log_p with keys and values as they are computed, None where that is what log_p is.
+    """
 
     probe: Tensor
     log_p: Tensor
     template: str
     stops: tuple[int, ...]
+    unrounded: Tensor | None = None
 
 
 def snapshot(model: Any, tokenizer: Any, probe: Tensor) -> Snapshot:
     """probe: (rows, length) token ids."""
-    return Snapshot(probe, log_probabilities(model, probe), _template(tokenizer), _stops(model, tokenizer))
+    return Snapshot(probe, log_probabilities(model, probe), _template(tokenizer), _stops(model, tokenizer),
+                    _unrounded(model, probe))
 
 
 def check(before: Snapshot, model: Any, tokenizer: Any, folder: Path, expected: Expected) -> dict[str, Any]:
@@ -68,8 +77,11 @@ def check(before: Snapshot, model: Any, tokenizer: Any, folder: Path, expected: 
     log_q = log_probabilities(model, before.probe)
     mean, worst = divergence(before.log_p, log_q)
     template, wanted = _template(tokenizer), _hash(before.template)
-    checks = [_entry("logits", bool(torch.isfinite(log_q).all()) and mean <= KL_MEAN_LIMIT,
-                     f"mean KL {mean:.2e} nats a token, at most {KL_MEAN_LIMIT}"),
+    plain = before.unrounded
+    limit = KL_MEAN_LIMIT if plain is None else KL_MEAN_LIMIT + divergence(plain, before.log_p)[0]
+    checks = [_entry("logits", bool(torch.isfinite(log_q).all()) and mean <= limit,
+                     f"mean KL {mean:.2e} nats a token, at most {limit:.3g}"),
+              *_same_weights(before, model),
               _entry("template", template == before.template,
                      f"chat template sha256 {wanted} in memory, {_hash(template)} on disk"),
               _entry("stop tokens", _stops(model, tokenizer) == before.stops,
@@ -88,6 +100,23 @@ def log_probabilities(model: Any, rows: Iterable[Tensor]) -> Tensor:
     with torch.inference_mode():
         found = [model(input_ids=row[None].to(device)).logits[0].float().log_softmax(-1).cpu() for row in rows]
     return torch.cat(found)
+
+
+def _unrounded(model: Any, rows: Iterable[Tensor]) -> Tensor | None:
+    if attached(model) is None:
+        return None
+    with unrounded(model):
+        return log_probabilities(model, rows)
+
+
+def _same_weights(before: Snapshot, model: Any) -> list[dict[str, Any]]:
+    """Nothing to add where keys and values are not rounded: the check of the logits is this one."""
+    if before.unrounded is None:
+        return []
+    with unrounded(model):
+        mean, _ = divergence(before.unrounded, log_probabilities(model, before.probe))
+    return [_entry("weights", mean <= KL_MEAN_LIMIT,
+                   f"mean KL {mean:.2e} nats a token with keys and values as computed, at most {KL_MEAN_LIMIT}")]
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> tuple[float, float]:
@@ -121,6 +150,9 @@ def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, An
         checks.append(_bits(model, expected.bits))
     if expected.number_format is not None:
         checks.append(_number_format(model, folder, expected.number_format))
+    if expected.kv_cache is not None:
+        kept = attached(model) or "16 bit"
+        checks.append(_entry("kv cache", kept == expected.kv_cache, f"{expected.kv_cache} asked for, {kept} loaded"))
     if expected.sparsity is not None:
         zeros, total = sparsity(model)
         found = zeros / max(1, total)

@@ -10,7 +10,17 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Awq, Hqq, Rtn, Smoothquant, WeightOnly
+from llmops.methods.quantize.options import (
+    BITSANDBYTES,
+    Auto,
+    Autoround,
+    Awq,
+    Hqq,
+    KvCache,
+    Rtn,
+    Smoothquant,
+    WeightOnly,
+)
 from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.bnb_checks import check_bitsandbytes
 from llmops.recipe.healing_checks import check_healing
@@ -86,6 +96,9 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
         if isinstance(options, Hqq):
             _check_hqq(problems, trail, options)
+        if getattr(options, "kv_cache", None) is not None:
+            _check_kv_cache(problems, (*trail, "dtype" if isinstance(options, KvCache) else "kv_cache"),
+                            options.kv_cache, dims)
         if isinstance(options, Awq | Autoround | Smoothquant) and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
                          "lm_head in `ignore`, or method: gptq", key=True)
@@ -275,6 +288,18 @@ def _check_hqq(problems: Problems, trail: Trail, options: Hqq) -> None:
     if options.group == -1 or options.group > 128:
         problems.add((*trail, "group_size"), f"given {options.group}; expected at most 128: one zero point for a "
                                              "longer stretch loses too much")
+
+
+def _check_kv_cache(problems: Problems, trail: Trail, dtype: str, dims: Dims | None) -> None:
+    if dims is None:
+        return
+    other = sorted(dims.caches - {"full_attention", "sliding_attention", "chunked_attention"})
+    if other:
+        problems.add(trail, f"given {dtype}, but layers of this {dims.family} model keep {', '.join(other)}; expected "
+                            "layers that keep keys and values of their own: leave it out")
+    if dtype == "int4" and dims.head_dim % 2:
+        problems.add(trail, f"given int4, but a head has {dims.head_dim} numbers, which do not fill bytes of two; "
+                            "expected an even head_dim, or int8 or fp8")
 
 
 def _widths(dims: Dims | None, ignore: Sequence[str]) -> dict[str, int]:

@@ -33,6 +33,7 @@ PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "quantized, healed": (_QUANTIZED, {"finetune": {"method": "full", "data": "train"}}),
     "pruned, quantized": ({"prune": {"method": "magnitude", "sparsity": 0.5}}, _QUANTIZED),
     "adapter on quantized": (_QUANTIZED, {"finetune": {**_TUNED, "merge": False}}),
+    "quantized cache": ({"quantize": {"method": "kv_cache", "dtype": "int8"}},),
 }
 #: Values for the options that a method requires.
 _REQUIRED: dict[str, Any] = {"data": "train", "teacher": "teacher", "layers": 2, "scheme": "w4a16"}
@@ -70,6 +71,7 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
                                 ({"scheme": "w4a16", "factors": "awq", **_GROUPS}, "")),
     ("quantize", "auto"): (({"bits": 3.5, **_GROUPS}, "Yao et al. 2021, arXiv 2011.10680"),),
     ("quantize", "smoothquant"): (({"scheme": "w8a16", **_GROUPS}, "Xiao et al. 2022, arXiv 2211.10438"),),
+    ("quantize", "kv_cache"): (({"dtype": "int8"}, ""), ({"dtype": "fp8"}, ""), ({"dtype": "int4"}, "")),
     ("distill", "logits"): (({}, "Hinton et al. 2015, arXiv 1503.02531"),),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Full, Lora
+from llmops.methods.quantize.options import KvCache
 from llmops.recipe.model import Dims
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
@@ -48,10 +49,16 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
     trains = isinstance(variant.options, Lora | Full | Logits)
     if made_by == BASE:
         if not (trains and dims is not None and dims.integers):
-            problems.add(trail, "given a base model that is quantized already (quantization_config in its "
-                                "config.json); expected 16- or 32-bit weights: start from the model it was made of "
-                                "(it can be scored as it is: variants: {})")
+            problems.add(trail, "given a base model that is quantized already (quantization_config or llmops_kv_cache "
+                                "in its config.json); expected 16- or 32-bit weights and cache: start from the model "
+                                "it was made of (it can be scored as it is: variants: {})")
             return
+    elif isinstance(step := variants[made_by].options, KvCache):
+        problems.add(trail, f"given {shown(variant.parent)}, whose keys and values are kept in {step.dtype}, which no "
+                            f"later step carries on; expected {shown(variants[made_by].parent)}, whose weights are the "
+                            "same" + (f", and kv_cache: {step.dtype} here" if hasattr(variant.options, "scheme") else
+                                      ", and this step before that one"))
+        return
     elif not trains:
         problems.add(trail, _refusal(variant, made_by, variants[made_by].parent))
         return

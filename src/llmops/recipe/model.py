@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmops.methods.quantize.options import KV_RECORD
 from llmops.models.builtin import BUILTIN
 from llmops.recipe.schema import ModelSource
 
@@ -52,6 +53,7 @@ class Dims:
     quantized: bool
     bias: bool = False
     integers: bool = False
+    caches: frozenset[str] = frozenset()  # what its layers remember, where the config says so
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """name within a layer -> (out, in)."""
@@ -127,9 +129,12 @@ def dims_from_config(config: dict[str, Any]) -> Dims:
         head_dim=int(config.get("head_dim") or hidden // heads), vocab=int(config["vocab_size"]),
         tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", family.startswith("gemma")))),
         context=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
-        dtype=dtype if dtype in _BYTES else "bfloat16", family=family, quantized="quantization_config" in whole,
+        dtype=dtype if dtype in _BYTES else "bfloat16", family=family,
+        quantized="quantization_config" in whole or KV_RECORD in whole,
         bias=bool(config.get("attention_bias", family == "qwen2")),
-        integers=_integers(whole.get("quantization_config")))
+        integers=_integers(whole.get("quantization_config")),
+        caches=frozenset(map(str, config.get("layer_types") or ())) | ({"borrowed keys"} if config.get(
+            "num_kv_shared_layers") else set()))
 
 
 def _integers(block: Any) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmops.methods.quantize.options import Auto
+from llmops.methods.quantize.options import Auto, KvCache
 from llmops.recipe import keys as k
 from llmops.recipe.estimate import Estimate, estimate
 from llmops.recipe.hashing import FileHashes
@@ -149,6 +149,8 @@ def _summary(recipe: Recipe, name: str) -> str:
         plain = getattr(options, "number_format", None) is None
         words.append(options.scheme if plain else options.number_format)
         words += [f"g{options.group}"] if plain and options.group != -1 else []
+    if getattr(options, "kv_cache", None):
+        words.append(options.kv_cache if isinstance(options, KvCache) else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
     if hasattr(options, "layers"):

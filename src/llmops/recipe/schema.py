@@ -19,7 +19,7 @@ from llmops.measure.options import MeasureOptions
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Dpo, Full, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Hqq, KvCache, Rtn, Smoothquant
 from llmops.options import Options
 
 __all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
@@ -30,7 +30,7 @@ STEPS: dict[str, dict[str, type[Options]]] = {
     "finetune": {"lora": Lora, "qlora": Qlora, "full": Full, "dpo": Dpo},
     "prune": {"magnitude": Magnitude, "wanda": Wanda, "depth": Depth},
     "quantize": {"rtn": Rtn, "gptq": Gptq, "awq": Awq, "hqq": Hqq, "autoround": Autoround, "auto": Auto,
-                 "smoothquant": Smoothquant},
+                 "smoothquant": Smoothquant, "kv_cache": KvCache},
     "distill": {"logits": Logits},
 }
 #: Where `report_to` can send what a training tells.

@@ -65,7 +65,8 @@ SPEEDS = {
 ENERGIES = {"per token": "joules_per_token", "per request": "joules_per_request",
             "per token, idle power subtracted": "net_joules_per_token"}
 SIZES = {"parameters": "parameters", "bits per weight, in memory": "bits_per_weight", "zeros": "sparsity",
-         "on disk": "disk_bytes", "weights in memory": "weights_bytes", "peak memory": "peak_memory_bytes"}
+         "on disk": "disk_bytes", "weights in memory": "weights_bytes",
+         "keys and values, per token": "kv_bytes_per_token", "peak memory": "peak_memory_bytes"}
 
 
 def card(row: Row, rows: Sequence[Row]) -> str:

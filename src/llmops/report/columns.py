@@ -112,6 +112,8 @@ def _sizes() -> list[Column]:
         Column("disk", "disk", "bytes on disk", _plain("size", "disk_bytes"), keep=2),
         Column("weights", "weights", "bytes of the weights resident in memory", _plain("size", "weights_bytes"),
                keep=9),
+        Column("kv", "kv/token", "bytes of keys and values that the cache holds for a token, over all layers",
+               _plain("size", "kv_bytes_per_token"), compact=False),
         Column("memory", "peak mem", "peak memory while measuring", _plain("size", "peak_memory_bytes"),
                compact=False)]
 

@@ -59,6 +59,7 @@ def _variant(page: Page, row: Row) -> Markup:
     facts = {"state": status_text(row), "made by": " → ".join(map(str, transform.get("chain") or [])) or "as it came",
              "options": _json(transform.get("options")), "stored as": transform.get("storage_dtype"),
              "computes in": transform.get("compute_dtype"), "kernel": transform.get("kernel"),
+             "keys and values": transform.get("kv_cache"),
              "zeros": transform.get("sparsity_saves"), "teacher": identity.get("teacher"), "key": identity.get("key"),
              "data": _json(built.get("data_sha256")), "rows": _json(built.get("data")), "attempts": attempts(row),
              "training": show(spent) + " for each token" if spent.value is not None else None,

@@ -348,6 +348,7 @@ def what(row: Row) -> str:
     if not method:
         return "as it came" if parent_of(row) is None else "no step"
     words = WORDS.get(str(method), _any_words)(options)
+    words = [*words, f"kv {options['kv_cache']}"] if options.get("kv_cache") else words
     simulated = ["simulated"] if group(row, "transform").get("simulated") else []
     return " ".join([str(method), *words, *(["qat"] if healed(row) else []), *simulated])
 
@@ -416,5 +417,6 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "auto": lambda o: [f"{o['bits']:g} bits" if o.get("bits") else f"{o.get('bytes') or 0:,} bytes",
                        *([str(o["solver"])] if o.get("solver") else [])],
     "hqq": lambda o: _scheme({**o, "group_size": o.get("group_size") or 64}),
+    "kv_cache": lambda o: [str(o.get("dtype"))],
     "logits": lambda o: [*([f"of {o['teacher']}"] if o.get("teacher") else []), *_training(o)],
 }

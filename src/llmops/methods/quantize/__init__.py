@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from llmops.methods.quantize.gptq import gptq
     from llmops.methods.quantize.hadamard import hadamard, randomized
     from llmops.methods.quantize.hqq import hqq
+    from llmops.methods.quantize.kv import dequantize_kv, quantize_kv
     from llmops.methods.quantize.rtn import rtn
     from llmops.methods.quantize.smoothquant import smooth_factors
     from llmops.methods.quantize.weight import QuantizedWeight
 
     QUANTIZERS = {"rtn": rtn, "hqq": hqq}
 
-__all__ = ["QUANTIZERS", "QuantizedWeight", "autoround", "awq_clip", "awq_scales", "gptq", "hadamard", "hqq",
-           "randomized", "rtn", "smooth_factors"]
+__all__ = ["QUANTIZERS", "QuantizedWeight", "autoround", "awq_clip", "awq_scales", "dequantize_kv", "gptq",
+           "hadamard", "hqq", "quantize_kv", "randomized", "rtn", "smooth_factors"]
 
 #: `QUANTIZERS` holds the methods that need the weight alone; the others want to know its inputs.
 _HOMES = {"rtn": "rtn", "hqq": "hqq", "gptq": "gptq", "awq_scales": "awq", "awq_clip": "awq", "autoround": "autoround",
           "hadamard": "hadamard", "randomized": "hadamard", "smooth_factors": "smoothquant",
-          "QuantizedWeight": "weight"}
+          "quantize_kv": "kv", "dequantize_kv": "kv", "QuantizedWeight": "weight"}
 
 
 def __getattr__(name: str) -> Any:

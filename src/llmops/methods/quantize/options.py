@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["BITS", "BITSANDBYTES", "FIXED", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq", "Quantize",
-           "Rtn", "Scheme", "Smoothquant", "WeightOnly"]
+__all__ = ["BITS", "BITSANDBYTES", "FIXED", "KV_DTYPES", "KV_RECORD", "Auto", "Autoround", "Awq", "Calibrated", "Gptq",
+           "Hqq", "KvCache", "KvDtype", "Quantize", "Rtn", "Scheme", "Smoothquant", "WeightOnly"]
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "fp8", "mxfp4", "nvfp4"]
 Integers = Literal["w8a16", "w4a16", "w3a16", "w2a16"]  # that layers of one model can be given each its own of
 Scales = Literal["tensor", "channel", "block"]
 Clip = Literal["absmax", "mse"]
 Experts = Literal["routed", "all"]
+KvDtype = Literal["int8", "fp8", "int4"]
+KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
+KV_RECORD = "llmops_kv_cache"  # key of a config.json whose model keeps its keys and values so
+KV_CACHE = "type that keys and values are kept in, with a scale for every token and head; default: that of activations"
 BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4,
                         "nf4": 4, "llm_int8": 8}
 #: Schemes that say all there is to say: weights that share a scale (-1 a row, for fp8 what `scales` says), symmetric.
@@ -43,6 +47,7 @@ class WeightOnly(Options):
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name; [] quantizes "
                                                        "the head, too")
     embeddings: bool = Field(False, description="token embeddings in 8 bits, and with them a head that is tied to them")
+    kv_cache: KvDtype | None = Field(None, description=KV_CACHE)
     rotate: Literal["hadamard"] | list[Literal["r1", "r2"]] | None = Field(
         None, description="rotate the weights before rounding, the function unchanged and nothing left to run "
                           "(Ashkboos et al. 2024): the stream between the blocks (r1), the values of each head (r2), "
@@ -186,6 +191,7 @@ class Auto(Options):
     crops: int | None = Field(None, ge=1, description="calibration crops that the sensitivity is measured on. "
                                                       "Default: 16 for kl, all for gradient")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
+    kv_cache: KvDtype | None = Field(None, description=KV_CACHE)
 
     @property
     def sizes(self) -> list[int]:
@@ -200,4 +206,16 @@ class Auto(Options):
         return sorted(found, key=lambda grid: (grid[0], -grid[1] if grid[1] != -1 else -(1 << 31)))
 
 
-Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround | Auto | Smoothquant, Field(discriminator="method")]
+class KvCache(Options):
+    """Keep keys and values in 8 or 4 bits, a scale for every token and head; the weights are left as they are."""
+
+    method: Literal["kv_cache"]
+    dtype: KvDtype = Field(description="int8, fp8 (E4M3), or int4 (with a minimum beside the scale)")
+
+    @property
+    def kv_cache(self) -> KvDtype:
+        """As the option of the other methods is called."""
+        return self.dtype
+
+
+Quantize = Annotated[Rtn | Gptq | Awq | Hqq | Autoround | Auto | Smoothquant | KvCache, Field(discriminator="method")]
