@@ -16,8 +16,8 @@ the scales in float32. compressed-tensors in plain transformers imitates it in t
 On a CPU both are chosen only where oneDNN adds the products without saturation (VNNI; older AVX2 code adds pairs in 16
 bits), which is tried once on the worst case. `_int_mm` arranges the weight anew in each call, which a large layer pays
 for, and has next to no overhead, which a small one is made of (one core of an AVX-512 EPYC with VNNI, microseconds for
-1 and for 32 tokens: 256 x 256 3 and 9 against 20 and 23, bfloat16 16 and 22; 2048 x 2048 130 and 642 against 122 and 461,
-bfloat16 488 and 1,028).
+1 and for 32 tokens: 256 x 256 3 and 9 against 20 and 23, bfloat16 16 and 22; 2048 x 2048 130 and 642 against 122 and
+461, bfloat16 488 and 1,028).
 
 Why not the op with the best name: `quantized::linear_dynamic` (fbgemm) rounds the whole batch with one scale and a zero
 point, so an outlier in one token coarsens all the others, and a token's score depends on its neighbours. Signed
