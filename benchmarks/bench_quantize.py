@@ -137,8 +137,8 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
                 for worker in workers:
                     row = cell(worker, bits, group, model, scorer, asked.logs / "answer")
                     rows.append(row)
-                    said = row.get("failed") or f"{row['perplexity']:.5g}, {row['seconds']:.1f} s, {row['cpu_seconds']:.1f} CPU s"
-                    print(f"  {worker.name} {bits} bits, groups of {group}: {said}", file=sys.stderr, flush=True)
+                    told = row.get("failed") or f"{row['perplexity']:.5g} after {row['cpu_seconds']:.1f} CPU s"
+                    print(f"  {worker.name} {bits} bits, groups of {group}: {told}", file=sys.stderr, flush=True)
         for worker in workers:
             worker.end()
     return rows
@@ -153,12 +153,13 @@ def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str]) -> di
     rows = asked.cache / f"{name}.jsonl"
     if name == "tiny":
         tiny_rows(rows)
-        scorer, samples, length = tiny_scorer(tokenizer, asked.questions, asked.windows * 8), 128, 128
+        scorer, length = tiny_scorer(tokenizer, asked.questions, asked.windows * 8), 128
     else:
         text_rows(asked.text, rows)
-        scorer, samples, length = text_scorer(asked.text, tokenizer, asked.windows), 64, 256
+        scorer, length = text_scorer(asked.text, tokenizer, asked.windows), 256
     from safetensors.torch import save_file
 
+    samples = asked.calibration // length
     crops = calibration(rows, tokenizer, samples, length, 0)
     save_file({"tokens": crops}, asked.cache / f"{name}-calibration.safetensors")
     case = Case(str(folder), str(asked.cache / f"{name}-calibration.safetensors"), str(rows), samples, length,
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])
+    parser.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
     parser.add_argument("--iterations", type=int, default=200, help="steps of AutoRound")
     parser.add_argument("--tokens", type=int, default=2_560_000, help="tokens the second model is pretrained on")
     parser.add_argument("--questions", type=int, default=300)

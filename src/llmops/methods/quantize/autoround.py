@@ -24,6 +24,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Tuned:
 
 
 def autoround(weights: Mapping[str, Tensor], loss: Loss, batches: int, *, bits: int, group_size: int = -1,
-              symmetric: bool = True, iterations: int = 200, looks: int = 10, seed: int = 0,
+              symmetric: bool = True, iterations: int = 200, looks: int = 5, seed: int = 0,
               dtype: torch.dtype | None = None) -> tuple[dict[str, QuantizedWeight], Tuned]:
     """Quantize all `weights` (out, in) of a block together.
 
@@ -99,6 +100,28 @@ def _move(layers: Mapping[str, _Layer], loss: Loss, batch: int, rate: float) -> 
                 factor.clamp_(0, 1)
 
 
+class _Rounded(torch.autograd.Function):  # type: ignore[misc]
+    """s clamp(round(W / s + V)), with the gradients of eqs. 3 and 4: `round` passes them, `clamp` where it is idle.
+
+    V, W: (out, groups, group); s: (out, groups, 1). Written out because autograd would keep six tensors of W's size for
+    each layer; this keeps one, and the mask.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, s: Tensor, W: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
+        free = torch.div(W, s).add_(V).round_()
+        steps = torch.maximum(torch.minimum(free, top), bottom)
+        ctx.save_for_backward(steps, steps == free, s, W)
+        return steps * s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        steps, idle, s, W = ctx.saved_tensors
+        passed = gradient * idle
+        to_s = (gradient * steps).sum(-1, keepdim=True).sub_((passed * W).sum(-1, keepdim=True).div_(s))
+        return passed.mul_(s), to_s, None, None, None
+
+
 class _Layer:
     """One weight, its offsets V and the factors of its range."""
 
@@ -128,9 +151,8 @@ class _Layer:
         s = (high - low) / ((1 << self.bits) - 1)
         s = (s + (grid.scale.float() - s).detach()).unsqueeze(-1)
         bottom, top = (b.unsqueeze(-1) if isinstance(b, Tensor) else torch.tensor(b) for b in grid.bounds())
-        exact = self.G / s + self.V
-        steps = exact + (torch.round(exact) - exact).detach()
-        return (torch.maximum(torch.minimum(steps, top), bottom) * s).flatten(1)
+        made: Tensor = _Rounded.apply(self.V, s, self.G, bottom, top)
+        return made.flatten(1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def stored(self) -> QuantizedWeight:
