@@ -105,11 +105,11 @@ class Worker:
         self.process.wait()
 
 
-def cell(worker: Worker, bits: int, group: int, model: Any, scorer: Scorer, place: Path) -> dict[str, Any]:
+def cell(worker: Worker, bits: int, group: int, model: Any, scorer: Scorer, place: Path, late: bool) -> dict[str, Any]:
     """One row: what the contender spent, and what its answer is worth."""
     method, tool, _ = CONTENDERS[worker.name]
     row: dict[str, Any] = {"contender": worker.name, "method": method, "tool": tool, "bits": bits, "group": group}
-    if why := skipped(method, bits):
+    if why := "not run: out of time" if late else skipped(method, bits):
         return {**row, "failed": why}
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -125,22 +125,24 @@ def cell(worker: Worker, bits: int, group: int, model: Any, scorer: Scorer, plac
 
 
 def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[str, str]) -> list[dict[str, Any]]:
-    """All cells, method by method; the contenders of a method take each cell in turn."""
+    """All cells; those who follow the same method take each one right after the other."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+    workers: dict[str, Worker] = {}
     rows: list[dict[str, Any]] = []
-    for names in methods_of(pythons).values():
-        workers = [Worker(name, case, pythons[name], asked.logs) for name in names]
-        for bits in asked.bits:
-            for group in asked.groups:
-                for worker in workers:
-                    row = cell(worker, bits, group, model, scorer, asked.logs / "answer")
-                    rows.append(row)
-                    told = row.get("failed") or f"{row['perplexity']:.5g} after {row['cpu_seconds']:.1f} CPU s"
-                    print(f"  {worker.name} {bits} bits, groups of {group}: {told}", file=sys.stderr, flush=True)
-        for worker in workers:
-            worker.end()
+    for bits in asked.bits:
+        for group in asked.groups:
+            for name in (name for names in methods_of(pythons).values() for name in names):
+                if name not in workers:
+                    workers[name] = Worker(name, case, pythons[name], asked.logs)
+                late = time.monotonic() > asked.until
+                row = cell(workers[name], bits, group, model, scorer, asked.logs / "answer", late)
+                rows.append(row)
+                told = row.get("failed") or f"{row['perplexity']:.5g} after {row['cpu_seconds']:.1f} CPU s"
+                print(f"  {name} {bits} bits, groups of {group}: {told}", file=sys.stderr, flush=True)
+    for worker in workers.values():
+        worker.end()
     return rows
 
 
@@ -228,7 +230,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
     parser.add_argument("--models", nargs="+", choices=["tiny", "text"], default=["tiny", "text"])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2, 8])
+    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])
     parser.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
     parser.add_argument("--iterations", type=int, default=200, help="steps of AutoRound")
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--windows", type=int, default=16, help="of 2,048 tokens, most that are scored")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e9, help="no cell is begun after so many; its row says so")
     parser.add_argument("--make-models", action="store_true", help="make the models, score them, and stop")
     parser.add_argument("--out", type=Path, help="where the JSON goes (default benchmarks/results/quantize-DATE.json)")
     parser.add_argument("--logs", type=Path, default=Path("/tmp/bench_quantize"), help="folder for what workers print")
@@ -247,7 +250,8 @@ def main() -> None:
     about = machine(asked)
     about["versions"] |= versions
     print(json.dumps({**about, "left_out": left}))
-    results, began = [], time.time()
+    results, began = [], time.monotonic()
+    asked.until = began + 60 * asked.minutes
     for name in asked.models:
         if name == "text" and asked.text is None:
             print("\ntext: left out, for no --text FOLDER with its texts was given")
@@ -259,7 +263,7 @@ def main() -> None:
         return
     out = asked.out or HERE / "results" / f"quantize-{about['date']}.json"
     out.parent.mkdir(exist_ok=True)
-    about |= {"left_out": left, "minutes": round((time.time() - began) / 60, 1)}
+    about |= {"left_out": left, "minutes": round((time.monotonic() - began) / 60, 1)}
     out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     print(f"\nwritten: {out}")
 

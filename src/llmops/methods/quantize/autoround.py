@@ -14,9 +14,11 @@ The gradient passes `round` as if it were not there. Many iterates are noise, so
     V       V                alpha, beta    high, low
     T       iterations       L              loss(weights, batch)
 
-Deliberate differences: what is tuned is what is stored, to the bit (scales rounded to their dtype inside the
-iteration, integer zero points); iterates are judged on all calibration batches, the first (plain rounding) included,
-so the result is never worse than `rtn` on them. A weight of zero stays zero, whatever its V.
+Deliberate differences: the ranges start where a search over each group leaves the least squared error, not at the
+whole range: at 3 and 2 bits alpha would have far to go. What is tuned is what is stored, to the bit (scales rounded to
+their dtype inside the iteration, integer zero points); iterates are judged on all calibration batches, the first
+(`rtn` with its clip searched) included, so the result is never worse than that on them. A weight of zero stays zero,
+whatever its V.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
-from llmops.methods.quantize.grid import Grid, check, grid_between, grouped
+from llmops.methods.quantize.grid import Grid, check, fit, grid_between, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["Tuned", "autoround"]
@@ -40,7 +42,7 @@ Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What happened. start, best: mean loss over all batches of plain rounding and of what is kept; iterate: which."""
+    """What happened. start, best: mean loss over all batches of the first iterate and the one kept; iterate: which."""
 
     start: float
     best: float
@@ -132,13 +134,17 @@ class _Layer:
         low, high = self.G.amin(-1).clamp(max=0), self.G.amax(-1).clamp(min=0)
         self.low, self.high = (-torch.maximum(-low, high), torch.maximum(-low, high)) if symmetric else (low, high)
         self.V = torch.zeros_like(self.G, requires_grad=True)
-        factors = [torch.ones_like(low, requires_grad=True) for _ in range(1 if symmetric else 2)]
+        first, whole = (fit(self.G, bits, symmetric, dtype, clip).scale.float() for clip in ("mse", "absmax"))
+        self.sign = first.sign()  # of a scale; see `both_ways` of grid.py
+        start = (first / whole).abs().clamp(max=1)
+        factors = [start.clone().requires_grad_() for _ in range(1 if symmetric else 2)]
         self.learned = [self.V, *factors]  # V, then alpha, then beta
 
     def grid(self) -> Grid:
         """The grid of the range as it stands."""
         high, low = self._range()
-        return grid_between(low.detach(), high.detach(), self.bits, self.symmetric, self.dtype)
+        grid = grid_between(low.detach(), high.detach(), self.bits, self.symmetric, self.dtype)
+        return Grid(grid.scale * self.sign.to(self.dtype), grid.zero, grid.bits)
 
     def _range(self) -> tuple[Tensor, Tensor]:
         high = self.high * self.learned[1]
@@ -148,7 +154,7 @@ class _Layer:
         """(out, in) float32, exactly what `stored` stands for; gradients pass as if nothing were rounded."""
         grid = self.grid()
         high, low = self._range()
-        s = (high - low) / ((1 << self.bits) - 1)
+        s = self.sign * (high - low) / ((1 << self.bits) - 1)
         s = (s + (grid.scale.float() - s).detach()).unsqueeze(-1)
         bottom, top = (b.unsqueeze(-1) if isinstance(b, Tensor) else torch.tensor(b) for b in grid.bounds())
         made: Tensor = _Rounded.apply(self.V, s, self.G, bottom, top)

@@ -103,8 +103,8 @@ def gptq(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetric: b
         return fit(part, kind, symmetric, dtype or W.dtype, clip, importance[columns].view(-1, size))
 
     fresh = order != "activation" and groups > 1  # each group's grid is made when it is reached
-    grid = fit(G, bits, symmetric, dtype or W.dtype) if fresh else fitted(G, torch.arange(groups * size,
-                                                                                         device=H.device))
+    columns = torch.arange(groups * size, device=H.device)
+    grid = fit(G, kind, symmetric, dtype or W.dtype) if fresh else fitted(G, columns)
     work = _Pass(G.flatten(1), U, perm, grid, size, fitted if fresh else None)
     del U
     loss = work.solve(block)
