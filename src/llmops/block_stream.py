@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, StepError
-from llmops.models.shelf import give_back, shelved
+from llmops.shelf import give_back, shelved
 
 __all__ = ["SHELVED_FROM", "Call", "Stream", "finite", "instead", "lent", "passing"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-#: Bytes of a block from which on it is put on the disk once it has been changed (`models/shelf.py`).
+#: Bytes of a block from which on it is put on the disk once it has been changed (`shelf.py`).
 SHELVED_FROM = 1 << 24
 
 
