@@ -150,7 +150,7 @@ def test_a_run_tells_of_it_in_row_and_report(place: Path, tmp_path: Path) -> Non
                     "every 32 weights"),
     ({"bits": 3, "group_size": [32, 48]}, "given 48, but .* takes 128 inputs"),
     ({"bits": 3, "group_size": []}, "given an empty list; expected at least one size"),
-    ({"bits": 3, "candidates": []}, "given an empty list; expected a list of entries, not empty"),
+    ({"bits": 3, "candidates": []}, "given an empty list; expected a list out of w8a16, w4a16, .*, not empty"),
     ({"bits": 3, "candidates": ["w5a16"]}, '"w5a16"'),
     ({"bytes": 100_000}, r"given 100,000; expected at least 3\d\d,\d\d\d: 13\d,\d\d\d that stay in 16 bit"),
     ({"bits": 3, "solver": "awq", "ignore": []}, ""),

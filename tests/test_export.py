@@ -81,7 +81,8 @@ def test_an_exported_folder_can_be_what_a_recipe_starts_from(runs: Path, tmp_pat
     assert row["size"]["weights_bytes"]["value"] == was["size"]["weights_bytes"]["value"]
     assert export("base", "awq", runs=str(tmp_path / "runs"))["kl_mean"]["value"] < 1e-6
     with pytest.raises(LlmopsError, match="given a base model that is quantized already"):
-        run({**given, "variants": {"tuned": TUNED}}, runs=tmp_path / "runs")
+        again = {"quantize": {"method": "rtn", "scheme": "w4a16"}}
+        run({**given, "variants": {"again": again}}, runs=tmp_path / "runs")
 
 
 def test_places_that_are_taken(runs: Path, tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, StepError
+from llmops.shelf import give_back, shelved
 
-__all__ = ["Call", "Stream", "finite", "instead", "lent", "passing"]
+__all__ = ["SHELVED_FROM", "Call", "Stream", "finite", "instead", "lent", "passing"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: Bytes of a block from which on it is put on the disk once it has been changed (`shelf.py`).
+SHELVED_FROM = 1 << 24
 
 
 def finite(value: Tensor, what: str) -> Tensor:
@@ -100,20 +103,29 @@ def passing(blocks: nn.ModuleList, note: Callable[[int, Call], Tensor]) -> Itera
 
 
 @contextmanager
-def lent(block: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Within, the block is on `device` and, if given, in `dtype`; after, where it was and as it was stored."""
+def lent(block: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None = None, *,
+         changes: bool = True) -> Iterator[None]:
+    """Within, the block is on `device` and, if given, in `dtype`; after, where it was and as it was stored.
+
+    A large block that has changed comes back mapped from a scratch file: what the walk leaves behind it takes no
+    memory. changes: whether it may have.
+    """
     home = next(block.parameters()).device
-    if dtype is None and (device is None or torch.device(device) == home):
-        yield
-        return
     tensors = dict(chain(block.named_parameters(), block.named_buffers()))
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
-    block.to(device=device, dtype=dtype)
+    large = changes and sum(tensor.nbytes for tensor in tensors.values()) >= SHELVED_FROM
+    moved = dtype is not None or (device is not None and torch.device(device) != home)
+    if moved:
+        block.to(device=device, dtype=dtype)
     try:
         yield
     finally:
-        for name, tensor in chain(block.named_parameters(), block.named_buffers()):
-            tensor.data = tensor.data.to(device=home, dtype=stored[name])
+        for name, tensor in chain(block.named_parameters(), block.named_buffers()) if moved or large else ():
+            data = tensor.data.to(device=home, dtype=stored[name])
+            tensor.data = shelved(data) if large else data
+            del data
+        if large:
+            give_back()
 
 
 def _hidden(call: Call) -> Tensor:

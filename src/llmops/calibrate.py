@@ -93,14 +93,18 @@ class _Hessian:
     """(in, in) H = 2/N sum_t x_t x_t^T, float32: the Hessian of the layer's squared output error (GPTQ, OBS)."""
 
     def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
+        self.total: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         wide = x.float()
-        self.total = self.total + wide.t() @ wide
+        if self.total is None:
+            self.total = wide.t() @ wide
+        else:
+            self.total.addmm_(wide.t(), wide)
 
     def result(self, tokens: int) -> Tensor:
-        return torch.as_tensor(self.total) * (2.0 / tokens)
+        assert self.total is not None
+        return self.total.mul_(2.0 / tokens)  # the only one: it is in^2
 
 
 STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm, "x_absmax": _AbsMax,
@@ -290,7 +294,7 @@ def block_scores(model: nn.Module, tokens: Tensor, score: Callable[[Tensor, Tens
     scores = []
     for index, block in enumerate(blocks):
         before = list(stream.hidden)
-        with lent(block, stream.device):
+        with lent(block, stream.device, changes=False):
             stream.advance(index, f"{path}.{index}")
         parts = [score(x, y) * x.shape[0] for x, y in zip(before, stream.hidden, strict=True)]
         scores.append(sum(parts) / sum(x.shape[0] for x in before))
@@ -414,7 +418,8 @@ def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | No
         return
     if weight.shape != layer.weight.shape:
         raise ValueError(f"{name}: new weight is {tuple(weight.shape)}; expected {tuple(layer.weight.shape)}")
-    layer.weight.data.copy_(finite(weight, f"{name}: the new weight holds"))
+    new = finite(weight, f"{name}: the new weight holds")
+    layer.weight.data = new.to(layer.weight)  # not copied into the old one: written to, a mapped file's pages are kept
 
 
 def _measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any],

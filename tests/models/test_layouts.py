@@ -11,6 +11,7 @@ import torch
 from llmops.errors import LlmopsError, ModelError
 from llmops.formats.decode import _fields, _unshuffled
 from llmops.methods.quantize import QuantizedWeight, packing, rtn
+from llmops.methods.quantize.float_packing import PARTS as FLOAT_PARTS
 from llmops.models.layouts import LAYOUTS, as_stored, foreign_scheme, layout_of, to_awq, to_gptq, zeros_fit_v1
 from llmops.models.schemes import LayerScheme
 
@@ -130,7 +131,7 @@ def test_what_a_layout_cannot_hold_is_refused() -> None:
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format 'marlin'"),
     ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {}}}, "whose layers differ"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv' at 4 bits; expected version gemm"),
-    ({"quant_method": "bitsandbytes"}, "quantization bitsandbytes in format None; expected pack-quantized or int-")])
+    ({"quant_method": "bitsandbytes"}, "quantization bitsandbytes in format None; expected pack-quantized, int-")])
 def test_configs_that_cannot_be_read_say_why(block: dict[str, Any], match: str) -> None:
     with pytest.raises(ModelError, match=match):
         foreign_scheme(block)
@@ -142,4 +143,4 @@ def test_layouts_by_config() -> None:
     gptq = {"quant_method": "gptq", "bits": 3, "group_size": -1, "sym": False}
     awq = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}
     assert foreign_scheme(gptq) == LayerScheme(3, -1, False) and foreign_scheme(awq) == LayerScheme(4, 64, False)
-    assert set(LAYOUTS) == {"pack-quantized", "int-quantized", "gptq", "gptq_v2", "awq"}
+    assert set(LAYOUTS) == {"pack-quantized", "int-quantized", "gptq", "gptq_v2", "awq", *FLOAT_PARTS}

@@ -14,7 +14,7 @@ from llmops.models.number_formats import activations
 from llmops.ops import int8_matmul as op
 
 SHAPES = [(128, 256), (33, 100), (16, 2600), (1, 7)]
-NAMES = ["reference", *(["torch:qlinear"] if op.qlinear_is_exact() else [])]
+NAMES = ["reference", "torch:int_mm", *(["torch:qlinear"] if op.qlinear_is_exact() else [])]
 
 
 def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def test_a_token_does_not_depend_on_its_neighbours(name: str) -> None:
 
 def test_codes_are_rounded_to_even_and_fill_the_range() -> None:
     codes, scale = op.quantize_rows(torch.tensor([[127.0, 0.5, 1.5, -2.5, -127.0], [0.0] * 5]))
-    assert codes.tolist() == [[127, 0, 2, -2, -127], [0] * 5] and scale.tolist() == [[1.0], [1.0]]
+    assert codes.tolist() == [[127, 0, 2, -2, -127], [0] * 5] and scale[0].tolist() == [1.0]
     codes, scale = op.quantize_rows(torch.randn(50, 64).to(torch.bfloat16))
     assert codes.abs().amax(1).tolist() == [127] * 50 and scale.dtype == torch.float32
 
@@ -89,9 +89,9 @@ def test_layouts_come_back_exactly(name: str) -> None:
 
 
 def test_the_choice_and_what_it_is_called() -> None:
-    auto = op.choose(64, 64, device="cpu")
-    assert auto == ("torch:qlinear" if op.qlinear_is_exact() else "reference") == op.choose(64, 64, device="cpu",
-                                                                                            kernel="torch")
+    small, large = (op.choose(size, size, device="cpu") for size in (64, 1024))
+    assert (small, large) == (("torch:int_mm", "torch:qlinear") if op.qlinear_is_exact() else ("reference",) * 2)
+    assert op.choose(64, 64, device="cpu", kernel="torch") == small
     assert op.choose(64, 64, device="cpu", kernel="reference") == "reference" == op.choose(64, 63, device="cuda")
     assert op.choose(64, 64, device="cuda") == "torch:int_mm" and op.choose(64, 64, device="meta") == "reference"
     assert op.describe("reference") == "reference (int8 activations by token)"

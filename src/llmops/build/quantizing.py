@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmops import calibrate
 from llmops.build.job import Job, Work, bar, calibrated, calibration
+from llmops.build.kept import Kept
 from llmops.build.layer_schemes import Chosen, check_groups, scheme, shared
 from llmops.build.preparing import Prepared, awq_factors, folded, prepare
 from llmops.methods.quantize.autoround import Tuned, autoround
@@ -68,7 +69,7 @@ def hqq_step(job: Job, options: Hqq) -> Work:
 def _alone(job: Job, options: WeightOnly, solve: Callable[[nn.Linear, dict[str, Any]], AnyWeight],
            chosen: Chosen = None) -> Work:
     """Every layer by itself, nothing run."""
-    weights: Weights = {}
+    weights: Weights = Kept()
 
     def update(name: str, layer: nn.Linear, _: Tensor | None) -> Tensor:
         weights[name] = solve(layer, how(name))
@@ -83,7 +84,7 @@ def _alone(job: Job, options: WeightOnly, solve: Callable[[nn.Linear, dict[str, 
 
 # ------------------------------------------------------------------------------------------ from what a layer sees
 def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
-    weights: Weights = {}
+    weights: Weights = Kept()
     solved: dict[str, Solved] = {}
 
     def update(name: str, layer: nn.Linear, H: Tensor | None) -> Tensor:
@@ -116,7 +117,7 @@ def _troubles(solved: dict[str, Solved]) -> list[str]:
 # ------------------------------------------------------------------------------------------ from what a block does
 def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
     """The factors of a block and the clipping after them share one Hessian."""
-    weights: Weights = {}
+    weights: Weights = Kept()
     found: list[int] = []
 
     def update(block: calibrate.Block) -> None:
@@ -139,7 +140,7 @@ def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
 
 def smoothquant_step(job: Job, options: Smoothquant) -> Work:
     """All of the method is in its preparation; what is left is to round."""
-    weights: Weights = {}
+    weights: Weights = Kept()
 
     def update(block: calibrate.Block) -> None:
         check_groups(block.layers, options)
@@ -157,7 +158,7 @@ def smoothquant_step(job: Job, options: Smoothquant) -> Work:
 
 
 def autoround_step(job: Job, options: Autoround) -> Work:
-    weights: Weights = {}
+    weights: Weights = Kept()
     tuned: list[Tuned] = []
 
     def update(block: calibrate.Block) -> None:

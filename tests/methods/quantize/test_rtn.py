@@ -76,10 +76,11 @@ def test_the_searched_clip_is_the_best_of_its_grid_in_every_group(bits: int, gro
     wide = QuantizedWeight(made.codes, made.scale.float(), made.zero_point, bits, group)
     ours = (G - wide.dequantize().view_as(G)).square().sum(-1)
     best = torch.full_like(ours, float("inf"))
-    for p in SHRINK:  # one group at a time would give the same: every group is on its own here, too
+    turns = (1, -1) if symmetric and bits <= 4 else (1,)  # a negative scale turns the grid round
+    for p, turn in ((p, turn) for p in SHRINK for turn in turns):
         low, high = (G.amin(-1).clamp(max=0) * p), (G.amax(-1).clamp(min=0) * p)
         span = 2 * torch.maximum(-low, high) if symmetric else high - low
-        scale = (span / (2 * half - 1)).bfloat16().float().clamp(min=1e-30)
+        scale = (span / (2 * half - 1)).bfloat16().float().clamp(min=1e-30) * turn
         zero = 0 * low if symmetric else torch.round(-half - low / scale).clamp(-half, half - 1)
         codes = (torch.round(G / scale.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp(-half, half - 1)
         error = ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1) - G).square().sum(-1)

@@ -14,9 +14,11 @@ The gradient passes `round` as if it were not there. Many iterates are noise, so
     V       V                alpha, beta    high, low
     T       iterations       L              loss(weights, batch)
 
-Deliberate differences: what is tuned is what is stored, to the bit (scales rounded to their dtype inside the
-iteration, integer zero points); iterates are judged on all calibration batches, the first (plain rounding) included,
-so the result is never worse than `rtn` on them. A weight of zero stays zero, whatever its V.
+Deliberate differences: the ranges start where a search over each group leaves the least squared error, not at the
+whole range: at 3 and 2 bits alpha would have far to go. What is tuned is what is stored, to the bit (scales rounded to
+their dtype inside the iteration, integer zero points); iterates are judged on all calibration batches, the first
+(`rtn` with its clip searched) included, so the result is never worse than that on them. A weight of zero stays zero,
+whatever its V.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
-from llmops.methods.quantize.grid import Grid, check, grid_between, grouped
+from llmops.methods.quantize.grid import Grid, check, fit, grid_between, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["Tuned", "autoround"]
@@ -39,7 +42,7 @@ Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What happened. start, best: mean loss over all batches of plain rounding and of what is kept; iterate: which."""
+    """What happened. start, best: mean loss over all batches of the first iterate and the one kept; iterate: which."""
 
     start: float
     best: float
@@ -47,7 +50,7 @@ class Tuned:
 
 
 def autoround(weights: Mapping[str, Tensor], loss: Loss, batches: int, *, bits: int, group_size: int = -1,
-              symmetric: bool = True, iterations: int = 200, looks: int = 10, seed: int = 0,
+              symmetric: bool = True, iterations: int = 200, looks: int = 5, seed: int = 0,
               dtype: torch.dtype | None = None) -> tuple[dict[str, QuantizedWeight], Tuned]:
     """Quantize all `weights` (out, in) of a block together.
 
@@ -99,6 +102,28 @@ def _move(layers: Mapping[str, _Layer], loss: Loss, batch: int, rate: float) -> 
                 factor.clamp_(0, 1)
 
 
+class _Rounded(torch.autograd.Function):  # type: ignore[misc]
+    """s clamp(round(W / s + V)), with the gradients of eqs. 3 and 4: `round` passes them, `clamp` where it is idle.
+
+    V, W: (out, groups, group); s: (out, groups, 1). Written out because autograd would keep six tensors of W's size for
+    each layer; this keeps one, and the mask.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, s: Tensor, W: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
+        free = torch.div(W, s).add_(V).round_()
+        steps = torch.maximum(torch.minimum(free, top), bottom)
+        ctx.save_for_backward(steps, steps == free, s, W)
+        return steps * s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        steps, idle, s, W = ctx.saved_tensors
+        passed = gradient * idle
+        to_s = (gradient * steps).sum(-1, keepdim=True).sub_((passed * W).sum(-1, keepdim=True).div_(s))
+        return passed.mul_(s), to_s, None, None, None
+
+
 class _Layer:
     """One weight, its offsets V and the factors of its range."""
 
@@ -109,13 +134,17 @@ class _Layer:
         low, high = self.G.amin(-1).clamp(max=0), self.G.amax(-1).clamp(min=0)
         self.low, self.high = (-torch.maximum(-low, high), torch.maximum(-low, high)) if symmetric else (low, high)
         self.V = torch.zeros_like(self.G, requires_grad=True)
-        factors = [torch.ones_like(low, requires_grad=True) for _ in range(1 if symmetric else 2)]
+        first, whole = (fit(self.G, bits, symmetric, dtype, clip).scale.float() for clip in ("mse", "absmax"))
+        self.sign = first.sign()  # of a scale; see `both_ways` of grid.py
+        start = (first / whole).abs().clamp(max=1)
+        factors = [start.clone().requires_grad_() for _ in range(1 if symmetric else 2)]
         self.learned = [self.V, *factors]  # V, then alpha, then beta
 
     def grid(self) -> Grid:
         """The grid of the range as it stands."""
         high, low = self._range()
-        return grid_between(low.detach(), high.detach(), self.bits, self.symmetric, self.dtype)
+        grid = grid_between(low.detach(), high.detach(), self.bits, self.symmetric, self.dtype)
+        return Grid(grid.scale * self.sign.to(self.dtype), grid.zero, grid.bits)
 
     def _range(self) -> tuple[Tensor, Tensor]:
         high = self.high * self.learned[1]
@@ -125,12 +154,11 @@ class _Layer:
         """(out, in) float32, exactly what `stored` stands for; gradients pass as if nothing were rounded."""
         grid = self.grid()
         high, low = self._range()
-        s = (high - low) / ((1 << self.bits) - 1)
+        s = self.sign * (high - low) / ((1 << self.bits) - 1)
         s = (s + (grid.scale.float() - s).detach()).unsqueeze(-1)
         bottom, top = (b.unsqueeze(-1) if isinstance(b, Tensor) else torch.tensor(b) for b in grid.bounds())
-        exact = self.G / s + self.V
-        steps = exact + (torch.round(exact) - exact).detach()
-        return (torch.maximum(torch.minimum(steps, top), bottom) * s).flatten(1)
+        made: Tensor = _Rounded.apply(self.V, s, self.G, bottom, top)
+        return made.flatten(1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def stored(self) -> QuantizedWeight:

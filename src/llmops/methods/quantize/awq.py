@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
-from llmops.methods.quantize.grid import AnyGrid, Kind, check, fit, grid_between, group_of, grouped
+from llmops.methods.quantize.grid import Kind, both_ways, check, fit, grid_between, group_of, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["CLIPS", "Scales", "awq_clip", "awq_scales", "input_size", "output_error"]
@@ -109,10 +109,10 @@ def awq_clip(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetri
     whole = grid_between(low, high, kind, symmetric, stored)
     chosen: Any = whole
     least = whole.pooled(_group_error(whole.nearest(G) - G, blocks))
-    for p in CLIPS:
-        tried: AnyGrid = grid_between(low * p, high * p, kind, symmetric, stored)
-        error = tried.pooled(_group_error(tried.nearest(G) - G, blocks))
-        chosen, least = tried.where(error < least, chosen), torch.minimum(error, least)
+    for p in (1.0, *CLIPS):
+        for tried in both_ways(grid_between(low * p, high * p, kind, symmetric, stored)):
+            error = tried.pooled(_group_error(tried.nearest(G) - G, blocks))
+            chosen, least = tried.where(error < least, chosen), torch.minimum(error, least)
     before, after = (whole.pooled(output_error((grid.nearest(G) - G).flatten(1), H).unsqueeze(1).expand_as(least))
                      for grid in (whole, chosen))
     chosen = chosen.where(after < before, whole)

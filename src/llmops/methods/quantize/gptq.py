@@ -102,8 +102,11 @@ def gptq(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetric: b
         """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
         return fit(part, kind, symmetric, dtype or W.dtype, clip, importance[columns].view(-1, size))
 
-    work = _Pass(G.flatten(1), U, perm, fitted(G, torch.arange(groups * size, device=H.device)), size,
-                 fitted if order != "activation" and groups > 1 else None)
+    fresh = order != "activation" and groups > 1  # each group's grid is made when it is reached
+    columns = torch.arange(groups * size, device=H.device)
+    grid = fit(G, kind, symmetric, dtype or W.dtype) if fresh else fitted(G, columns)
+    work = _Pass(G.flatten(1), U, perm, grid, size, fitted if fresh else None)
+    del U
     loss = work.solve(block)
     return work.weight(group_size), Solved(used, failed, int((diagonal <= 0).sum()), loss)
 
@@ -113,27 +116,48 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tup
 
     H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. Raises StepError.
     """
-    A = H.float() if perm is None else H.float()[perm][:, perm]
-    A = A.flip(0, 1)  # a copy
-    diagonal = A.diagonal()
+    order = (torch.arange(len(H), device=H.device) if perm is None else perm).flip(0)
+    diagonal = H.diagonal().float()[order]
     live = diagonal > 0
     mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_ones(())
-    diagonal.copy_(torch.where(live, diagonal, mean))
+    diagonal = torch.where(live, diagonal, mean)
     failed: list[float] = []
-    added = 0.0
     while damping <= MOST_DAMPING * (1 + 1e-6):
-        diagonal += (damping - added) * mean
-        added = damping
-        R, info = torch.linalg.cholesky_ex(A)
-        if int(info) == 0 and bool(torch.isfinite(R).all()):
-            R = R.flip(0, 1)  # H = R R^T, upper triangular
-            eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-            return torch.linalg.solve_triangular(R, eye, upper=True), damping, tuple(failed)
+        A = H.float()[order.unsqueeze(1), order]  # anew for every try, so that it can be solved in place
+        A.diagonal().copy_(diagonal + damping * mean)
+        info = torch.empty((), dtype=torch.int32, device=A.device)
+        torch.linalg.cholesky_ex(A.t(), out=(A.t(), info))  # R reversed, in place: H = R R^T, R upper triangular
+        L = A.t()
+        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
+            return _turned(_inverted(L.tril_())), damping, tuple(failed)
         failed.append(damping)
         damping *= 10
     raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
                     f"{', '.join(f'{value:g}' for value in failed)}; expected a positive definite matrix: give more "
                     "calibration tokens, or use another method for this layer (ignore)")
+
+
+def _inverted(L: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, in its own place: [-L22^-1 L21 L11^-1] under the inverted halves."""
+    n = len(L)
+    if n <= 128:
+        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
+    half = n // 2
+    upper, lower = _inverted(L[:half, :half]), _inverted(L[half:, half:])
+    L[half:, :half].copy_(lower @ L[half:, :half] @ upper).neg_()
+    return L
+
+
+def _turned(X: Tensor, rows: int = 64) -> Tensor:
+    """X with both axes reversed, in its own place, some rows at a time."""
+    n = len(X)
+    for first in range(0, n // 2, rows):
+        last = min(first + rows, n // 2)
+        above, below = X[first:last].flip(0, 1), X[n - last:n - first].flip(0, 1)
+        X[first:last], X[n - last:n - first] = below, above
+    if n % 2:
+        X[n // 2] = X[n // 2].flip(0)
+    return X
 
 
 class _Pass:
@@ -171,6 +195,7 @@ class _Pass:
             if stop < n:
                 self.w_t[stop:].addmm_(self.U[start:stop, stop:].t(), E, alpha=-1)
             loss += float(E.square().sum()) / 2
+        self.w_t, self.U = self.w_t.new_empty(0), self.U.new_empty(0)  # done with, and large
         return loss
 
     def _columns(self, first: int, last: int, E: Tensor) -> None:

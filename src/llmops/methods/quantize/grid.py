@@ -8,6 +8,10 @@ This is compressed-tensors' convention (dividing by 7.5 at 4 bits, where others 
 its readers find what they expect. Zero is always representable, also when no weight of the group has its sign: a
 pruned weight stays exactly zero under every quantizer here.
 
+A symmetric grid has one step more below zero than above: at 2 bits two against one. Where a range is searched at 4 bits
+and below, every group may have a negative scale, which turns its grid round. Every reader multiplies code by scale, so
+none needs to know.
+
 A scale is rounded to the dtype in which it will be stored *before* any code is computed with it.
 """
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +28,8 @@ from llmops.errors import LlmopsError
 from llmops.methods.quantize.floats import FloatFormat, FloatGrid, float_between
 from llmops.methods.quantize.weight import QuantizedWeight
 
-__all__ = ["SHRINK", "AnyGrid", "Grid", "Kind", "check", "fit", "grid_between", "group_of", "grouped", "searched"]
+__all__ = ["SHRINK", "AnyGrid", "Grid", "Kind", "both_ways", "check", "fit", "grid_between", "group_of",
+           "grouped", "searched"]
 
 #: What codes are: integers of so many bits, or floating point numbers (`floats.py`).
 Kind = int | FloatFormat
@@ -156,23 +161,31 @@ def grid_between(low: Tensor, high: Tensor, bits: Kind, symmetric: bool, dtype: 
     return Grid(scale, zero.to(torch.int8), bits)
 
 
+def both_ways(grid: AnyGrid) -> tuple[Any, ...]:
+    """The grid, and where its longer side counts (integers, symmetric, at most 4 bits) the grid turned round."""
+    if isinstance(grid, Grid) and grid.zero is None and grid.bits <= 4:
+        return grid, Grid(-grid.scale, None, grid.bits)
+    return (grid,)
+
+
 def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importance: Tensor | None = None) -> AnyGrid:
     """The grid over p [min, max] whose p of `SHRINK` leaves the least squared error, chosen for every scale.
 
     A narrower range clips the few outermost weights and rounds all others more finely. p = 1 is tried first and only a
-    lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: (groups,
-    group) or (1, 1) weights of the squared errors; all equal by default. Cost: len(SHRINK) passes over G.
+    lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: weights of the
+    squared errors, (groups, group) or (1, 1); all equal by default. Cost: len(SHRINK) passes over G, twice as many
+    where a grid can be turned round.
     """
     low, high = G.amin(-1), G.amax(-1)
     best = grid_between(low, high, bits, symmetric, dtype)
     least = best.pooled(_error(G, best, importance))
     ranges = bits.ranges if isinstance(bits, FloatFormat) else None
-    for p in (ranges or SHRINK)[1:]:
-        tried = grid_between(low * p, high * p, bits, symmetric, dtype)
-        error = tried.pooled(_error(G, tried, importance))
-        better = error < least
-        least = torch.where(better, error, least)
-        best = tried.where(better, best)  # type: ignore[arg-type]  # both of one kind
+    for p in ranges or SHRINK:
+        for tried in both_ways(grid_between(low * p, high * p, bits, symmetric, dtype)):
+            error = tried.pooled(_error(G, tried, importance))
+            better = error < least
+            least = torch.where(better, error, least)
+            best = tried.where(better, best)
     return best
 
 

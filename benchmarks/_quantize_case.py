@@ -1,0 +1,189 @@
+"""What every contender of bench_quantize.py is given, and what is made of its answers: rows, pairs, tables. No torch.
+
+A *cell* is one method at one width and group size; every contender of the method takes it in turn. Its answer is a
+dense model, whatever its own format is, so that all are scored by one evaluator and no kernel has a say.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+OURS = "llmops"
+#: contender -> (method, tool, module that the tool's Python must be able to import)
+CONTENDERS: dict[str, tuple[str, str, str]] = {
+    "rtn-llmops": ("rtn", OURS, "llmops"),
+    "rtn-llmcompressor": ("rtn", "llm-compressor", "llmcompressor"),
+    "rtn-torchao": ("rtn", "torchao", "torchao"),
+    "clip-llmops": ("rtn, clip searched", OURS, "llmops"),
+    "clip-llmcompressor": ("rtn, clip searched", "llm-compressor", "llmcompressor"),
+    "hqq-llmops": ("hqq", OURS, "llmops"),
+    "hqq-hqq": ("hqq", "hqq", "hqq"),
+    "gptq-llmops": ("gptq", OURS, "llmops"),
+    "gptq-llmcompressor": ("gptq", "llm-compressor", "llmcompressor"),
+    "gptq-gptqmodel": ("gptq", "GPTQModel", "gptqmodel"),
+    "awq-llmops": ("awq", OURS, "llmops"),
+    "awq-llmcompressor": ("awq", "llm-compressor", "llmcompressor"),
+    "autoround-llmops": ("autoround", OURS, "llmops"),
+    "autoround-autoround": ("autoround", "auto-round", "auto_round")}
+#: Packages whose versions belong beside the figures, by module.
+PACKAGES = {"llmcompressor": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "gptqmodel": "gptqmodel",
+            "auto_round": "auto-round"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a worker needs to know. model: a folder with float32 weights; calibration: a safetensors file whose
+    `tokens` are (samples, length); rows: the jsonl file they were cut from, for those who cut for themselves."""
+
+    model: str
+    calibration: str
+    rows: str
+    samples: int
+    length: int
+    iterations: int = 200
+    batch_size: int = 8
+    seed: int = 0
+    threads: int = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def methods_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """method -> its contenders, ours first, in the order of `CONTENDERS`."""
+    made: dict[str, list[str]] = {}
+    for name in CONTENDERS:
+        if name in names:
+            made.setdefault(CONTENDERS[name][0], []).append(name)
+    return made
+
+
+def skipped(method: str, bits: int) -> str:
+    """Why a cell is not run, or ""."""
+    if bits == 8 and method in ("awq", "autoround"):
+        return "not run: at 8 bits plain rounding is already exact to three digits"
+    return ""
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """(ratio of the perplexities, half width of its 95 % interval) from the mean losses of the same windows.
+
+    The ratio is exp of the mean difference; its interval is Student's over the windows, on the log scale.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"{len(ours)} and {len(theirs)} windows; expected the same ones, at least one")
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return math.exp(mean), math.inf
+    half = 2.0 * statistics.stdev(differences) / math.sqrt(len(differences))  # t is 2.0 at 60 windows, 2.1 at 16
+    return math.exp(mean), math.exp(mean) * half
+
+
+def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity") -> dict[str, Any] | None:
+    """The row of least perplexity among ours or the peers' (highest, for a score); None when none ran."""
+    found = [row for row in rows if key in row and (row["tool"] == OURS) == ours]
+    if not found:
+        return None
+    return min(found, key=lambda row: float(row[key])) if key == "perplexity" else max(
+        found, key=lambda row: float(row[key]))
+
+
+def won_back(base: float, plain: float, solved: float) -> float:
+    """The share of round-to-nearest's rise in perplexity that a method takes back: 1 all of it, below 0 it adds."""
+    return (plain - solved) / (plain - base)
+
+
+def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]]:
+    """One line per width, group and method: ours beside the best peer with the same method, and ours of all methods
+    beside the best of all peers (method "best")."""
+    made: list[dict[str, Any]] = []
+    for bits, group in sorted({(row["bits"], row["group"]) for row in rows}, reverse=True):
+        here = [row for row in rows if (row["bits"], row["group"]) == (bits, group)]
+        methods = list(dict.fromkeys(row["method"] for row in here))
+        for method in [*methods, "best"]:
+            some = here if method == "best" else [row for row in here if row["method"] == method]
+            mine, peer = best(some, ours=True), best(some, ours=False)
+            if mine is None or peer is None:
+                continue
+            ratio, half = paired(mine["losses"], peer["losses"])
+            made.append({"bits": bits, "group": group, "method": method, "ours": mine["perplexity"],
+                         "ours_by": mine["contender"], "peer": peer["perplexity"], "peer_by": peer["contender"],
+                         "ratio": ratio, "half_width": half, "won": ratio <= 1})
+        plain = next((row for row in here if row["contender"] == "rtn-llmops" and "perplexity" in row), None)
+        solved = next((row for row in here if row["contender"] == "gptq-llmops" and "perplexity" in row), None)
+        if plain and solved and plain["perplexity"] > base:
+            made.append({"bits": bits, "group": group, "method": "gptq wins back of rtn's rise",
+                         "share": won_back(base, plain["perplexity"], solved["perplexity"])})
+    return made
+
+
+def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per contender: median seconds over its cells, and the median over cells of ours / theirs (the cells of
+    a method are taken in turn, so both stood in the same minute); memory of its first cell, in a fresh process."""
+    made = []
+    for name, (method, tool, _) in CONTENDERS.items():
+        mine = {(row["bits"], row["group"]): row for row in rows if row["contender"] == name and "seconds" in row}
+        if not mine:
+            continue
+        line: dict[str, Any] = {"contender": name, "method": method, "tool": tool, "cells": len(mine),
+                                "seconds": statistics.median(row["seconds"] for row in mine.values()),
+                                "cpu_seconds": statistics.median(row["cpu_seconds"] for row in mine.values()),
+                                "peak_bytes": next(iter(mine.values()))["peak_bytes"]}
+        own = {(row["bits"], row["group"]): row for row in rows if "seconds" in row and row["tool"] == OURS
+               and row["method"] == method}
+        both = [cell for cell in mine if cell in own]
+        if tool != OURS and both:
+            for key in ("seconds", "cpu_seconds"):
+                line[f"ours_over_{key}"] = statistics.median(own[cell][key] / mine[cell][key] for cell in both)
+        made.append(line)
+    return made
+
+
+def perplexity_table(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
+    """Contenders down, widths and groups across; a task score, where there is one, in parentheses."""
+    cells = sorted({(row["bits"], row["group"]) for row in rows}, reverse=True)
+    lines = ["| method | tool | " + " | ".join(f"{bits} bit, g{group}" for bits, group in cells) + " |",
+             "|-|-|" + "-:|" * len(cells), "| - | float32 | " + " | ".join(_shown(base) for _ in cells) + " |"]
+    for name, (method, tool, _) in CONTENDERS.items():
+        mine = {(row["bits"], row["group"]): row for row in rows if row["contender"] == name}
+        if mine:
+            lines.append(f"| {method} | {tool} | " + " | ".join(_shown(mine.get(cell)) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "perplexity" not in row:
+        return "-" if row["failed"].startswith("not run") else "failed"
+    score = f" ({row['exact_match']:.1%})" if "exact_match" in row else ""
+    return f"{row['perplexity']:.4g}{score}"
+
+
+def speed_table(lines: Sequence[dict[str, Any]]) -> str:
+    made = ["| method | tool | s | CPU s | ours / theirs, s | CPU s | MiB over the loaded model |",
+            "|-|-|-:|-:|-:|-:|-:|"]
+    for line in lines:
+        ratios = [f"{line[key]:.2f}" if key in line else "" for key in ("ours_over_seconds", "ours_over_cpu_seconds")]
+        made.append(f"| {line['method']} | {line['tool']} | {line['seconds']:.1f} | {line['cpu_seconds']:.1f} | "
+                    f"{ratios[0]} | {ratios[1]} | {line['peak_bytes'] / 2**20:.0f} |")
+    return "\n".join(made)
+
+
+def verdict_table(lines: Sequence[dict[str, Any]]) -> str:
+    made = ["| bits | group | method | ours | best peer | ours / peer | |", "|-:|-:|-|-:|-:|-:|-|"]
+    for line in lines:
+        if "share" in line:
+            made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['share']:.0%} | | | |")
+            continue
+        by = f" ({line['ours_by']})", f" ({line['peer_by']})"
+        sure = abs(line["ratio"] - 1) > line["half_width"]
+        said = ("won" if line["won"] else "lost") + ("" if sure else ", within the noise")
+        made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['ours']:.5g}{by[0]} | "
+                    f"{line['peer']:.5g}{by[1]} | {line['ratio']:.4f} +- {line['half_width']:.4f} | {said} |")
+    return "\n".join(made)

@@ -1,0 +1,282 @@
+"""One contender of bench_quantize.py, alive from cell to cell: `python _quantize_worker.py CONTENDER CASE_JSON`.
+
+Messages are JSON lines: {"bits": ..., "group": ..., "out": folder} comes in on stdin; out on stdout, which nothing else
+may write to, goes {"ready": true} once and for every cell {"seconds", "cpu_seconds", "peak_bytes"} or {"failed"}. The
+model is loaded afresh for every cell, before the clock starts; peak_bytes is the most resident memory from there on
+over what was resident when the clock started. The answer is written after the clock has stopped: `dense.safetensors`
+with the weights that the tool's own dequantization gives, or, from GPTQModel, its checkpoint as it saves it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from _quantize_case import Case
+
+Dense = Callable[[Path], None]  # writes the answer into a folder
+Solve = Callable[[Any, Case, int, int], Dense]  # (model, case, bits, group)
+
+
+def load(case: Case) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+
+
+def tokens(case: Case) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(case.calibration)["tokens"]
+
+
+def tokenizer(case: Case) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(case.model)
+
+
+def write(weights: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in weights.items()},
+              folder / "dense.safetensors")
+
+
+def with_layers(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """The state of the model's plain parameters, the weights of quantized layers by full name in their place."""
+    import torch
+
+    state = {name: value for name, value in model.named_parameters() if type(value.data) is torch.Tensor}
+    return {**state, **{f"{name}.weight": value for name, value in layers.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------- ours
+
+
+def ours(step: dict[str, Any]) -> Solve:
+    """The step as `llmops tune` takes it; the calibration crops are cut by it from the same rows, and compared."""
+
+    def solve(model: Any, case: Case, bits: int, group: int) -> Dense:
+        import torch
+
+        from llmops.build.job import Job, calibration
+        from llmops.build.variant import apply_step
+        from llmops.data.options import DataSource
+        from llmops.data.sources import load_rows
+        from llmops.methods.quantize import options
+
+        source = DataSource(source=case.rows, samples=None)
+        asked = {**step, "scheme": f"w{bits}a16", "group_size": group}
+        if "data" in step:
+            asked["length"] = case.length
+        if step["method"] == "autoround":
+            asked |= {"iterations": case.iterations, "batch_size": case.batch_size}
+        job = Job(model, tokenizer(case), model.dtype, [],
+                  lambda name: load_rows(name, {name: source}, Path(case.rows).parent, case.seed),
+                  lambda name: DataSource(source="memory", samples=case.samples), case.seed)
+        if "data" in step and not torch.equal(calibration(job, "calib", case.length), tokens(case)):
+            raise ValueError("the calibration tokens differ from those the others get")
+        kind = getattr(options, step["method"].capitalize())
+        work = apply_step("quantize", job, kind.model_validate(asked))
+        return lambda folder: write(dict(work.model.named_parameters()), folder)
+
+    return solve
+
+
+# ---------------------------------------------------------------------------------------------------------- peers
+
+
+def llmcompressor(method: str) -> Solve:
+    """`oneshot` with its own modifiers. AWQ pins memory, which a build of torch without CUDA refuses: switched off."""
+
+    def solve(model: Any, case: Case, bits: int, group: int) -> Dense:
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+        from llmcompressor.pipelines.cache import IntermediatesCache
+
+        IntermediatesCache.pin_memory = lambda *given, **named: None
+        observer = {"observer": "mse"} if method == "clip" else {}
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+        groups = {"config_groups": {"all": {"targets": ["Linear"], "weights": {**weights, **observer}}},
+                  "ignore": ["lm_head"]}
+        if method in ("rtn", "clip"):
+            oneshot(model=model, recipe=[QuantizationModifier(**groups)])
+        else:
+            crops = tokens(case).tolist()
+            data = Dataset.from_dict({"input_ids": crops, "attention_mask": [[1] * case.length] * len(crops)})
+            recipe = [GPTQModifier(**groups)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**groups)]
+            oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=len(crops),
+                    max_seq_length=case.length, shuffle_calibration_samples=False)
+
+        def dense(folder: Path) -> None:
+            from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+            layers = {name: fake_quantize(module.weight, module.weight_scale, module.weight_zero_point,
+                                          module.quantization_scheme.weights)
+                      for name, module in model.named_modules() if getattr(module, "quantization_scheme", None)}
+            write({name: value for name, value in with_layers(model, layers).items()
+                   if not name.endswith(("_scale", "_zero_point", "_g_idx"))}, folder)
+
+        return dense
+
+    return solve
+
+
+def torchao(model: Any, case: Case, bits: int, group: int) -> Dense:
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    quantize_(model.model, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group)))
+
+    def dense(folder: Path) -> None:
+        layers = {name: module.weight.dequantize() for name, module in model.named_modules()
+                  if isinstance(module, torch.nn.Linear) and type(module.weight.data) is not torch.Tensor}
+        write(with_layers(model, layers), folder)
+
+    return dense
+
+
+def hqq(model: Any, case: Case, bits: int, group: int) -> Dense:
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    AutoHQQHFModel.quantize_model(model, quant_config=BaseQuantizeConfig(nbits=bits, group_size=group, axis=1),
+                                  compute_dtype=torch.float32, device="cpu")
+
+    def dense(folder: Path) -> None:
+        layers = {name: module.dequantize() for name, module in model.named_modules() if isinstance(module, HQQLinear)}
+        names = {f"{name}.{rest}" for name in layers for rest in ("W_q", "bias", "weight")}
+        write({name: value for name, value in with_layers(model, layers).items()
+               if name not in names or name.endswith(".weight")}, folder)
+
+    return dense
+
+
+def auto_round(model: Any, case: Case, bits: int, group: int) -> Dense:
+    from auto_round import AutoRound
+
+    crops = [crop.unsqueeze(0) for crop in tokens(case)]
+    tuned = AutoRound(model, tokenizer=tokenizer(case), scheme=f"W{bits}A16", bits=bits, group_size=group, sym=True,
+                      iters=case.iterations, nsamples=len(crops), seqlen=case.length, batch_size=case.batch_size,
+                      dataset=crops, device_map="cpu", enable_torch_compile=False, seed=case.seed).quantize()[0]
+
+    def dense(folder: Path) -> None:
+        import torch
+
+        names = {name for name, module in tuned.named_modules() if isinstance(module, torch.nn.Linear)}
+        kept = {name: value for name, value in tuned.named_parameters()
+                if name.rpartition(".")[0] not in names or name.endswith((".weight", ".bias"))}
+        write(kept, folder)
+
+    return dense
+
+
+def gptqmodel(_: Any, case: Case, bits: int, group: int) -> Dense:
+    """Loads by itself, which is not timed either; its checkpoint is read by the parent."""
+    from gptqmodel import GPTQModel
+    from gptqmodel.quantization.config import GPTQConfig
+
+    model = GPTQModel.load(case.model, GPTQConfig(bits=bits, group_size=group, device="cpu"))
+    crops = [{"input_ids": crop.unsqueeze(0), "attention_mask": (crop.unsqueeze(0) >= 0).long()}
+             for crop in tokens(case)]
+    CLOCK.start()
+    model.quantize(crops, batch_size=1)
+    CLOCK.stop()
+    return lambda folder: model.save(str(folder))
+
+
+SOLVERS: dict[str, Solve] = {
+    "rtn-llmops": ours({"method": "rtn"}), "clip-llmops": ours({"method": "rtn", "clip": "mse"}),
+    "hqq-llmops": ours({"method": "hqq"}), "gptq-llmops": ours({"method": "gptq", "data": "calib"}),
+    "awq-llmops": ours({"method": "awq", "data": "calib"}),
+    "autoround-llmops": ours({"method": "autoround", "data": "calib"}),
+    "rtn-llmcompressor": llmcompressor("rtn"), "clip-llmcompressor": llmcompressor("clip"),
+    "gptq-llmcompressor": llmcompressor("gptq"), "awq-llmcompressor": llmcompressor("awq"),
+    "rtn-torchao": torchao, "hqq-hqq": hqq, "autoround-autoround": auto_round, "gptq-gptqmodel": gptqmodel}
+
+
+#: Imported before the first cell, so that no contender's clock or memory counts its imports.
+IMPORTS: dict[str, tuple[str, ...]] = {
+    "llmops": ("llmops.build.variant", "llmops.data.sources", "scipy"), "torchao": ("torchao.quantization",),
+    "llmcompressor": ("llmcompressor", "llmcompressor.modifiers.transform.awq", "datasets"),
+    "hqq": ("hqq.models.hf.base",), "autoround": ("auto_round",), "gptqmodel": ("gptqmodel",)}
+
+
+# ---------------------------------------------------------------------------------------------------------- clock
+
+
+class Clock:
+    """Wall, processor time and memory between `start` and `stop`. A solver that loads by itself starts it again."""
+
+    def start(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM back to what is resident now
+        self.before = _status("VmRSS")
+        self.stopped: dict[str, Any] = {}
+        self.began, self.began_cpu = time.perf_counter(), time.process_time()
+
+    def stop(self) -> dict[str, Any]:
+        if not self.stopped:
+            self.stopped = {"seconds": time.perf_counter() - self.began,
+                            "cpu_seconds": time.process_time() - self.began_cpu,
+                            "peak_bytes": _status("VmHWM") - self.before}
+        return self.stopped
+
+
+CLOCK = Clock()
+
+
+def _status(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key))
+
+
+def main() -> None:
+    contender, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    import torch
+
+    torch.set_num_threads(case.threads)
+
+    def say(**message: Any) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    try:
+        for module in ("transformers", "safetensors.torch", *IMPORTS[contender.partition("-")[2]]):
+            import_module(module)
+    except Exception as error:
+        say(failed=f"{type(error).__name__}: {error}"[:300])
+        raise
+    say(ready=True)
+    for line in sys.stdin:
+        cell = json.loads(line)
+        try:
+            model = None if contender == "gptq-gptqmodel" else load(case)
+            CLOCK.start()
+            dense = SOLVERS[contender](model, case, cell["bits"], cell["group"])
+            found = CLOCK.stop()
+            dense(Path(cell["out"]))
+            say(**found)
+        except Exception as error:  # a contender that cannot do this cell is a row of the table, not the end of it
+            import traceback
+
+            traceback.print_exc()
+            told = str(error).strip().splitlines()
+            say(failed=f"{type(error).__name__}: {told[0] if told else ''}"[:300])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The rows of benchmarks/bench_quantize.py: what is made of the contenders' answers, and of those who give none."""
+
+import math
+
+import pytest
+from benchmarks import _quantize_case as bench
+
+
+def row(contender, bits=3, group=128, perplexity=10.0, seconds=1.0, peak=0, **more):
+    method, tool, _ = bench.CONTENDERS[contender]
+    made = {"contender": contender, "method": method, "tool": tool, "bits": bits, "group": group}
+    if "failed" in more:
+        return {**made, **more}
+    losses = [math.log(perplexity) + shift for shift in (-0.1, 0.0, 0.1)]
+    return {**made, "perplexity": perplexity, "losses": losses, "seconds": seconds, "cpu_seconds": seconds / 2,
+            "peak_bytes": peak, **more}
+
+
+def test_every_method_of_a_peer_stands_beside_ours():
+    for method, names in bench.methods_of(bench.CONTENDERS).items():
+        assert bench.CONTENDERS[names[0]][1] == bench.OURS, method
+        assert len(names) > 1, method
+    assert bench.methods_of(["gptq-gptqmodel", "gptq-llmops"]) == {"gptq": ["gptq-llmops", "gptq-gptqmodel"]}
+    assert all(module in bench.PACKAGES for _, tool, module in bench.CONTENDERS.values() if tool != bench.OURS)
+
+
+def test_pairs_are_of_the_same_windows_and_know_their_noise():
+    ratio, half = bench.paired([1.0, 2.0, 3.0], [1.1, 2.1, 3.1])
+    assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(0, abs=1e-12)  # the windows agree
+    ratio, half = bench.paired([1.0, 2.0], [1.2, 2.0])
+    assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(math.exp(-0.1) * 0.2)
+    assert bench.paired([1.0], [1.0]) == (1.0, math.inf)
+    with pytest.raises(ValueError, match="2 and 1 windows; expected the same"):
+        bench.paired([1.0, 2.0], [1.0])
+
+
+def test_a_verdict_is_against_the_best_peer_of_the_method_and_of_all():
+    rows = [row("gptq-llmops", perplexity=8.0), row("gptq-llmcompressor", perplexity=9.0),
+            row("gptq-gptqmodel", perplexity=7.5), row("rtn-llmops", perplexity=20.0),
+            row("hqq-llmops", perplexity=7.0), row("hqq-hqq", failed="ValueError: no")]
+    lines = {line["method"]: line for line in bench.verdicts(rows, base=5.0)}
+    assert lines["gptq"]["peer_by"] == "gptq-gptqmodel" and not lines["gptq"]["won"]
+    assert lines["gptq"]["ratio"] == pytest.approx(8 / 7.5)
+    assert lines["best"]["ours_by"] == "hqq-llmops" and lines["best"]["won"]
+    assert "hqq" not in lines and "rtn" not in lines  # nobody to stand beside
+    assert lines["gptq wins back of rtn's rise"]["share"] == pytest.approx(12 / 15)
+
+
+def test_speed_is_compared_cell_by_cell_and_memory_is_that_of_the_first():
+    rows = [row("gptq-llmops", bits, seconds=ours, peak=bits) for bits, ours in ((4, 1.0), (3, 2.0), (2, 9.0))]
+    rows += [row("gptq-llmcompressor", bits, seconds=theirs, peak=10 * bits) for bits, theirs in ((4, 4.0), (3, 4.0))]
+    rows += [row("gptq-gptqmodel", 4, failed="RuntimeError: no")]
+    lines = {line["contender"]: line for line in bench.speeds(rows)}
+    assert set(lines) == {"gptq-llmops", "gptq-llmcompressor"}
+    assert lines["gptq-llmcompressor"]["ours_over_seconds"] == pytest.approx((0.25 + 0.5) / 2)
+    assert lines["gptq-llmcompressor"]["peak_bytes"] == 40 and lines["gptq-llmops"]["seconds"] == 2.0
+    assert "ours_over_seconds" not in lines["gptq-llmops"]
+
+
+def test_tables_show_what_failed_and_what_was_not_run():
+    rows = [row("awq-llmops", 8, failed=bench.skipped("awq", 8)),
+            row("awq-llmops", 3, perplexity=12.5, exact_match=0.5),
+            row("awq-llmcompressor", 3, failed="RuntimeError: no")]
+    shown = bench.perplexity_table(rows, {"perplexity": 10.0, "exact_match": 1.0})
+    assert "| awq | llmops | - | 12.5 (50.0%) |" in shown and "| awq | llm-compressor |  | failed |" in shown
+    assert "| - | float32 | 10 (100.0%) | 10 (100.0%) |" in shown
+    assert bench.skipped("gptq", 8) == "" and bench.skipped("awq", 4) == ""
+    assert "within the noise" in bench.verdict_table(bench.verdicts(
+        [row("awq-llmops", perplexity=10.0), row("awq-llmcompressor", perplexity=10.0)], 9.0))
