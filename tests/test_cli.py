@@ -32,7 +32,7 @@ TAKES = {
     "recipes list": "--json",
     "recipes copy": "NAME [TO] --force",
     "data show": "RECIPE [DATA] -n --samples --set --json",
-    "export": "VARIANT --to --out --run --runs --force --json",
+    "export": "VARIANT --to --type --out --run --runs --force --json",
     "completion": "SHELL",
 }
 

@@ -132,7 +132,8 @@ def test_events_tell_what_happened(place: Path) -> None:
                for event in take(place, "autoround").events)
     work = take(place, "gptq")
     assert work.events[:2] == ["28 linear layers in 3 bits", "calibrated on 8 crops of 32 tokens"]
-    assert work.tokens == 256 and len(work.events) == 2  # nothing had to be mended
+    assert work.events[2:] == [work.events[-1]] and "8 crops of 32 asked for: crops overlap" in work.events[-1]
+    assert work.tokens == 256  # nothing had to be mended
 
 
 def test_damping_that_was_raised_and_thin_data_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,15 +159,12 @@ def test_nan_weights_are_named(place: Path, method: str) -> None:
         apply_step("quantize", job(place, model=model), METHODS[method])
 
 
-def test_too_few_tokens_and_a_tied_head_are_refused(place: Path) -> None:
+def test_too_few_tokens_are_refused(place: Path) -> None:
     with pytest.raises(DataError, match="one calibration crop needs 256; use more rows"):
         short = job(place)
         rows = load_rows("calib", {"calib": DataSource(source="train.jsonl", samples=2)}, place, 0)
         short.rows = lambda key: rows
         apply_step("quantize", short, METHODS["gptq"].model_copy(update={"length": 256}))
-    for method in METHODS:
-        with pytest.raises(LlmopsError, match="lm_head shares its weight"):
-            take(place, method, ignore=[])
 
 
 def test_an_untied_head_is_solved_where_a_method_can_and_refused_where_not(place: Path) -> None:

@@ -14,6 +14,9 @@ import torch
 
 NAMES = ("llama", "llama-untied-bias", "qwen2", "qwen3", "mistral", "gemma2", "gemma3")
 
+#: Mixtures of experts: with and without a shared expert, four to choose two from, every layer or every second one.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+
 COMMON: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None,
@@ -51,7 +54,24 @@ def config_of(name: str) -> Any:
         return t.Gemma3TextConfig(**COMMON | {"num_key_value_heads": 1}, tie_word_embeddings=True, sliding_window=32,
         query_pre_attn_scalar=64,
                                   layer_types=["sliding_attention", "full_attention"] * 2)
+    if name in MIXTURES:
+        return _mixture(name)
     raise KeyError(f"no twin {name}; there are {NAMES}")
+
+
+def _mixture(name: str) -> Any:
+    import transformers as t
+
+    options = {key: value for key, value in COMMON.items() if key != "head_dim"} | {
+        "num_hidden_layers": 2, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    if name == "mixtral":
+        return t.MixtralConfig(**options, num_local_experts=4)
+    if name == "qwen2_moe":
+        return t.Qwen2MoeConfig(**options, num_experts=4, moe_intermediate_size=128,
+                                shared_expert_intermediate_size=128, mlp_only_layers=[0])
+    if name == "qwen3_moe":
+        return t.Qwen3MoeConfig(**options, num_experts=4, moe_intermediate_size=128, head_dim=64)
+    return t.OlmoeConfig(**options | {"intermediate_size": 128}, num_experts=4)
 
 
 def twin(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Any, Any]:

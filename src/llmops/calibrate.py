@@ -18,6 +18,10 @@ With `sequential` the layers of a block take turns in the order in which they ru
 (q, k and v; gate and up) together, and every turn measures with the earlier ones already updated ("true-sequential").
 A turn's statistic is gathered once, whatever the number of its layers, and its forward pass ends at its last layer.
 
+Experts (`models/experts.py`) see only the tokens that were sent to them, or all, as `Routing` says; all of a layer take
+one turn, as far as their statistics fit into `AT_ONCE` bytes. An expert that saw too few is given to the update without
+a statistic.
+
 A method that looks at a whole block (its output, the norms between its layers) takes `walk_blocks` instead: the same
 walk, with the block itself in place of its layers. Either walk hands each block to `prepare` first, if given: whatever
 changes the weights and not what the block computes (a rotation, factors moved between layers) happens there, once the
@@ -30,10 +34,12 @@ silent zero.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +47,9 @@ from torch import Tensor, nn
 
 from llmops.block_stream import Stream, finite, instead, lent, passing
 from llmops.errors import LlmopsError, StepError, unknown
-from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers
+from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
+from llmops.models.expert_names import expert_of
+from llmops.models.experts import Routing, covered
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
@@ -49,6 +57,7 @@ Update = Callable[[str, nn.Linear, Tensor | None], Tensor | None]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
 Named = Sequence[tuple[str, nn.Linear]]
+Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -102,6 +111,9 @@ STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm
                                                    "hessian": _Hessian}
 
 
+AT_ONCE = 2 << 30  # bytes that the statistics of one turn of experts may take
+
+
 class _Reached(Exception):
     """Ends a forward pass of which the rest is not needed."""
 
@@ -120,8 +132,11 @@ class _Gather:
         if self.stop:
             raise _Reached
 
-    def result(self) -> Tensor:
+    def result(self, routing: Routing) -> Tensor | None:
+        """The statistic; None for the layer of an expert that saw too few tokens."""
         self.handle.remove()
+        if not routing.enough(self.name, self.tokens):
+            return None
         if not self.tokens:
             raise StepError(f"{self.name}: no calibration token reached this layer; expected every linear layer to be "
                             f"used. Give more data, or name the layer in ignore")
@@ -134,7 +149,7 @@ class _Gather:
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
          compute: torch.dtype | None = None, prepare: BlockUpdate | None = None,
-         progress: Progress | None = None) -> None:
+         progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
     tokens:     (samples, length) int64 without padding; may be None when statistic is "none"
@@ -146,6 +161,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     compute:    dtype in which a block computes and update sees its weights; as stored by default
     prepare:    called with every block before its layers are measured
     progress:   called with (blocks done, blocks in all)
+    routing:    how experts are measured; it is told how many tokens each saw. Those with too few get no statistic
 
     Raises LlmopsError for a wrong call, StepError naming the layer when a weight or an activation is NaN or infinite.
     """
@@ -156,16 +172,18 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     todo = _targets(model, path, blocks, ignore)
     stream = Stream(model, blocks, tokens, batch_size, device, compute) \
         if make is not None and tokens is not None else None
+    routing = _begun(routing, tokens)
     for index, block in enumerate(blocks):
         layers = _inside(todo, f"{path}.{index}")
         with lent(block, stream.device if stream else device, compute):
             if prepare is not None:
                 for name, layer in layers:
                     finite(layer.weight, f"{name}: the weight holds")
-                prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index))
-            for turn in _turns(stream, index, layers) if stream and sequential else [layers]:
-                gathered = _measure(stream, index, turn, make, sequential) if stream and make and turn else {}
-                for name, layer in turn:
+                prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index, routing))
+            alone: list[Turn] = [[[layer] for layer in layers]]
+            for turn in _turns(stream, index, layers) if stream and sequential else alone:
+                gathered = _measure(stream, index, turn, make, routing) if stream and make and turn else {}
+                for name, layer in chain.from_iterable(turn):
                     _replace(name, layer, update, gathered.get(name))
             if stream:
                 stream.advance(index, f"{path}.{index}")
@@ -180,7 +198,8 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore: Sequence[str] = (),
                 batch_size: int = 8, device: str | torch.device | None = None, compute: torch.dtype | None = None,
-                targets: bool = False, prepare: BlockUpdate | None = None, progress: Progress | None = None) -> None:
+                targets: bool = False, prepare: BlockUpdate | None = None, progress: Progress | None = None,
+                routing: Routing | None = None) -> None:
     """Give every decoder block to `update`, which may change it as it likes. Later blocks see what it became.
 
     targets: whether `Block.targets` holds what the block makes of the activations of the unchanged model; that is a
@@ -197,6 +216,7 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
                           f"with; expected ignore to list it")
     stream = Stream(model, blocks, tokens, batch_size, device, compute)
     exact = list(stream.hidden) if targets else []
+    routing = _begun(routing, tokens)
     for index, module in enumerate(blocks):
         name = f"{path}.{index}"
         layers = _inside(todo, name)
@@ -204,10 +224,10 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
             for full, layer in layers:
                 finite(layer.weight, f"{full}: the weight holds")
             if prepare is not None:
-                prepare(Block(name, module, dict(layers), [], stream, index))
+                prepare(Block(name, module, dict(layers), [], stream, index, routing))
             exact = [stream.run(index, batch, hidden).to(stream.home) for batch, hidden in enumerate(exact)]
             if layers:
-                update(Block(name, module, dict(layers), exact, stream, index))
+                update(Block(name, module, dict(layers), exact, stream, index, routing))
             stream.advance(index, name)
         if progress is not None:
             progress(index + 1, len(blocks))
@@ -224,6 +244,7 @@ class Block:
     targets: Sequence[Tensor]
     stream: Stream | None
     index: int
+    routing: Routing
 
     @property
     def flow(self) -> Stream:
@@ -245,14 +266,14 @@ class Block:
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""
         layers = [(f"{self.name}.{name}", layer) for name, layer in linear_layers(self.module)]
-        return [[name for name, _ in turn] for turn in _turns(self.flow, self.index, layers)]
+        return [[name for name, _ in group] for turn in _turns(self.flow, self.index, layers) for group in turn]
 
-    def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """The statistic of the layers `names` (full), each gathered on its own."""
+    def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor | None]:
+        """The statistic of the layers `names` (full), each on its own; None for experts that saw too little."""
         make = _statistic(statistic)
         assert make is not None
         layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
-        return _measure(self.flow, self.index, layers, make)
+        return _measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
 
     def put(self, name: str, weight: Tensor) -> None:
         """Put a new weight into the layer of a full name."""
@@ -303,20 +324,29 @@ def _inside(todo: Mapping[str, nn.Linear], block: str) -> list[tuple[str, nn.Lin
     return [(name, layer) for name, layer in todo.items() if name.startswith(f"{block}.")]
 
 
-def _turns(stream: Stream, index: int, layers: Named) -> list[Named]:
-    """The layers in the order in which they run; those that see the very same tensor in one turn."""
-    turns: list[tuple[Tensor, int, list[tuple[str, nn.Linear]]]] = []  # the tensors are held, so none is another's heir
+def _begun(routing: Routing | None, tokens: Tensor | None) -> Routing:
+    routing = Routing() if routing is None else routing
+    routing.tokens = 0 if tokens is None else tokens.numel()
+    return routing
+
+
+def _turns(stream: Stream, index: int, layers: Named) -> list[Turn]:
+    """The layers in the order in which they run; those that see the very same tensor in one group, one group a turn.
+
+    The experts of a layer that do the same take a turn together; one that no token reached is a group of its own there.
+    """
+    groups: list[tuple[Tensor, int, list[tuple[str, nn.Linear]]]] = []  # tensors are held, so none is another's heir
     left = dict(layers)
 
     def note(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         if name not in left:
             return
-        for other, version, turn in turns:
+        for other, version, group in groups:
             if other.data_ptr() == x.data_ptr() and other.shape == x.shape and version == x._version:
-                turn.append((name, left.pop(name)))
+                group.append((name, left.pop(name)))
                 return
-        turns.append((x, x._version, [(name, left.pop(name))]))
+        groups.append((x, x._version, [(name, left.pop(name))]))
 
     handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers]
     try:
@@ -326,8 +356,24 @@ def _turns(stream: Stream, index: int, layers: Named) -> list[Named]:
     finally:
         for handle in handles:
             handle.remove()
-    found: list[Named] = [turn for _, _, turn in turns]
-    return found + ([list(left.items())] if left else [])
+    return _experts_together([*(group for _, _, group in groups), *([layer] for layer in left.items())])
+
+
+def _experts_together(groups: Sequence[Named]) -> list[Turn]:
+    """Groups in turns: one a turn, but experts that do the same together, up to AT_ONCE bytes of Hessians."""
+    turns: list[tuple[int, list[Named]]] = []  # (bytes, groups)
+    open_turn: dict[str, int] = {}  # what the layers of an expert are called, without its number -> its turn so far
+    for group in groups:
+        name, layer = group[0]
+        same = [re.sub(r"\.experts\.\d+\.", ".experts.*.", each) for each, _ in group]
+        place = open_turn.get(same[0]) if expert_of(name) else None
+        size = 4 * layer.in_features ** 2
+        if place is not None and turns[place][0] + size <= AT_ONCE:
+            turns[place] = (turns[place][0] + size, [*turns[place][1], group])
+        else:
+            open_turn.update(dict.fromkeys(same, len(turns)))
+            turns.append((size, [group]))
+    return [turn for _, turn in turns]
 
 
 def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequence[str]) -> dict[str, nn.Linear]:
@@ -339,6 +385,7 @@ def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequenc
                                   f"walk would leave untouched; expected plain linear layers")
     named = dict(linear_layers(model))
     check_ignore(list(named), ignore)
+    choosing = set(routers(model))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside = [name for name in named if name.startswith(path + ".")]
     if not inside:
@@ -347,7 +394,7 @@ def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequenc
     todo = {}
     for name in [*inside, *(["lm_head"] if head is None else [n for n, m in named.items() if m is head])]:
         is_head = name not in inside
-        if name not in named or is_ignored(name, ignore) or (is_head and "lm_head" in ignore):
+        if name not in named or name in choosing or is_ignored(name, ignore) or (is_head and "lm_head" in ignore):
             continue
         if is_head and _is_tied(model, named[name]):
             raise LlmopsError(f"{name} shares its weight with the input embedding, which would change too; "
@@ -375,19 +422,25 @@ def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | No
     layer.weight.data = new.to(layer.weight)  # not copied into the old one: written to, a mapped file's pages are kept
 
 
-def _measure(stream: Stream, index: int, layers: Named, make: Callable[[], Any],
-             shared: bool = False) -> dict[str, Tensor]:
-    """shared: the layers see one tensor, so the first one's statistic is everybody's and the pass ends there."""
-    gathers = [_Gather(name, layer, make, stop=shared) for name, layer in (layers[:1] if shared else layers)]
+def _measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any],
+             routing: Routing) -> dict[str, Tensor | None]:
+    """The statistic of every layer; the first one's of a group is everybody's there. A turn of one group ends there."""
+    gathers = [_Gather(*group[0], make, stop=len(turn) == 1) for group in turn]
+    found: dict[str, Tensor | None] = {}
     try:
-        for batch in range(len(stream.hidden)):
-            with suppress(_Reached):
-                stream.run(index, batch)
-        results = [gather.result() for gather in gathers]
+        with covered(stream.blocks[index], routing.everything):
+            for batch in range(len(stream.hidden)):
+                with suppress(_Reached):
+                    stream.run(index, batch)
+        for gather, group in zip(gathers, turn, strict=True):
+            result = gather.result(routing)
+            for name, _ in group:
+                routing.enough(name, gather.tokens)
+                found[name] = result
     finally:
         for gather in gathers:
             gather.handle.remove()
-    return {name: results[0 if shared else place] for place, (name, _) in enumerate(layers)}
+    return found
 
 
 def _measure_outside(stream: Stream, layers: Named,
@@ -398,7 +451,8 @@ def _measure_outside(stream: Stream, layers: Named,
         for batch, hidden in enumerate(stream.hidden):
             with passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
                 stream.model(input_ids=stream.tokens[batch], use_cache=False)
-        return {gather.name: gather.result() for gather in gathers}
+        found = {gather.name: gather.result(Routing()) for gather in gathers}
+        return {name: result for name, result in found.items() if result is not None}
     finally:
         for gather in gathers:
             gather.handle.remove()

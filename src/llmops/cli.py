@@ -170,13 +170,14 @@ def data_show(recipe: str, source: str | None, samples: int, sets: Sequence[str]
     _print_json(shown) if as_json else _console().print(shown)
 
 
-def export(variant: str, to: str, out: str | None, run: str | None, runs: str | None, force: bool,
+def export(variant: str, to: str, kind: str | None, out: str | None, run: str | None, runs: str | None, force: bool,
            as_json: bool) -> None:
     """Write VARIANT in another format, read it back with a foreign reader, and print how far its logits are."""
     from llmops.export import export as write
     from llmops.export import lines
+    from llmops.formats.options import with_type
 
-    record = write(variant, to, out=out, run=run, runs=runs, force=force)
+    record = write(variant, with_type(to, kind), out=out, run=run, runs=runs, force=force)
     _print_json(record) if as_json else print("\n".join(lines(record)))
 
 
@@ -231,6 +232,8 @@ COMMANDS: dict[str, Command] = {
     "export": (export, (("variant",), {"metavar": "VARIANT", "help": "A variant of a run, a model folder, or "
                                                                        "builtin:tiny."}),
                (("--to",), {"metavar": "FORMAT", "required": True, "help": "One of " + ", ".join(EXPORTS) + "."}),
+               (("--type",), {"metavar": "TYPE", "dest": "kind", "help": "Of gguf: F16, Q8_0, Q4_0, Q4_K, Q4_K_M or "
+                                                                         "Q6_K; the same as --to gguf-TYPE."}),
                (("--out",), {"metavar": "DIR", "help": "Folder to write (default: VARIANT-FORMAT here)."}),
                (("--run",), {"metavar": "RUN", "help": "The run that VARIANT is of (default: the latest)."}), RUNS,
                (("--force",), {"action": "store_true", "help": "Write over an export that is there."}), JSON),

@@ -387,6 +387,16 @@ def _done(row: Mapping[str, Any], stage: Stage, recipe: Recipe) -> bool:
     return same and row["status"]["state"] in ("ok", "broken")
 
 
+def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
+    """For people, what a `quantization_config` of bitsandbytes says."""
+    if block.get("quant_method") != "bitsandbytes":
+        return None
+    if block.get("load_in_8bit"):
+        return f"int8 row, LLM.int8 with threshold {block.get('llm_int8_threshold', 6.0):g}"
+    double = ", double quantization" if block.get("bnb_4bit_use_double_quant") else ""
+    return f"{block.get('bnb_4bit_quant_type', 'fp4')} g64{double}"
+
+
 def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """How the weights lie on disk, and what their zeros are worth."""
     chain = manifest.get("chain", [])
@@ -394,10 +404,14 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
     config = folder / "config.json"
     if config.exists():
+        from llmops.models.embeddings import without_group
         from llmops.models.schemes import stored_as
 
         body = json.loads(config.read_text(encoding="utf-8"))
-        found["storage_dtype"] = stored_as(body.get("quantization_config") or {}) or body.get("dtype")
+        block, embedding = without_group(body.get("quantization_config") or {})
+        found["storage_dtype"] = stored_as(block) or _bitsandbytes(block) or body.get("dtype")
+        if embedding:
+            found["storage_dtype"] += ", embeddings int8" + (" with the head" if len(embedding) > 1 else "")
     record = folder / "base.json"
     if record.exists():
         base = json.loads(record.read_text(encoding="utf-8"))

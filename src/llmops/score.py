@@ -204,11 +204,7 @@ def _paired(score: Score, other: Score, seed: int) -> dict[str, Any]:
 
 
 def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
-    from llmops.models.quantized import CODED
-
     size = row["size"]
-    packed = [module for module in model.modules() if isinstance(module, CODED)]
-    four_bit = any(hasattr(getattr(module, "weight", None), "quant_state") for module in model.modules())
     parameters = count_parameters(model)
     zeros, linear = sparsity(model)
     resident = memory.weights_bytes(model)
@@ -226,8 +222,9 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
                           Quantity.null("B", "the base lies in the hub's cache")).as_dict()
     row["transform"]["kv_cache"] = attached(model)
     row["transform"]["compute_dtype"] = str(model.dtype).removeprefix("torch.")
-    kernels = sorted({module.kernel for module in packed})
-    row["transform"]["kernel"] = ", ".join(kernels) if kernels else "bitsandbytes" if four_bit else "torch"
+    kernels = sorted({module.kernel for module in model.modules() if hasattr(module, "packed_tensors")
+                      and hasattr(module, "kernel")})
+    row["transform"]["kernel"] = ", ".join(kernels) or "torch"
 
 
 def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:

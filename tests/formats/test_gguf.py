@@ -124,17 +124,22 @@ def test_splitting_rules_by_name() -> None:
         splitting_rule({"model": {"type": "Unigram"}, "pre_tokenizer": {"type": "Metaspace"}})
 
 
-@pytest.mark.parametrize(("name", "bits", "limit"), [("llama", 16, 0.02), ("qwen2", 4, 0.1)])
-def test_llama_cpp_reads_the_same_tokens_and_says_the_same(name: str, bits: int, limit: float, tmp_path: Path,
-                                                           capfd: pytest.CaptureFixture[str]) -> None:
-    """limit: of a log-probability; llama.cpp rounds activations to 8 bits before it multiplies by Q4_0."""
+@pytest.mark.parametrize(("name", "bits", "kind", "limit"), [
+    ("llama", 16, "gguf", 0.02), ("qwen2", 4, "gguf", 0.1), ("llama", 16, "gguf-q4_k_m", 0.1)])
+def test_llama_cpp_reads_the_same_tokens_and_says_the_same(name: str, bits: int, kind: str, limit: float,
+                                                           tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """limit: of a log-probability; llama.cpp rounds activations to 8 bits before it multiplies by few bits."""
     engine = pytest.importorskip("xllamacpp")
     source = made(tmp_path, name, bits)
-    exported(source, "gguf")
+    exported(source, kind)
     given = engine.CommonParams()
-    given.model.path, given.n_ctx, given.warmup, given.n_parallel = str(tmp_path / "gguf" / "model.gguf"), 64, False, 1
+    given.model.path, given.n_ctx, given.warmup, given.n_parallel = str(tmp_path / kind / "model.gguf"), 64, False, 1
     server = engine.Server(given)
     model, tokenizer = load(source.folder, dtype="float32", device="cpu", kernel="reference")
+    if kind == "gguf-q4_k_m":  # rounded again: held against what the file says, as transformers reads it
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, gguf_file="model.gguf", dtype=torch.float32)
     text = "Every bridge's clock counts to 12345,  don't it?\n\nThe old"
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():

@@ -117,8 +117,8 @@ def test_pack_in_memory_equals_a_reload(tmp_path: Path) -> None:
     save_quantized(model, weights, tmp_path)
     packed = pack(copy.deepcopy(model), weights)
     assert torch.equal(logits(packed), logits(load_quantized(tmp_path)))
-    with pytest.raises(LlmopsError, match="is Embedding; expected the name of a linear layer"):
-        pack(model, {"model.embed_tokens": next(iter(weights.values()))})
+    with pytest.raises(LlmopsError, match="is LlamaRMSNorm; expected the name of a linear layer"):
+        pack(model, {"model.norm": next(iter(weights.values()))})
 
 
 def test_generates_and_casts_with_the_model(tmp_path: Path) -> None:

@@ -51,3 +51,13 @@ def test_refuses_what_does_not_fit() -> None:
         pack_bits(codes_of(1, 8, 8), 9)
     with pytest.raises(ValueError, match="expected int32 of 3 words"):
         unpack_bits(torch.zeros(1, 4, dtype=torch.int32), 3, 32)
+
+
+def test_a_single_word_a_row_is_read_whatever_its_stride() -> None:
+    codes = torch.tensor([[1, -2, 3, -4], [-8, 7, 0, 5]], dtype=torch.int8)
+    column = pack_bits(codes, 4).t().contiguous().t()  # (2, 1) with a stride of 1 and 2, which counts as contiguous
+    assert torch.equal(unpack_bits(column.t().contiguous().t().contiguous(), 4, 4), codes)
+    strided = torch.zeros(2, 2, dtype=torch.int32)[:, :1].copy_(pack_bits(codes, 4))
+    assert strided.stride() == (2, 1) and torch.equal(unpack_bits(strided, 4, 4), codes)
+    odd = torch.as_strided(pack_bits(codes, 4).flatten(), (2, 1), (1, 2))
+    assert odd.is_contiguous() and odd.stride(-1) == 2 and torch.equal(unpack_bits(odd, 4, 4), codes)

@@ -14,6 +14,7 @@ from llmops.methods.prune.options import Depth, Magnitude, Wanda
 from llmops.methods.prune.wanda import wanda_mask
 from llmops.models import parity
 from llmops.models.arch import decoder_layers, renumber_layers
+from llmops.models.experts import Routing, fuse_experts
 from llmops.models.save import save_dense
 
 __all__ = ["depth_step", "magnitude_step", "wanda_step"]
@@ -29,17 +30,19 @@ def magnitude_step(job: Job, options: Magnitude) -> Work:
 
 def wanda_step(job: Job, options: Wanda) -> Work:
     def update(name: str, layer: nn.Linear, x_norm: Tensor | None) -> Tensor:
-        assert x_norm is not None
+        if x_norm is None:
+            return layer.weight * magnitude_mask(layer.weight, options.sparsity, options.pattern)
         return layer.weight * wanda_mask(layer.weight, x_norm, options.sparsity, options.pattern)
 
-    tokens = calibration(job, options.data, options.length)
-    calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, progress=bar(job))
-    work = _pruned(job, options.sparsity, [calibrated(tokens)])
+    tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
+    calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, progress=bar(job), routing=routing)
+    work = _pruned(job, options.sparsity, [calibrated(tokens), *routing.events("pruned by size alone")])
     work.tokens = tokens.numel()
     return work
 
 
 def _pruned(job: Job, sparsity: float, events: list[str]) -> Work:
+    fuse_experts(job.model)
     zeros, total = parity.sparsity(job.model)
     events = [*events, f"{zeros:,} of {total:,} linear weights are zero"]
     return Work(job.model, partial(save_dense, job.model, job.tokenizer, dtype=job.storage),

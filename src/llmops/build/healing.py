@@ -38,7 +38,6 @@ from llmops.models.fake_quant import (
     same_but,
     soften,
 )
-from llmops.models.packed_lora import CUSTOM, targets_of
 from llmops.models.quantized import save_quantized
 from llmops.models.save import save_adapter
 from llmops.models.token_loss import next_token_loss
@@ -116,6 +115,8 @@ def _apart(job: Job, options: Lora) -> Work:
     model = trainable(job.model, frozen=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    from llmops.models.packed_lora import CUSTOM, targets_of  # brings PEFT
+
     adapted = adapted_model(model, job, options, targets=targets_of(model, options.targets), custom=CUSTOM)
     done = run_fit(job, options, adapted, rows, rate_scale=rate_scale_of(options))
     done.events.extend([trained_parameters(adapted, options), f"on {len(packed_layers(model))} packed layers, whose "

@@ -31,7 +31,8 @@ class Job:
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
     in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized
     parent, opens the variant that was quantized likewise; gives None where it is not there. memory: a file for what a
-    step measures of its parent and builds with another budget can use again.
+    step measures of its parent and builds with another budget can use again; notes: what a step had to do with less
+    than was asked, told in the row.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Job:
     spent: Callable[[], float | None] = lambda: None
     memory: Path | None = None
     log: Callable[[int, Mapping[str, float]], None] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def keeps_zeros(self) -> bool:
@@ -82,10 +84,11 @@ class Work:
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:
-    """(samples, length) token ids of the calibration data."""
+    """(samples, length) token ids of the calibration data. Less data than that is noted for the row."""
     source, rows = job.limits(data), job.rows(data)
     length = min(length, job.model.config.max_position_embeddings)
-    return calibration_tokens(rows, job.tokenizer, samples=source.samples or 128, length=length, seed=job.seed)
+    return calibration_tokens(rows, job.tokenizer, samples=source.samples or 128, length=length, seed=job.seed,
+                              note=job.notes.append)
 
 
 def calibrated(tokens: Tensor) -> str:

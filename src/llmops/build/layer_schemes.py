@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from llmops.errors import LlmopsError
 from llmops.methods.quantize.floats import FLOATS
+from llmops.methods.quantize.grid import grouped
 from llmops.methods.quantize.options import WeightOnly
 from llmops.models.schemes import LayerScheme, fused_groups
 
-__all__ = ["Chosen", "scheme", "shared"]
+__all__ = ["Chosen", "check_groups", "scheme", "shared"]
 
 Chosen = Mapping[str, LayerScheme] | None  # a scheme for each layer, in place of the one that the options name
 
@@ -35,3 +37,12 @@ def shared(options: WeightOnly, layers: Mapping[str, nn.Linear]) -> dict[str, di
     largest = {name: float(layer.weight.detach().abs().max()) for name, layer in layers.items()}
     return {name: {"bits": replace(kind, reach=max(largest[each] for each in names))}
             for names in fused_groups(layers) for name in names}
+
+
+def check_groups(layers: Mapping[str, nn.Linear], options: WeightOnly) -> None:
+    """Raises LlmopsError naming the layer that the groups do not fit."""
+    for name, layer in layers.items() if options.number_format is None else ():
+        try:
+            grouped(layer.weight, options.group)
+        except LlmopsError as error:
+            raise LlmopsError(f"{name}: {error}") from error

@@ -17,6 +17,7 @@ from llmops.build.training import run_fit, trainable, training_rows, work_of
 from llmops.errors import StepError
 from llmops.methods.finetune.lora import add_lora, lora_plus_scale, merge_lora, scaling_of, set_adapters
 from llmops.methods.finetune.options import Adapters, Lora, Qlora
+from llmops.methods.finetune.peft_library import hush_bitsandbytes
 from llmops.methods.finetune.starts import Pair, loftq_init, pissa_init, pissa_to_lora, start_pissa
 from llmops.models import parity
 from llmops.models.save import save_adapter, save_dense
@@ -52,6 +53,7 @@ def lora_step(job: Job, options: Lora) -> Work:
 
 def qlora_step(job: Job, options: Qlora) -> Work:
     """Adapters on a base in 4 bits; every way of keeping them is measured against what was trained."""
+    hush_bitsandbytes()
     from llmops.models import nf4
 
     if job.keeps_zeros:

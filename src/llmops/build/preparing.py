@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmops import calibrate
 from llmops.build.job import Job
-from llmops.build.layer_schemes import Chosen, scheme
+from llmops.build.layer_schemes import Chosen, check_groups, scheme
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.awq import awq_scales
 from llmops.methods.quantize.options import Autoround, Awq, Gptq, Smoothquant, WeightOnly
@@ -91,12 +91,14 @@ def awq_factors(block: calibrate.Block, options: WeightOnly, grid: int, storage:
                 chosen: Chosen = None) -> tuple[dict[str, Tensor], int]:
     """Fold AWQ's best factors into every link of a block. Returns the Hessians by full name, as they are after that,
     and how many links took factors. grid: exponents tried, 0 for none at all."""
+    if chosen is None:
+        check_groups(block.layers, options)
     H = _measured(block, "hessian")
     count = 0
     for link in find_links(block.module, block.run) if grid else []:
         targets = [f"{block.name}.{name}" for name in link.targets]
         quantized = [name for name in targets if name in block.layers]
-        if not quantized:
+        if not quantized or not H.keys() >= set(targets):
             continue
         scales = awq_scales([block.layers[name].weight for name in quantized], H[quantized[0]],
                             **scheme(options, chosen, quantized[0]), steps=grid, shared=link.shared, dtype=storage)
@@ -113,7 +115,7 @@ def _smoothed(block: calibrate.Block, alpha: float, storage: torch.dtype) -> int
     count = 0
     for link in find_links(block.module, block.run):
         quantized = [name for target in link.targets if (name := f"{block.name}.{target}") in block.layers]
-        if quantized:
+        if quantized and x_absmax.keys() >= set(quantized):
             s = smooth_factors([block.layers[name].weight for name in quantized], x_absmax[quantized[0]], alpha=alpha,
                                shared=link.shared)
             fold(block.module, link, s, storage)
@@ -122,7 +124,8 @@ def _smoothed(block: calibrate.Block, alpha: float, storage: torch.dtype) -> int
 
 
 def _measured(block: calibrate.Block, statistic: str) -> dict[str, Tensor]:
-    """The statistic of every layer of a block by full name, gathered once for those that see one tensor."""
+    """The statistic of every layer of a block by full name, gathered once for those that see one tensor; without those
+    of experts that saw too little."""
     turns = block.turns()
     seen = block.measure(statistic, [turn[0] for turn in turns])
-    return {name: seen[turn[0]] for turn in turns for name in turn}
+    return {name: known for turn in turns for name in turn if (known := seen[turn[0]]) is not None}

@@ -22,6 +22,7 @@ from llmops.build.allocating import auto_step
 from llmops.build.attempts import Attempts
 from llmops.build.compressing import depth_step, magnitude_step, wanda_step
 from llmops.build.distilling import logits_step
+from llmops.build.embedding import joined, prepared
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
 from llmops.build.job import Job, Work
 from llmops.build.kv_cache import kv_cache_step, with_kv_cache
@@ -37,6 +38,8 @@ from llmops.methods.finetune.options import Training
 from llmops.methods.quantize.options import KV_RECORD
 from llmops.models import parity
 from llmops.models.builtin import locate
+from llmops.models.embeddings import is_tied
+from llmops.models.experts import split_experts
 from llmops.models.fake_quant import is_packed
 from llmops.models.kv_cache import attached
 from llmops.models.load import load, merged, pick_device
@@ -78,14 +81,57 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
                           f"and then be lost; expected a model in 16 bit: take {KV_RECORD} out of its config.json, and "
                           f"set kv_cache: {rounded} in the last step")
     taken = kind, str(options.method)  # type: ignore[attr-defined]
-    if not is_packed(job.model):
-        work = STEPS[taken](job, options)
+    compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), ("prune", "depth"))
+    if compressing or not is_packed(job.model):
+        work = (_compressed if compressing else _plainly)(taken, job, options)
         dtype = getattr(options, "kv_cache", None)
         return work if dtype is None else with_kv_cache(work, dtype)
     if taken not in ON_QUANTIZED:
         raise StepError(f"{' '.join(taken)} was given a quantized model; expected one in 16 bit, or "
                         f"{', '.join(' '.join(step) for step in ON_QUANTIZED)}, which can train one")
     return ON_QUANTIZED[taken](job, options)
+
+
+def _plainly(taken: tuple[str, str], job: Job, options: Options) -> Work:
+    return STEPS[taken](job, options)
+
+
+def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
+    """A step that quantizes or prunes, with what comes before and after whatever its method: experts taken apart,
+    embedding and head, notes."""
+    _check_plain(job.model, taken[0])
+    mixed = split_experts(job.model)  # what looks for linear layers would pass them by
+    if mixed:
+        _check_mixture(mixed[0], taken[1], options)
+    if taken[0] != "quantize":
+        work = STEPS[taken](job, options)
+    else:
+        was_tied = is_tied(job.model)
+        rounded = prepared(job, options)
+        work = joined(STEPS[taken](job, options), rounded, was_tied)
+    work.events += job.notes
+    return work
+
+
+def _check_mixture(name: str, method: str, options: Options) -> None:
+    """Raises LlmopsError for what readers do not take of experts, and for what was not tried on a router."""
+    scheme, rotations = getattr(options, "scheme", ""), getattr(options, "rotations", ())
+    wrong = ("method: auto" if method == "auto" else f"scheme: {scheme}" if getattr(options, "number_format", None)
+             else "rotate" if rotations else "")
+    if wrong:
+        raise LlmopsError(f"{name} holds experts, which readers take in one scheme of integers; given {wrong}, "
+                          "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround, not rotated")
+
+
+def _check_plain(model: Any, kind: str) -> None:
+    """Raises StepError for a model whose weights are codes, or lie beside an adapter, already."""
+    coded = next((name for name, module in model.named_modules() if hasattr(module, "packed_tensors")), None)
+    if coded is not None:
+        raise StepError(f"{coded} is quantized already; expected a model in 16 or 32 bit to {kind}: take the one "
+                        "that it was made of")
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise StepError(f"the model carries an adapter apart; expected a plain model to {kind}: merge it first "
+                        "(merge_and_unload), or the adapter's own matrices would be taken for layers")
 
 
 def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Progress | None = None,

@@ -307,11 +307,12 @@ def _sequences(rows: Rows, tokenizer: Any) -> list[list[int]]:
     return [framed(ids, ids, bos, tokenizer, rows.name)[0] for ids, _ in tokenize(texts, tokenizer)]
 
 
-def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int, seed: int) -> Tensor:
+def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int, seed: int,
+                       note: Callable[[str], None] | None = None) -> Tensor:
     """(samples, length) ids: seeded random crops of all rows packed one after the other, without padding.
 
     BOS and EOS stay where the rows have them. Crops do not overlap while there is text enough; with less than
-    samples * length tokens they do. Raises DataError when there are fewer than `length` tokens.
+    samples * length tokens they do, and `note` hears of it. Raises DataError when there are fewer than `length` tokens.
     """
     import torch
 
@@ -327,6 +328,9 @@ def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int,
         draw.shuffle(starts)
     else:
         starts = [draw.randint(0, len(stream) - length) for _ in range(samples)]
+        if note is not None:
+            note(f"{rows.name} has {len(stream)} tokens, fewer than the {samples} crops of {length} asked for: crops "
+                 "overlap")
     tokens = torch.tensor(stream, dtype=torch.long)
     return torch.stack([tokens[start:start + length] for start in starts])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmops.formats.source import Source, Written, write_folder
+from llmops.models.embeddings import without_group
 from llmops.models.plain import plain_logits
 from llmops.models.schemes import LayerScheme, quantization_config
 from llmops.ops.bitstream import pack_bits
@@ -48,7 +49,8 @@ def _stored_schemes(schemes: Mapping[str, LayerScheme],
 def _ignored(source: Source) -> list[str]:
     """Layers that the source names as dense; a tied head is one, although no tensor has its name."""
     named = source.config["quantization_config"].get("ignore")
-    return list(named) if named is not None else ["lm_head"]
+    shared = without_group(source.config["quantization_config"])[1][1:]  # dense again, as the embedding is
+    return [*named, *shared] if named is not None else ["lm_head"]
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:

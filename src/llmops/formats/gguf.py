@@ -9,10 +9,14 @@ as long as 32 divides the group and float16 holds the scale. `gguf` takes the sm
 dense weight, rounded to float16). `gguf-q8_0` and `gguf-q4_0` put every linear layer of the decoder into that type and
 round again, with ggml's own rule, where it is not exact. Embeddings and head stay F16, norms and biases F32.
 
+`gguf-q4_k` and `gguf-q6_k` do the same with the K-quants of `kquants.py`, always rounding again; `gguf-q4_k_m` is
+llama.cpp's mixture of both, embedding and head included. A row that is no multiple of 256 takes the type that llama.cpp
+falls back to, and the notes say which layers that were.
+
 Only the families below, whose tensors llama.cpp names and whose attention it computes the same way, and byte-level BPE
 tokenizers whose splitting rule llama.cpp has a name for: anything else would load and answer nonsense. Rows of q and k
 of a Llama are reordered, because llama.cpp rotates neighbours where transformers rotates halves. Left out: Gemma,
-mixtures of experts, scaled rotary frequencies, K-quants (the `gguf` package cannot make them).
+mixtures of experts, scaled rotary frequencies.
 """
 
 from __future__ import annotations
@@ -31,21 +35,24 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 from llmops.formats.gguf_vocab import add_tokenizer
+from llmops.formats.kquants import FALLBACK, KQUANTS, SUPER, mixture
 from llmops.formats.source import Source, Written, activations_note, unpacked
 from llmops.methods.quantize.floats import FloatWeight
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.plain import gguf_logits
 
-__all__ = ["read", "write", "write_f16", "write_q4_0", "write_q8_0"]
+__all__ = ["read", "write", "write_f16", "write_q4_0", "write_q4_k", "write_q4_k_m", "write_q6_k", "write_q8_0"]
 
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> architecture
 FILE, BLOCK = "model.gguf", 32
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers for what most tensors of a file are
+#: llama.cpp's numbers for what most tensors of a file are.
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q4_K_M": 15, "Q6_K": 18}
+MIXED = "Q4_K_M"
 Array = NDArray[Any]
 
 
 def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
-    """wanted: type of the decoder's linear layers, "F16", "Q8_0", "Q4_0", or "auto".
+    """wanted: type of the decoder's linear layers, "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "Q4_K_M", or "auto".
 
     Raises LlmopsError for a family, a rotary scaling or a tokenizer that the file could not say.
     """
@@ -60,6 +67,7 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
     names = get_tensor_name_map(arch, int(source.config["num_hidden_layers"]))
     counts: Counter[str] = Counter()
     again: Counter[str] = Counter()  # of these, rounded on the way
+    ends: Counter[str] = Counter()  # embedding and head
 
     def put(name: str, kind: str, data: Array) -> None:
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -70,21 +78,24 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
 
     for name, parts in source.packed():
         weight = unpacked(parts, source.schemes[name], name)
+        kind_wanted = _wanted(f"{name}.weight", wanted, source, packed=True)
         if isinstance(weight, FloatWeight):  # a type for 8-bit floats ggml has none, and its 4-bit ones lie otherwise
             dense = _rows(weight.dequantize(torch.float32), name, source)
-            kind, data, exact = *_dense_tensor(dense, f"{name}.weight", wanted), False
+            kind, data, exact = *_dense_tensor(dense, kind_wanted), False
         else:
-            kind, data, exact = _packed_tensor(_reordered(weight, name, source), wanted)
+            kind, data, exact = _packed_tensor(_reordered(weight, name, source), kind_wanted)
         again[kind] += not exact
         counts[kind] += 1
         put(f"{name}.weight", kind, data)
     for name, tensor in source.rest():
-        kind, data = _dense_tensor(_rows(tensor, name, source), name, wanted)
+        kind, data = _dense_tensor(_rows(tensor, name, source), _wanted(name, wanted, source))
         if _is_linear(name):
             again[kind] += kind.startswith("Q")
             counts[kind] += 1
+        elif tensor.dim() > 1:
+            ends[kind] += 1
         put(name, kind, data)
-    main = counts.most_common(1)[0][0] if counts else "F16"
+    main = MIXED if wanted == MIXED else counts.most_common(1)[0][0] if counts else "F16"
     writer.add_file_type(FILE_TYPES[main])
     writer.add_quantization_version(2)
     writer.write_header_to_file()
@@ -95,11 +106,25 @@ def write(source: Source, folder: Path, wanted: str = "auto") -> Written:
     notes.append("linear layers: " + ", ".join(f"{count} in {kind}" for kind, count in sorted(counts.items()))
                  + (f", {rounded} of them rounded again" if rounded else ", codes and scales as they were"
                     if source.schemes else ""))
+    if wanted == MIXED:
+        notes.append("embedding and head: " + ", ".join(f"{count} in {kind}" for kind, count in sorted(ends.items())))
+    fallen = sum(counts[kind] for kind in FALLBACK.values()) if wanted in (MIXED, *KQUANTS) else 0
+    if fallen:
+        notes.append(f"{fallen} linear layers have rows that are no multiple of {SUPER}: they took the type that "
+                     f"llama.cpp falls back to ({', '.join(f'{b} for {a}' for a, b in FALLBACK.items())})")
     return Written([*notes, *activations_note(source)],
                    exact=rounded == again["F16"] and not source.rounds_activations)
 
 
 write_f16, write_q8_0, write_q4_0 = (partial(write, wanted=kind) for kind in ("F16", "Q8_0", "Q4_0"))
+write_q4_k, write_q6_k, write_q4_k_m = (partial(write, wanted=kind) for kind in ("Q4_K", "Q6_K", MIXED))
+
+
+def _wanted(name: str, wanted: str, source: Source, packed: bool = False) -> str:
+    """The type for one weight: what the mixture says, else `wanted` for linear layers, F16 for embedding and head."""
+    if wanted == MIXED:
+        return mixture(name, int(source.config["num_hidden_layers"]), bool(source.config.get("tie_word_embeddings")))
+    return wanted if packed or _is_linear(name) else "F16"
 
 
 def read(folder: Path, ids: Tensor, source: Source) -> tuple[str, Tensor]:
@@ -211,18 +236,21 @@ def _q4_0(weight: QuantizedWeight) -> Array | None:
     return np.concatenate([scales.view(np.uint8), pairs], 1).reshape(weight.shape[0], -1)
 
 
-def _dense_tensor(tensor: Tensor, name: str, wanted: str) -> tuple[str, Array]:
+def _dense_tensor(tensor: Tensor, wanted: str) -> tuple[str, Array]:
     if tensor.dim() == 1:
         return "F32", tensor.float().numpy()
-    if wanted in ("Q8_0", "Q4_0") and _is_linear(name) and tensor.shape[1] % BLOCK == 0:
+    if wanted not in ("F16", "auto"):
         return _again(tensor, wanted)
     return "F16", tensor.float().numpy().astype(np.float16)
 
 
 def _again(weight: Tensor, wanted: str) -> tuple[str, Array]:
-    """Rounded by ggml's rule: for each block of 32 the scale that its largest weight asks for."""
+    """Rounded by ggml's rule: for each block of 32 the scale that its largest weight asks for. K-quants by ours."""
     from gguf import GGMLQuantizationType, quants
 
+    if wanted in KQUANTS and weight.shape[1] % SUPER == 0:
+        return wanted, KQUANTS[wanted](weight)
+    wanted = FALLBACK.get(wanted, wanted)
     if weight.shape[1] % BLOCK:
         return "F16", weight.float().numpy().astype(np.float16)
     return wanted, quants.quantize(weight.float().numpy(), GGMLQuantizationType[wanted])

@@ -21,6 +21,7 @@ from llmops.methods.quantize import packing
 from llmops.methods.quantize.float_packing import unpack_floats, unpack_int8
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.models.builtin import config_of
+from llmops.models.expert_names import expert_of
 from llmops.models.number_formats import activations
 from llmops.models.quantized import PackedReader
 from llmops.models.schemes import LayerScheme, told
@@ -74,6 +75,10 @@ class Source:
         Raises LlmopsError when they differ, and for a dense model.
         """
         self.check_packed()
+        if any(expert_of(name) is not None for name in self.schemes):
+            raise LlmopsError(f"{self.folder.name} is a mixture of experts, whose {layout} layout no reader here could "
+                              "check; expected one of linear layers alone: export to compressed-tensors, which "
+                              "transformers and vLLM read expert by expert, or to dense")
         other = next((scheme for scheme in self.schemes.values() if scheme.kind != "int"), None)
         if other is not None:
             raise LlmopsError(f"{self.folder.name} holds {other}, and {layout}'s layout integers whose activations "
@@ -105,11 +110,16 @@ class Source:
                 yield name, reader.parts(name)
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of everything that is not part of a packed layer."""
+        """(name, tensor) of everything that is not part of a packed layer; an 8-bit embedding multiplied out."""
         from safetensors import safe_open
 
         reader = self._reader()
-        taken = [f"{name}." for name in reader.layers()] if reader is not None else []
+        if reader is not None and reader.embedding:
+            embedding = reader.embedding[0]
+            codes, scale = reader.take(f"{embedding}.weight"), reader.take(f"{embedding}.weight_scale")
+            assert codes is not None and scale is not None
+            yield f"{embedding}.weight", codes.to(scale.dtype) * scale
+        taken = [f"{name}." for name in (*reader.layers(), *reader.embedding)] if reader is not None else []
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(str(file), framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - no dict

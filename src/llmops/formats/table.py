@@ -32,6 +32,9 @@ FORMATS: dict[str, Format] = {
     "gguf-f16": Format(gguf.write_f16, gguf.read),
     "gguf-q8_0": Format(gguf.write_q8_0, gguf.read),
     "gguf-q4_0": Format(gguf.write_q4_0, gguf.read),
+    "gguf-q4_k": Format(gguf.write_q4_k, gguf.read),
+    "gguf-q4_k_m": Format(gguf.write_q4_k_m, gguf.read),
+    "gguf-q6_k": Format(gguf.write_q6_k, gguf.read),
     "onnx": Format(onnx.write, onnx.read),
     "openvino": Format(openvino.write, openvino.read),
 }

@@ -13,8 +13,8 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["PRODUCERS", "decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
-           "resize_depth", "text_config"]
+__all__ = ["PRODUCERS", "ROUTERS", "decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
+           "resize_depth", "routers", "text_config"]
 
 #: Config keys that hold one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "attn_layer_types", "no_rope_layers", "layers_block_type", "block_types")
@@ -29,6 +29,9 @@ POSITIONAL: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 0, 1), "
 #: A layer's name -> its sibling whose output features reach its input one by one (up to attention, and a gate that
 #: multiplies): a factor taken from one can be given to the other.
 PRODUCERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
+
+#: Names of what chooses experts, or weighs a shared one, where it stands beside `experts`: always left in 16 bit.
+ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -51,7 +54,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
              if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in inside]
     if not found:
         raise ModelError(f"no list of {depth} decoder layers in {type(model).__name__}; expected one nn.ModuleList as "
-                         f"long as num_hidden_layers")
+                         f"long as num_hidden_layers inside what get_decoder() gives (models/arch.py, decoder_layers, "
+                         "is where another place would have to be named)")
     return min(found, key=lambda item: item[0].count("."))
 
 
@@ -60,6 +64,12 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             yield name, module
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Full names of the modules that choose experts or weigh a shared one."""
+    return [f"{name}.{child}" if name else child for name, module in model.named_modules()
+            if "experts" in module._modules for child in ROUTERS if module._modules.get(child) is not None]
 
 
 def is_ignored(name: str, ignore: Sequence[str]) -> bool:

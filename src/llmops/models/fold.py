@@ -14,6 +14,7 @@ Where several query heads share a value head, the inputs of `o_proj` that stem f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from llmops.models.arch import PRODUCERS, linear_layers
 
 __all__ = ["Link", "after_norms", "between_linears", "find_links", "fold", "is_norm"]
 
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 _TOLERANCE = 1e-2  # of what the factors would change were they folded into one side alone
 
 
@@ -58,10 +60,20 @@ class Link:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def find_links(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
-    """The links of a decoder block that its own output confirms, linear sources first. run: one forward pass of it."""
+    """The links of a decoder block that its own output confirms, linear sources first. run: one forward pass of it.
+
+    Experts are alike: what one that tokens reach confirms holds for all of them.
+    """
     candidates = [*between_linears(block), *after_norms(block, run)]
     before = run()
-    return [link for link in candidates if _confirmed(block, link, run, before)]
+    answers: dict[str, bool] = {}
+    for link in candidates:
+        kind = _EXPERT.sub("experts.*.", link.source)
+        if kind not in answers:
+            said = _confirmed(block, link, run, before)
+            if said is not None:  # else the output does not depend on it: perhaps an expert that no token reached
+                answers[kind] = said
+    return [link for link in candidates if answers.get(_EXPERT.sub("experts.*.", link.source))]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -154,7 +166,8 @@ def _offset(norm: nn.Module) -> float:
     return float(bool(out.abs().max() > 1e-3))
 
 
-def _confirmed(block: nn.Module, link: Link, run: Callable[[], Tensor], before: Tensor) -> bool:
+def _confirmed(block: nn.Module, link: Link, run: Callable[[], Tensor], before: Tensor) -> bool | None:
+    """Whether the block's output stays, None where it does not depend on the source at all."""
     names = [link.source, *link.targets]
     tensors = [parameter for name in names for parameter in block.get_submodule(name).parameters(recurse=False)]
     saved = [tensor.clone() for tensor in tensors]
@@ -172,4 +185,4 @@ def _confirmed(block: nn.Module, link: Link, run: Callable[[], Tensor], before: 
         return moved
 
     alone = change(replace(link, targets=()))
-    return alone > 0 and change(link) <= _TOLERANCE * alone
+    return change(link) <= _TOLERANCE * alone if alone > 0 else None

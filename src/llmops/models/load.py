@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmops.errors import ModelError
+from llmops.methods.finetune.peft_library import hush_bitsandbytes, library
 from llmops.models.builtin import config_of, local_folder
 from llmops.models.kv_cache import restore
 from llmops.models.layouts import COMPRESSED
@@ -48,6 +49,13 @@ def load(source: str | Path, *, base_dir: Path | None = None, revision: str | No
 
             model = load_quantized(folder, dtype=computed_in(dtype, config_of(folder).get("dtype"), where),
                                    device=where, kernel=kernel)
+        elif folder is not None and _is_bitsandbytes(folder):
+            hush_bitsandbytes()
+            from llmops.models.bnb import load_bitsandbytes
+
+            wanted = computed_in(dtype, config_of(folder).get("dtype"), where)
+            model = load_bitsandbytes(folder, dtype=DTYPES.get(wanted, wanted), device=where,
+                                      trust_remote_code=trust_remote_code)
         else:
             model = _load_dense(folder or str(source), revision, dtype, where, trust_remote_code)
         tokenizer = load_tokenizer(folder or str(source), revision=revision, trust_remote_code=trust_remote_code)
@@ -133,9 +141,11 @@ def _is_packed(folder: Path) -> bool:
     return coded or quantization.get("quant_method") in ("gptq", "awq")
 
 
-def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, trust_remote_code: bool) -> nn.Module:
-    from peft import PeftConfig, PeftModel
+def _is_bitsandbytes(folder: Path) -> bool:
+    return (config_of(folder).get("quantization_config") or {}).get("quant_method") == "bitsandbytes"
 
+
+def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, trust_remote_code: bool) -> nn.Module:
     if not (folder / "adapter_model.safetensors").exists():
         raise ModelError(f"{folder}: holds no adapter_model.safetensors; expected a PEFT adapter saved as safetensors "
                          "(other formats can run code when they are loaded, and are refused)")
@@ -145,6 +155,7 @@ def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, t
                     device="cpu" if four_bit else str(device), kernel=kernel, trust_remote_code=trust_remote_code)
     model = merged(model)
     if four_bit:
+        hush_bitsandbytes()
         from llmops.models.nf4 import rebuild
 
         wanted = computed_in(dtype, str(model.dtype), device)
@@ -153,9 +164,9 @@ def _load_adapter(folder: Path, dtype: str, device: torch.device, kernel: str, t
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         from llmops.models.packed_lora import CUSTOM
 
-        config = PeftConfig.from_pretrained(folder)
+        config = library().PeftConfig.from_pretrained(folder)
         config._register_custom_module(CUSTOM)
-    adapted: nn.Module = PeftModel.from_pretrained(model, folder, config=config)
+    adapted: nn.Module = library().PeftModel.from_pretrained(model, folder, config=config)
     return adapted
 
 

@@ -16,8 +16,10 @@ Where the base was not q(W) but q(W - s B A) (PiSSA, LoftQ: `methods/finetune/st
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +57,22 @@ class Linear4bit(bnb.Linear4bit):  # type: ignore[misc]  # PEFT knows it by this
         self.weight.quant_state.dtype = compute
         self.support_avx512bf16_for_cpu = False
 
+    bits = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bitsandbytes' own, but where a CPU would misread it (see `_multiplied_out`)."""
+        if x.device.type != "cpu" or self.in_features % BLOCK == 0:
+            y: Tensor = super().forward(x)
+            return y
+        weight = dequantized(self).to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return nn.functional.linear(x.to(self.compute_dtype), weight, bias).to(x.dtype)
+
+    @property
+    def kernel(self) -> str:
+        """What runs it, for people."""
+        return f"bitsandbytes:{self.weight.quant_state.quant_type} (multiplied out for every product)"
+
     def packed_tensors(self) -> dict[str, Tensor]:
         """What lies in memory for the weight: codes and the scales of the blocks."""
         state = self.weight.quant_state
@@ -85,14 +103,22 @@ def round_trip(weight: Tensor, quant: str, double_quant: bool) -> Tensor:
     """The values that 4 bits keep of a weight, in float32. weight: (out, in), on the CPU."""
     codes, state = bits.quantize_4bit(weight.float().contiguous(), blocksize=BLOCK, quant_type=quant,
                                       compress_statistics=double_quant)
-    kept: Tensor = bits.dequantize_4bit(codes, state)
-    return kept
+    return _multiplied_out(codes, state).reshape(weight.shape)
 
 
 def dequantized(layer: nn.Module) -> Tensor:
     """(out, in): the weight a 4-bit layer multiplies by, in the type it computes in."""
-    weight: Tensor = bits.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    weight = _multiplied_out(layer.weight.data, layer.weight.quant_state)
     return weight.reshape(layer.out_features, layer.in_features)
+
+
+def _multiplied_out(codes: Tensor, state: Any) -> Tensor:
+    """(1, n): the values of all codes, as one row. bitsandbytes 0.50 on a CPU with AVX512 takes the scales of wrong
+    blocks where a row is no multiple of a block, and a single row cannot be misread."""
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, math.prod(state.shape)))
+    kept: Tensor = bits.dequantize_4bit(codes, flat)
+    return kept
 
 
 def quantize_base(model: Any, *, quant: str, double_quant: bool, compute: torch.dtype, device: torch.device,

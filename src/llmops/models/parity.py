@@ -127,17 +127,20 @@ def divergence(log_p: Tensor, log_q: Tensor) -> tuple[float, float]:
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of a model, a packed weight counted as the dense one it stands for."""
-    packed = [module for module in model.modules() if hasattr(module, "packed_tensors")]
+    packed = [module for module in model.modules() if hasattr(module, "packed_tensors")
+              and not getattr(module, "tied", False)]
     held = {id(module._parameters["weight"]) for module in packed if "weight" in module._parameters}
     dense: int = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
     return dense + sum(int(module.in_features) * int(module.out_features) for module in packed)
 
 
 def sparsity(model: nn.Module) -> tuple[int, int]:
-    """(zeros, weights) of the dense linear layers that are not the output head."""
+    """(zeros, weights) of the dense linear layers that are not the output head, fused experts included."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head
                and not hasattr(module, "packed_tensors")]
+    weights += [parameter for module in model.modules() if hasattr(module, "down_proj")
+                for parameter in module._parameters.values() if parameter is not None and parameter.dim() == 3]
     return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 
 

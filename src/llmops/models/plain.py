@@ -14,10 +14,16 @@ from llmops.errors import ModelError
 
 __all__ = ["gguf_logits", "plain_logits", "state_logits"]
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def plain_logits(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, T, V) float32 logits of `ids` (B, T) from plain `AutoModelForCausalLM.from_pretrained(folder)`."""
-    return _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for name, parameter in model.named_parameters():  # experts that were packed and their routers come as stored
+        if (".experts." in name or name.endswith(".gate.weight")) and parameter.dtype in HALVES:
+            parameter.data = parameter.data.to(dtype)
+    return _logits(model, ids)
 
 
 def gguf_logits(file: Path, ids: Tensor, described_in: Path | None = None) -> Tensor:

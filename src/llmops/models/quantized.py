@@ -7,15 +7,15 @@
 The dense weights are never materialised on the way in: the model is built with empty parameters, each quantized layer
 is replaced, and tensors are read one at a time. One format serves integers of 2 to 8 bits; GPTQ, AWQ and int-quantized
 checkpoints are read into it, code by code (`layouts.py`). int8 with int8 activations and 4- and 8-bit floats have
-formats of their own (`number_formats.py`). Layers may have different schemes (`schemes.py`). Left out: quantized
-embeddings.
+formats of their own (`number_formats.py`). Layers may have different schemes (`schemes.py`); embeddings in 8 bits are
+apart (`embeddings.py`), experts are taken apart (`experts.py`).
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,18 @@ from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import packing
 from llmops.methods.quantize.float_packing import pack_floats, pack_int8
 from llmops.methods.quantize.floats import AnyWeight, FloatWeight
+from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.arch import routers
+from llmops.models.embeddings import BITS as EMBEDDING_BITS
+from llmops.models.embeddings import PackedEmbedding, embedding_name, head_name, same_weight, with_group, without_group
+from llmops.models.expert_names import expert_of
+from llmops.models.experts import Experts, dense_experts, split_experts, stored_names
 from llmops.models.formatted import FormattedLinear
 from llmops.models.layouts import COMPRESSED, INTEGERS, LAYOUTS, as_stored, foreign_scheme, layout_of
 from llmops.models.number_formats import FORMATS, activations_are_left, kind_of
 from llmops.models.packed import PackedLinear
 from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
-from llmops.ops.bitstream import words
+from llmops.ops.bitstream import pack_bits, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,36 +59,71 @@ def save_quantized(model: PreTrainedModel, weights: Mapping[str, AnyWeight], fol
     from huggingface_hub import save_torch_state_dict
 
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not weights or not set(weights) <= linears:
-        raise LlmopsError(f"weights name {sorted(set(weights) - linears)[:3] or 'nothing'}; expected linear layers of "
+    embedding, shared = _embedding_and_head(model, weights)
+    packed = {name: weight for name, weight in weights.items() if name not in (embedding, shared)}
+    if not packed or not set(packed) <= linears:
+        raise LlmopsError(f"weights name {sorted(set(packed) - linears)[:3] or 'nothing'}; expected linear layers of "
                           f"the model, at least one")
-    schemes = packed_schemes(weights)
+    schemes = packed_schemes(packed)
     check_fused(schemes)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.quantization_config = quantization_config(schemes, ignore=sorted(linears - set(weights)))
+    dense = {*(linears - set(weights)), *routers(model)}
+    stored = stored_names(model)
+    dense |= {stored.get(f"{name}.weight", "").removesuffix(".weight") for name in dense} - {""}
+    config.quantization_config = quantization_config(schemes, ignore=sorted(dense))
+    if embedding is not None:
+        config.quantization_config = with_group(config.quantization_config, embedding, shared)
+        config.tie_word_embeddings = shared is not None
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(_stored_state(model, weights), folder, max_shard_size="5GB")
+    state = _stored_state(model, packed, stored, {embedding, shared} - {None})
+    if embedding is not None:
+        state |= {f"{embedding}.weight": _codes(weights[embedding]).cpu(),
+                  **{f"{name}.weight_scale": weights[name].scale.detach().cpu().clone().contiguous()
+                     for name in (embedding, shared) if name is not None}}
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _stored_state(model: nn.Module, weights: Mapping[str, AnyWeight]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+def _embedding_and_head(model: PreTrainedModel, weights: Mapping[str, AnyWeight]) -> tuple[str | None, str | None]:
+    """(full name of the embedding, of a head that shares its codes) where `weights` hold them."""
+    if model.get_input_embeddings() is None or (name := embedding_name(model)) not in weights:
+        return None, None
+    head = head_name(model)
+    return name, head if head in weights and same_weight(weights[name], weights[head]) else None
+
+
+def _codes(weight: AnyWeight) -> Tensor:
+    assert isinstance(weight, QuantizedWeight)  # an embedding is made of integers
+    return weight.codes
+
+
+def _stored_state(model: nn.Module, weights: Mapping[str, AnyWeight], names: Mapping[str, str],
+                  apart: Container[str | None] = ()) -> dict[str, Tensor]:
+    """names: what tensors are called in checkpoints, where that is something else (`experts.stored_names`); apart:
+    modules whose weight is stored elsewhere."""
+    state: dict[str, Tensor] = dense_experts(model, weights)
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
         layer, _, last = name.rpartition(".")
-        if last == "weight" and layer in weights:
-            state |= {f"{layer}.{part}": value.cpu() for part, value in parts_of(weights[layer]).items()}
+        place = names.get(name, name)
+        if last == "weight" and layer in apart:
             continue
+        if last == "weight" and layer in weights:
+            place = place.removesuffix(".weight")
+            state |= {f"{place}.{part}": value.cpu() for part, value in parts_of(weights[layer]).items()}
+            continue
+        if expert_of(name) is not None and names:
+            continue  # left dense: written with its neighbours
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             continue  # tied: the first name holds it, and the model ties it again after loading
         seen.add(key)
-        state[name] = tensor.detach().cpu().contiguous()
+        state[place] = tensor.detach().cpu().contiguous()
     return state
 
 
@@ -96,15 +137,29 @@ def parts_of(weight: AnyWeight) -> dict[str, Tensor]:
 def pack(model: PreTrainedModel, weights: Mapping[str, AnyWeight], kernel: str = "auto") -> PreTrainedModel:
     """Put a layer of codes in the place of every layer that `weights` names, in place; the dense weights are let go.
 
-    Raises LlmopsError when a name is no linear layer of the model.
+    An embedding among them becomes a `PackedEmbedding`, which shares its codes with a head that has the same. Raises
+    LlmopsError when a name is no linear layer of the model.
     """
+    embedding, shared = _embedding_and_head(model, weights)
     for name, weight in weights.items():
+        if name == embedding:
+            continue
         linear = _submodule(model, name)
         if not isinstance(linear, nn.Linear):
             raise LlmopsError(f"{name} is {type(linear).__name__}; expected the name of a linear layer")
         bias = None if linear.bias is None else linear.bias.detach()
         _put(model, name, _layer(parts_of(weight), LayerScheme.of(weight), bias, kernel))
+    if embedding is not None:
+        _put_embedding(model, embedding, shared, _codes(weights[embedding]), weights[embedding].scale)
     return model
+
+
+def _put_embedding(model: PreTrainedModel, name: str, head: str | None, codes: Tensor, scale: Tensor) -> None:
+    """head: already packed, from the same codes."""
+    made = PackedEmbedding(codes, scale, model.get_submodule(name))
+    if head is not None:
+        made.share(model.get_submodule(head))
+    _put(model, name, made)
 
 
 def _layer(parts: Mapping[str, Tensor], scheme: LayerScheme, bias: Tensor | None, kernel: str) -> nn.Module:
@@ -127,14 +182,23 @@ def load_quantized(folder: Path, *, dtype: torch.dtype | str = "auto", device: s
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if wanted is not None:
         config.dtype = wanted
+    block = config.quantization_config
+    block = block if isinstance(block, dict) else block.to_dict()
+    tied = config.tie_word_embeddings
+    if without_group(block)[1]:
+        config.tie_word_embeddings = False  # packed modules have no weight that could be tied; codes are shared below
     with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, parameters are not
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    block = config.quantization_config
-    reader = PackedReader(folder, block if isinstance(block, dict) else block.to_dict(), wanted, model.dtype)
+    reader = PackedReader(folder, block, wanted, model.dtype)
+    if any(expert_of(name) is not None for name in reader.layers()):
+        split_experts(model)
+        reader.rename({stored: name for name, stored in stored_names(model).items()})
     for name in reader.layers():
         _replace_layer(model, name, reader.parts(name), reader.schemes[name], reader.take(f"{name}.bias"), device,
                        kernel)
+    _load_embedding(model, reader, device, kernel)
     _fill(model, reader)
+    model.config.tie_word_embeddings = tied
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device).eval()
@@ -156,9 +220,11 @@ class PackedReader:
         if not files:
             raise ModelError(f"{folder} holds no .safetensors file; expected model.safetensors")
         self.folder, self.dtype, self.scale_dtype = folder, dtype, dtype or model_dtype
+        block, self.embedding = without_group(block)
         self.layout = layout_of(block)
         self._check_activations(block)
         handles: list[Any] = [safe_open(str(file), framework="pt") for file in files]
+        self.stored: dict[str, str] = {}  # names that were changed -> as they are in the file
         self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
         self.schemes: dict[str, LayerScheme] = (
             schemes_of(block, self.layers()) if self.layout in COMPRESSED
@@ -179,10 +245,21 @@ class PackedReader:
         warnings.warn(f"{self.folder}: made for activations that are quantized in a way that is not run here; they are "
                       "left as they are, the weights are the stored ones", stacklevel=4)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Tensors by other names from here on. names: {dense name as stored: name to go by}, its parts likewise."""
+        for name in list(self.left):
+            layer, _, part = name.rpartition(".")
+            whole = names.get(f"{layer}.weight")
+            known = names.get(name) or (whole and f"{whole.removesuffix('.weight')}.{part}")
+            if known and known != name:
+                self.left[known], self.stored[known] = self.left.pop(name), name
+                if layer in self.schemes and whole:
+                    self.schemes[whole.removesuffix(".weight")] = self.schemes.pop(layer)
+
     def layers(self) -> list[str]:
         marks = ("weight_packed", "weight_scale") if self.layout in COMPRESSED else (LAYOUTS[self.layout].mark,)
         return list(dict.fromkeys(layer for layer, _, last in (name.rpartition(".") for name in self.left)
-                                  if last in marks))
+                                  if last in marks and layer not in self.embedding))
 
     def _layout(self, layer: str) -> str:
         """Of one layer: compressed-tensors may mix them."""
@@ -196,7 +273,7 @@ class PackedReader:
         handle = self.left.pop(name, None)
         if handle is None:
             return None
-        tensor: Tensor = handle.get_tensor(name)
+        tensor: Tensor = handle.get_tensor(self.stored.get(name, name))
         kept = as_it_is or self.dtype is None or not tensor.is_floating_point() or tensor.element_size() == 1
         return tensor if kept else tensor.to(self.dtype)
 
@@ -238,6 +315,25 @@ def _check_packed(name: str, parts: Mapping[str, Tensor], scheme: LayerScheme) -
                          f"{scheme.bits} bits in groups of {scheme.group_size}")
 
 
+def _load_embedding(model: PreTrainedModel, reader: PackedReader, device: str | torch.device, kernel: str) -> None:
+    if not reader.embedding:
+        return
+    name, *heads = reader.embedding
+    codes, scale = reader.take(f"{name}.weight"), reader.take(f"{name}.weight_scale")
+    like = _submodule(model, name)
+    if codes is None or scale is None or not isinstance(like, nn.Embedding) or codes.shape != like.weight.shape:
+        raise ModelError(f"{reader.folder}: {name} is {None if codes is None else tuple(codes.shape)} with scales "
+                         f"{None if scale is None else tuple(scale.shape)}; the config describes {like}")
+    codes, scale = codes.to(device), scale.to(device)
+    for head in heads:
+        reader.take(f"{head}.weight_scale")  # the same once more
+        parts = {"weight_packed": pack_bits(codes, EMBEDDING_BITS), "weight_scale": scale,
+                 "weight_shape": torch.tensor(codes.shape)}
+        _put(model, head, PackedLinear(parts, bits=EMBEDDING_BITS, group_size=-1, kernel=kernel,
+                                       bias=reader.take(f"{head}.bias")))
+    _put_embedding(model, name, heads[0] if heads else None, codes, scale)
+
+
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)
@@ -257,7 +353,11 @@ def _fill(model: PreTrainedModel, reader: PackedReader) -> None:
         module = _submodule(model, parent)
         if module is None:
             continue
-        if last in module._parameters:
+        if isinstance(module, Experts):
+            tensor = reader.take(name)
+            assert tensor is not None
+            module.fill(last, tensor)
+        elif last in module._parameters:
             tensor = reader.take(name)
             assert tensor is not None
             if tensor.element_size() == 1:

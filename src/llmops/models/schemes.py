@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.models import number_formats
+from llmops.models.expert_names import expert_of
 
 if TYPE_CHECKING:  # recipes are checked without torch
     from llmops.methods.quantize.floats import AnyWeight
@@ -28,6 +29,8 @@ __all__ = ["FUSED", "LayerScheme", "average_bits", "check_fused", "fused_groups"
 
 #: Last names of layers that see one input and that servers run as one.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def quantization_config(schemes: Schemes, ignore: Sequence[str]) -> dict[str, An
     kinds = sorted(set(schemes.values()), key=lambda scheme: (scheme.kind, scheme.bits, scheme.group_size,
                                                               scheme.symmetric))
     groups = {f"group_{place}": _group(scheme, ["Linear"] if len(kinds) == 1 else
-                                       sorted(name for name, each in schemes.items() if each == scheme))
+                                       _named(name for name, each in schemes.items() if each == scheme))
               for place, scheme in enumerate(kinds)}
     formats = {each["format"] for each in groups.values()}
     whole = formats.pop() if len(formats) == 1 else "mixed-precision"
@@ -88,6 +91,11 @@ def _group(scheme: LayerScheme, targets: Sequence[str]) -> dict[str, Any]:
             "format": "pack-quantized"}
 
 
+def _named(names: Iterable[str]) -> list[str]:
+    """Targets for layers of those names; experts as one pattern, by which transformers finds the scheme of experts."""
+    return sorted({EXPERTS if expert_of(name) is not None else name for name in names})
+
+
 def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     """`names` (full, of linear layers) in tuples of those that must share a scheme, in the order in which they came."""
     found: dict[tuple[str, int | str], list[str]] = {}
@@ -99,7 +107,11 @@ def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def check_fused(schemes: Schemes) -> None:
-    """Raises LlmopsError when layers that servers run as one product are stored differently."""
+    """Raises LlmopsError when layers that servers run as one product, or experts, are stored differently."""
+    experts = {scheme: name for name, scheme in schemes.items() if expert_of(name) is not None}
+    if len(experts) > 1:
+        raise LlmopsError(f"{', '.join(f'{name} {scheme}' for scheme, name in experts.items())}; expected one scheme "
+                          "for all experts of a model: readers fuse them")
     for names in fused_groups(schemes):
         if len({schemes[name] for name in names}) > 1:
             listed = ", ".join(f"{name} {schemes[name]}" for name in names)

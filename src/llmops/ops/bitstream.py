@@ -59,7 +59,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if packed.dtype != torch.int32 or packed.shape[1] != words(count, bits):
         raise ValueError(f"packed is {packed.dtype} {tuple(packed.shape)}; expected int32 of {words(count, bits)} "
                          f"words a row for {count} elements of {bits} bits")
-    raw = packed.contiguous().view(torch.uint8)
+    plain = packed.contiguous().flatten().view(packed.shape)  # a column counts as contiguous whatever its stride
+    raw = plain.view(torch.uint8)
     if 8 % bits == 0:
         return _unpack_bytes(raw, bits, count)
     eights = -(-count // 8)

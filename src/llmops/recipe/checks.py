@@ -10,8 +10,19 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
 from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Auto, Autoround, Awq, Hqq, KvCache, Smoothquant, WeightOnly
+from llmops.methods.quantize.options import (
+    BITSANDBYTES,
+    Auto,
+    Autoround,
+    Awq,
+    Hqq,
+    KvCache,
+    Rtn,
+    Smoothquant,
+    WeightOnly,
+)
 from llmops.recipe.auto_checks import check_auto
+from llmops.recipe.bnb_checks import check_bitsandbytes
 from llmops.recipe.healing_checks import check_healing
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
 from llmops.recipe.names import refer
@@ -72,7 +83,9 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_pattern(problems, trail, pattern, options.sparsity, options.ignore, dims)
         if isinstance(options, Depth):
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
-        if isinstance(options, WeightOnly):
+        if isinstance(options, Rtn):
+            check_bitsandbytes(problems, trail, options)
+        if isinstance(options, WeightOnly) and options.scheme not in BITSANDBYTES:
             check_number_format(problems, trail, options, _widths(dims, options.ignore))
             if options.number_format is None:
                 _check_groups(problems, trail, options.group, options, dims)
@@ -86,10 +99,17 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
         if getattr(options, "kv_cache", None) is not None:
             _check_kv_cache(problems, (*trail, "dtype" if isinstance(options, KvCache) else "kv_cache"),
                             options.kv_cache, dims)
-        if isinstance(options, Awq | Autoround | Smoothquant) and dims is not None and not dims.tied \
-                and not _ignored("lm_head", options.ignore):
+        if isinstance(options, Awq | Autoround | Smoothquant) and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
                          "lm_head in `ignore`, or method: gptq", key=True)
+        if isinstance(options, WeightOnly) and options.embeddings and options.rotations:
+            problems.add((*trail, "embeddings"), "given true with rotate, which changes the embedding after it was "
+                         "rounded; expected one of the two: leave embeddings in 16 bit, or rotate out")
+        if isinstance(options, Magnitude | Wanda) and dims is not None and dims.tied \
+                and not _ignored("lm_head", options.ignore):
+            problems.add((*trail, "ignore"), "given no lm_head, which shares its weight with the token embedding here "
+                         "(tie_word_embeddings), so that words would lose entries, too; expected lm_head in `ignore`",
+                         key=True)
         if isinstance(options, Logits):
             _check_teacher(problems, trail, variant)
         if isinstance(options, Adapters):
@@ -288,7 +308,7 @@ def _widths(dims: Dims | None, ignore: Sequence[str]) -> dict[str, int]:
         return {}
     widths = {name.rsplit(".", 1)[-1]: shape[1] for name, shape in dims.linear_shapes().items()
               if not all(_ignored(f"model.layers.{layer}.{name}", ignore) for layer in range(dims.layers))}
-    if not dims.tied and not _ignored("lm_head", ignore):
+    if not _ignored("lm_head", ignore):
         widths["lm_head"] = dims.hidden
     return widths
 

@@ -40,7 +40,7 @@ from llmops.errors import DataError
 from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
 from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import Auto, Autoround, Calibrated, WeightOnly
+from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Calibrated, WeightOnly
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import Dims, bytes_per_weight
@@ -105,7 +105,8 @@ def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> f
     scheme = _scheme(recipe, variant.name) if variant is not None else None
     if "r1" in getattr(scheme, "rotations", ()) and dims.tied:
         dense += width * dims.vocab * dims.hidden  # the head, untied
-    return dense + layers * sum(packed - width * count for count, packed in _packed(scheme, dims, layers, width))
+    dense += layers * sum(packed - width * count for count, packed in _packed(scheme, dims, layers, width))
+    return dense + (_ends(scheme, dims, width) if isinstance(scheme, WeightOnly) else 0)
 
 
 def _scheme(recipe: Recipe, name: str) -> Any:
@@ -128,9 +129,34 @@ def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int,
             if scheme.number_format == "fp8-block":
                 groups = -(-out // scheme.group) * -(-into // scheme.group)
             scale = 1 if scheme.scheme in ("mxfp4", "nvfp4") else 2
-            found.append((out * into, out * into * scheme.bits / 8
-                          + groups * (scale + (0 if scheme.symmetric else scheme.bits / 8))))
+            extra = groups * (scale + (0 if scheme.symmetric else scheme.bits / 8))
+            if scheme.scheme in BITSANDBYTES:
+                extra = _bitsandbytes_scales(scheme, out, into)
+            found.append((out * into, out * into * scheme.bits / 8 + extra))
     return found
+
+
+def _bitsandbytes_scales(options: WeightOnly, out: int, into: int) -> float:
+    """Float32 a row or a block of 64; with double quantization a byte a block and float32 for 256 of them. And the
+    tables of a layer: 16 levels, what the codes mean, 256 levels of the scales."""
+    if str(options.scheme) == "llm_int8":
+        return 4.0 * out
+    double = getattr(options, "double_quant", False)
+    return 226 + 1024 * double + out * into / 64 * (1 + 4 / 256 if double else 4)
+
+
+def _ends(options: WeightOnly, dims: Dims, width: int) -> float:
+    """Bytes that embedding and head take more than in 16 bit: 8 bits and a scale a token, the scheme's for a head."""
+    table, change = dims.vocab * dims.hidden, 0.0
+    head = not any(ending == "lm_head" for ending in options.ignore)
+    if options.embeddings:
+        change += table * (1 - width) + 2 * dims.vocab * (2 if dims.tied and not head else 1)
+    if head:
+        groups = dims.vocab * (1 if options.group == -1 else -(-dims.hidden // options.group))
+        packed = table * options.bits / 8 + groups * (2 + (0 if options.symmetric else options.bits / 8))
+        apart = not dims.tied or "r1" in options.rotations  # a head of its own already
+        change += packed - (width * table if apart else 0)
+    return change
 
 
 def _adapter(options: Adapters | Dpo, dims: Dims, layers: int) -> int:

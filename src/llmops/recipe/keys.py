@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.data.fingerprint import fingerprint
+from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.recipe.changes import why
 from llmops.recipe.hashing import FileHashes
 from llmops.recipe.model import folder_of
@@ -73,6 +74,8 @@ def build_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], print
     packages = set(_PACKAGES.get(parts["step"], ()))
     if str(getattr(variant.options, "optimizer", "")).endswith("_8bit"):
         packages.add("bitsandbytes")
+    if getattr(variant.options, "scheme", None) in BITSANDBYTES:
+        packages = {"bitsandbytes"}
     for package in sorted(packages):
         parts[f"version.{package}"] = package_version(package)
     for name, value in variant.options.model_dump(mode="json").items():

@@ -27,6 +27,8 @@ LLAMA_LIKE = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2",
 POST_NORMS = frozenset(("gemma2", "gemma3_text", "olmo2"))
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+#: Config keys that say how many experts a layer has.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -104,6 +106,9 @@ def read_dims(model: ModelSource, base_dir: Path) -> tuple[Dims | None, str]:
         return None, f"{model.id} is not on this machine as a folder; planning does not ask the hub"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        if any(text.get(key) for key in EXPERTS):
+            return None, f"{folder} is a mixture of experts, whose layers are not counted before it is loaded"
         return dims_from_config(config), ""
     except OSError:
         return None, f"{folder} has no config.json"

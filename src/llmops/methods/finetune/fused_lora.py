@@ -26,11 +26,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from llmops.methods.finetune.peft_library import is_lora_layer, library
 
 __all__ = ["fuse", "fused_lora_linear"]
 
@@ -75,16 +75,21 @@ def fuse(adapted: nn.Module) -> int:
 
     Call it once the adapters are as they will be trained (masks and variants set). Nothing that is saved changes.
     """
-    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer) and _can_fuse(module)]
+    layers = [module for module in adapted.modules() if is_lora_layer(module) and _can_fuse(module)]
     for layer in layers:
         layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
+def _plain() -> Any:
+    """PEFT's LoRA on a plain linear layer."""
+    return library().tuners.lora.layer.Linear
+
+
 def _can_fuse(layer: Any) -> bool:
     """A plain LoRA with one adapter on a plain frozen linear layer, whose forward nobody has replaced."""
     base = layer.get_base_layer()
-    if type(layer) is not Linear or type(base) is not nn.Linear or "forward" in vars(layer) or "forward" in vars(base):
+    if type(layer) is not _plain() or type(base) is not nn.Linear or "forward" in {**vars(layer), **vars(base)}:
         return False
     if len(layer.lora_A) != 1 or layer.lora_variant or layer.fan_in_fan_out:
         return False
@@ -98,13 +103,13 @@ def _forward(self: Any, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
     base, device = self.base_layer, x.device.type
     switched = arguments or named or self.disable_adapters or self.merged or self.active_adapters != [*self.lora_A]
     if switched or any(p.requires_grad for p in base.parameters()) or base._forward_hooks or base._forward_pre_hooks:
-        return Linear.forward(self, x, *arguments, **named)  # type: ignore[no-any-return]
+        return _plain().forward(self, x, *arguments, **named)  # type: ignore[no-any-return]
     name, = self.lora_A
     given: list[Any] = [x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight]
     if torch.is_autocast_enabled(device):
         given = [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in given]
     if len({one.dtype for one in given if one is not None}) > 1:
-        return Linear.forward(self, x)  # type: ignore[no-any-return]
+        return _plain().forward(self, x)  # type: ignore[no-any-return]
     with torch.autocast(device, enabled=False):
         x, W, bias, A, B = given
         return fused_lora_linear(x, W, bias, A, B, self.scaling[name])

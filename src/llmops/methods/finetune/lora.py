@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmops.errors import LlmopsError
+from llmops.methods.finetune.peft_library import is_lora_layer, library
 
 __all__ = ["adapted_weight", "adapters", "add_lora", "lora_delta", "lora_plus_scale", "masked_lora_linear",
            "merge_lora", "scaling_of", "set_adapters", "zero_masks"]
@@ -80,6 +79,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0,
     if keep_zeros and dora:
         raise LlmopsError("given DoRA on a pruned model; expected plain LoRA or rsLoRA there: leave dora out")
     torch.manual_seed(seed)  # A is random
+    peft = library()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM", bias="none",
                              use_rslora=rslora, use_dora=dora,
                              target_modules=targets if isinstance(targets, str) else list(targets))
@@ -131,7 +131,7 @@ def merge_lora(adapted: Any) -> nn.Module:
 
 def _adapters(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in adapted.named_modules()
-            if isinstance(module, LoraLayer) and NAME in module.lora_A)
+            if is_lora_layer(module) and NAME in module.lora_A)
 
 
 def _mask_forward(layer: Any) -> None:

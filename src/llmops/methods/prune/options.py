@@ -31,6 +31,8 @@ class Wanda(Options):
     pattern: Pattern = Field("unstructured", description="where zeros may stand; N:M needs sparsity N/M")
     length: int = Field(2048, ge=8, description="tokens a calibration crop holds (at most the model's context)")
     ignore: list[str] = Field(["lm_head"], description="layers left as they are, by the end of their name")
+    experts: Literal["routed", "all"] = Field("routed", description="what experts of a mixture are measured on: the "
+                                                                    "tokens that were sent to them, or all")
 
 
 class Depth(Options):

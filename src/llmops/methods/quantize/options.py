@@ -8,22 +8,25 @@ from pydantic import Field
 
 from llmops.options import Options
 
-__all__ = ["BITS", "FIXED", "KV_DTYPES", "KV_RECORD", "Auto", "Autoround", "Awq", "Calibrated", "Gptq", "Hqq",
-           "KvCache", "KvDtype", "Quantize", "Rtn", "Scheme", "Smoothquant",
-           "WeightOnly"]
+__all__ = ["BITS", "BITSANDBYTES", "FIXED", "KV_DTYPES", "KV_RECORD", "Auto", "Autoround", "Awq", "Calibrated", "Gptq",
+           "Hqq", "KvCache", "KvDtype", "Quantize", "Rtn", "Scheme", "Smoothquant", "WeightOnly"]
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "fp8", "mxfp4", "nvfp4"]
 Integers = Literal["w8a16", "w4a16", "w3a16", "w2a16"]  # that layers of one model can be given each its own of
 Scales = Literal["tensor", "channel", "block"]
 Clip = Literal["absmax", "mse"]
+Experts = Literal["routed", "all"]
 KvDtype = Literal["int8", "fp8", "int4"]
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 KV_RECORD = "llmops_kv_cache"  # key of a config.json whose model keeps its keys and values so
 KV_CACHE = "type that keys and values are kept in, with a scale for every token and head; default: that of activations"
-BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
+BITS: dict[str, int] = {"w8a16": 8, "w4a16": 4, "w3a16": 3, "w2a16": 2, "w8a8": 8, "fp8": 8, "mxfp4": 4, "nvfp4": 4,
+                        "nf4": 4, "llm_int8": 8}
 #: Schemes that say all there is to say: weights that share a scale (-1 a row, for fp8 what `scales` says), symmetric.
 FIXED = {"w8a8": -1, "fp8": -1, "mxfp4": 32, "nvfp4": 16}
 BLOCK = 128
+#: Schemes that bitsandbytes stores and runs.
+BITSANDBYTES = ("nf4", "llm_int8")
 
 
 _FACTORS = "awq: scale up the weights of large inputs first, the factors folded away as method awq does"
@@ -41,7 +44,9 @@ class WeightOnly(Options):
     group_size: int | None = Field(None, description="weights that share a scale along the input; -1 a whole row. "
                                                      "Default: -1 at 8 bits, 128 below. Only for wNa16")
     symmetric: bool = Field(True, description="false stores a zero point for every scale. Only for wNa16")
-    ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
+    ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name; [] quantizes "
+                                                       "the head, too")
+    embeddings: bool = Field(False, description="token embeddings in 8 bits, and with them a head that is tied to them")
     kv_cache: KvDtype | None = Field(None, description=KV_CACHE)
     rotate: Literal["hadamard"] | list[Literal["r1", "r2"]] | None = Field(
         None, description="rotate the weights before rounding, the function unchanged and nothing left to run "
@@ -77,14 +82,31 @@ class Calibrated(WeightOnly):
 
     data: str = Field(description="name of the calibration data; its `samples` are the crops, 128 by default")
     length: int = Field(2048, ge=8, description="tokens a calibration crop holds (at most the model's context)")
+    experts: Experts = Field("routed", description="what experts of a mixture are measured on: the tokens that were "
+                                                   "sent to them, or all")
 
 
 class Rtn(WeightOnly):
     """Round to nearest: no data, one scale a group (or a row)."""
 
     method: Literal["rtn"]
+    scheme: Scheme | Literal["nf4", "llm_int8"] = Field(  # type: ignore[assignment]
+        description="bits of the weights; nf4 and llm_int8 are bitsandbytes' (llm_int8 rounds activations, too)")
     clip: Clip = Field("absmax", description="range of a group: its largest weight, or the range that leaves the least "
                                              "squared error")
+    double_quant: bool = Field(False, description="nf4: the scales of the blocks in 8 bits, too")
+    threshold: float | None = Field(None, ge=0, description="llm_int8: input features with a value beyond it are "
+                                                            "multiplied in 16 bit; 0 for none. Default: 6")
+
+    @property
+    def group(self) -> int:
+        """The group size with its default filled in."""
+        return 64 if self.scheme == "nf4" and self.group_size is None else super().group
+
+    @property
+    def outliers(self) -> float:
+        """The threshold with its default filled in."""
+        return 6.0 if self.threshold is None else self.threshold
 
 
 class Gptq(Calibrated):
