@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -238,7 +239,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--windows", type=int, default=16, help="of 2,048 tokens, most that are scored")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=1e9, help="no cell is begun after so many; its row says so")
+    parser.add_argument("--minutes", type=float, default=1e9, help="no cell is begun after so many, or after an "
+                                                                          "interrupt; its row says so")
     parser.add_argument("--make-models", action="store_true", help="make the models, score them, and stop")
     parser.add_argument("--out", type=Path, help="where the JSON goes (default benchmarks/results/quantize-DATE.json)")
     parser.add_argument("--logs", type=Path, default=Path("/tmp/bench_quantize"), help="folder for what workers print")
@@ -252,6 +254,7 @@ def main() -> None:
     print(json.dumps({**about, "left_out": left}))
     results, began = [], time.monotonic()
     asked.until = began + 60 * asked.minutes
+    signal.signal(signal.SIGINT, lambda *_: setattr(asked, "until", 0.0))
     for name in asked.models:
         if name == "text" and asked.text is None:
             print("\ntext: left out, for no --text FOLDER with its texts was given")

@@ -18,7 +18,7 @@ from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn
 from llmops.models.load import load
 from llmops.shelf import shelved
 
-BLOCKS, WIDTH, INNER = 6, 128, 256
+BLOCKS, WIDTH, INNER = 4, 128, 256
 SCHEME = {"scheme": "w4a16", "group_size": 32}
 SEEN = {**SCHEME, "data": "calib"}
 #: Most live bytes beside the model, in float32 blocks: the block itself and one layer's temporaries; H and its factor;
@@ -30,11 +30,11 @@ MOST = {"rtn": (Rtn(method="rtn", **SCHEME), 2.0), "hqq": (Hqq(method="hqq", ite
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of six blocks on the disk; its tokenizer is that of the twins."""
+    """A random model of four blocks on the disk; its tokenizer is that of the twins."""
     from tests.twins import twin
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    place = tmp_path_factory.mktemp("six")
+    place = tmp_path_factory.mktemp("four")
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=512, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=BLOCKS,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=64, max_position_embeddings=64,
@@ -56,7 +56,7 @@ def mapped(tensor: Tensor) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see what is mapped")
 @pytest.mark.parametrize("method", MOST)
-def test_six_blocks_take_the_memory_of_one(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_blocks_take_the_memory_of_one(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_stream, "SHELVED_FROM", 0)
     monkeypatch.setattr(shelf, "LEAST", 4096)
     monkeypatch.setattr(quantizing, "calibration", lambda *_: torch.arange(32).view(2, 16))
