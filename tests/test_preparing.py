@@ -40,8 +40,8 @@ def test_every_method_rotates_and_the_function_stays(place: Path, method: str) -
     assert bool((work.model.model.norm.weight == 1).all()) and not work.model.config.tie_word_embeddings
     for key, weight in linears(work.model).items():
         assert torch.equal(weight, work.packed[key].dequantize()) and weight.dtype == torch.bfloat16
-    assert work.events[-3 if method in ("awq", "autoround", "smoothquant") else -2] == (
-        "rotated the stream by a randomized Hadamard matrix of order 128 and the values of heads 64 wide")
+    assert ("rotated the stream by a randomized Hadamard matrix of order 128 and the values of heads 64 wide"
+            in work.events)
     assert any("untied from the embedding" in event for event in work.events)
 
 
