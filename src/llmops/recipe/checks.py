@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from llmops.data.options import DataSource
 from llmops.errors import nearest
 from llmops.methods.quantize.options import BITSANDBYTES
-from llmops.recipe.auto_checks import check_auto
 from llmops.recipe.bnb_checks import check_bitsandbytes
 from llmops.recipe.healing_checks import check_healing
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
@@ -84,6 +83,8 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
                 _check_groups(problems, trail, options.group, options, dims)
             _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
         if method == "auto":
+            from llmops.recipe.auto_checks import check_auto  # with the arithmetic of its budget
+
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))

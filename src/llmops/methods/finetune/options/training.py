@@ -25,7 +25,7 @@ class Stop(Options):
     share: float = Field(0.1, gt=0, le=1, description="largest share of the training's cost that the looks may add")
 
 
-class Training(Options):
+class Training(Options, defer_build=True):
     """What every training step shares: how long, how fast, how much at once."""
 
     data: str | Annotated[list[str], Field(min_length=1)] = Field(

@@ -12,7 +12,7 @@ from llmops.options import Options
 __all__ = ["WeightOnly"]
 
 
-class WeightOnly(Options):
+class WeightOnly(Options, defer_build=True):
     """What every quantization of weights shares: bits, groups, which layers."""
 
     scheme: Scheme = Field(description="wNa16: integers of N bits, activations stay 16 bit. w8a8: int8, activations "
