@@ -9,8 +9,10 @@ that users stumble over are gone: abbreviated options are refused, and options m
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from llmops.errors import LlmopsError, unknown
@@ -97,8 +99,21 @@ def at_least(smallest: int) -> Callable[[str], int]:
 class _Help(argparse.HelpFormatter):
     """argparse's, with commands in the column of the options: indented, the longest name breaks its line."""
 
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"width": _columns() - 2, **options})
+
     def _iter_indented_subactions(self, action: argparse.Action) -> Generator[argparse.Action, None, None]:
         yield from action._get_subactions() if isinstance(action, argparse._SubParsersAction) else ()
+
+
+def _columns() -> int:
+    """Width of the terminal as `shutil` finds it, which is slow to import: argparse asks for it at every argument."""
+    with suppress(KeyError, ValueError):
+        if (columns := int(os.environ["COLUMNS"])) > 0:
+            return columns
+    with suppress(AttributeError, ValueError, OSError):
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    return 80
 
 
 class _Parser(argparse.ArgumentParser):

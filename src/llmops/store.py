@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +63,8 @@ class Store:
 
     def tidy(self, key: str) -> None:
         """Remove what killed processes left of a build, whose lock is held; work that can be gone on with stays."""
+        import shutil  # brings every kind of archive, which a plan does not need
+
         for left in self.builds.glob(f".{key}.*"):
             shutil.rmtree(left, ignore_errors=True)
         if (self.build(key) / "llmops.json").exists():

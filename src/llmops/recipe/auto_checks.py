@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from llmops.methods.quantize.allocation import smallest, stored_bits
-from llmops.methods.quantize.options import Auto
 from llmops.models.schemes import fused_groups
 from llmops.recipe.model import LLAMA_LIKE, Dims
 from llmops.recipe.source import Problems, Trail
+
+if TYPE_CHECKING:
+    from llmops.methods.quantize.options import Auto
 
 __all__ = ["auto_sizes", "check_auto", "layer_shapes"]
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from llmops.methods.quantize.options import BITSANDBYTES, Rtn
+from typing import TYPE_CHECKING
+
+from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.recipe.source import Problems, Trail
+
+if TYPE_CHECKING:
+    from llmops.methods.quantize.options import Rtn
 
 __all__ = ["check_bitsandbytes"]
 

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.data.options import DataSource
 from llmops.errors import nearest
-from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Adapters, Dpo, Lora, Qlora
-from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import (
-    BITSANDBYTES,
-    Auto,
-    Autoround,
-    Awq,
-    Hqq,
-    KvCache,
-    Rtn,
-    Smoothquant,
-    WeightOnly,
-)
-from llmops.recipe.auto_checks import check_auto
+from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.recipe.bnb_checks import check_bitsandbytes
 from llmops.recipe.healing_checks import check_healing
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
@@ -31,8 +17,14 @@ from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
 from llmops.recipe.tree import cycle
 
+if TYPE_CHECKING:
+    from llmops.methods.finetune.options import Dpo, Lora, Qlora
+    from llmops.methods.prune.options import Depth
+    from llmops.methods.quantize.options import Auto, Hqq, WeightOnly
+
 __all__ = ["check_links", "check_steps", "layers_after"]
 
+_ZEROING = ("magnitude", "wanda")  # the methods that leave single zeros
 _LAST_NAMES = tuple(name.rsplit(".", 1)[-1] for name in LINEARS)
 
 
@@ -77,44 +69,46 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
                 problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
                              "loss falls whatever is learned; expected other data, or holdout: 0.05")
         check_healing(problems, variants, variant, dims)
-        options = variant.options
+        options, method = variant.options, variant.method
         pattern = getattr(options, "pattern", "unstructured")
         if pattern != "unstructured":
             _check_pattern(problems, trail, pattern, options.sparsity, options.ignore, dims)
-        if isinstance(options, Depth):
+        if method == "depth":
             _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
-        if isinstance(options, Rtn):
+        if method == "rtn":
             check_bitsandbytes(problems, trail, options)
-        if isinstance(options, WeightOnly) and options.scheme not in BITSANDBYTES:
-            check_number_format(problems, trail, options, _widths(dims, options.ignore))
+        if hasattr(options, "scheme") and options.scheme not in BITSANDBYTES:
+            check_number_format(problems, trail, variant, _widths(dims, options.ignore))
             if options.number_format is None:
                 _check_groups(problems, trail, options.group, options, dims)
             _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
-        if isinstance(options, Auto):
+        if method == "auto":
+            from llmops.recipe.auto_checks import check_auto  # with the arithmetic of its budget
+
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
-        if isinstance(options, Hqq):
+        if method == "hqq":
             _check_hqq(problems, trail, options)
         if getattr(options, "kv_cache", None) is not None:
-            _check_kv_cache(problems, (*trail, "dtype" if isinstance(options, KvCache) else "kv_cache"),
+            _check_kv_cache(problems, (*trail, "dtype" if method == "kv_cache" else "kv_cache"),
                             options.kv_cache, dims)
-        if isinstance(options, Awq | Autoround | Smoothquant) and not _ignored("lm_head", options.ignore):
-            problems.add((*trail, "ignore"), f"given no lm_head, which {options.method} cannot quantize; expected "
+        if method in ("awq", "autoround", "smoothquant") and not _ignored("lm_head", options.ignore):
+            problems.add((*trail, "ignore"), f"given no lm_head, which {method} cannot quantize; expected "
                          "lm_head in `ignore`, or method: gptq", key=True)
-        if isinstance(options, WeightOnly) and options.embeddings and options.rotations:
+        if getattr(options, "embeddings", False) and options.rotations:
             problems.add((*trail, "embeddings"), "given true with rotate, which changes the embedding after it was "
                          "rounded; expected one of the two: leave embeddings in 16 bit, or rotate out")
-        if isinstance(options, Magnitude | Wanda) and dims is not None and dims.tied \
+        if method in _ZEROING and dims is not None and dims.tied \
                 and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), "given no lm_head, which shares its weight with the token embedding here "
                          "(tie_word_embeddings), so that words would lose entries, too; expected lm_head in `ignore`",
                          key=True)
-        if isinstance(options, Logits):
+        if method == "logits":
             _check_teacher(problems, trail, variant)
-        if isinstance(options, Adapters):
+        if method in ("lora", "qlora"):
             _check_adapters(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
-        if isinstance(options, Dpo):
+        if method == "dpo":
             _check_pairs(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
@@ -140,7 +134,7 @@ def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) 
     while name != BASE and name in variants and name not in seen:
         seen.add(name)
         options = variants[name].options
-        if isinstance(options, Depth):
+        if variants[name].method == "depth":
             return options.layers if isinstance(options.layers, int) else len(options.layers)
         name = variants[name].parent
     return count
@@ -149,31 +143,31 @@ def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) 
 def _pruned_ancestor(variants: Mapping[str, Variant], name: str) -> str | None:
     """The nearest variant from `name` up whose step left single zeros, which everything after it has to keep."""
     while name in variants:
-        if isinstance(variants[name].options, Magnitude | Wanda):
+        if variants[name].method in _ZEROING:
             return name
         name = variants[name].parent
     return None
 
 
-def _check_adapters(problems: Problems, trail: Trail, options: Adapters, pruned: str | None,
+def _check_adapters(problems: Problems, trail: Trail, options: Lora | Qlora, pruned: str | None,
                     dims: Dims | None) -> None:
     """Adapters whose parent has zeros, starts that need another base or rank, and names of layers."""
     if pruned is not None:
         masked = "expected adapters that can be masked: "
         why = f"after {shown(pruned)}, whose zeros have to stay"
-        if isinstance(options, Qlora):
+        if options.method == "qlora":
             problems.add((*trail, "method"), f"given qlora {why}; {masked}method: lora, and quantize the result")
         if options.dora:
             problems.add((*trail, "dora"), f"given true {why} (DoRA rescales whole rows); {masked}leave dora out, "
                                            "rslora can stay")
-        if isinstance(options, Lora) and not options.merge:
+        if options.method == "lora" and not options.merge:
             _refuse_apart(problems, trail, pruned)
         if options.init == "pissa":
             problems.add((*trail, "init"), f"given pissa {why} (its frozen rest is dense); {masked}init: default")
-    if options.init == "loftq" and not isinstance(options, Qlora):
+    if options.init == "loftq" and options.method != "qlora":
         problems.add((*trail, "init"), "given loftq with method: lora, whose base is not rounded; expected method: "
                                        "qlora with it, or init: pissa or default")
-    if isinstance(options, Qlora) and "loftq_iterations" in options.model_fields_set and options.init != "loftq":
+    if options.method == "qlora" and "loftq_iterations" in options.model_fields_set and options.init != "loftq":
         problems.add((*trail, "loftq_iterations"), f"given loftq_iterations with init: {options.init}, which makes no "
                      "turns; expected init: loftq beside it: add that, or remove loftq_iterations", key=True)
     if not isinstance(options.targets, str):

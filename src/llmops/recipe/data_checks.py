@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmops.data.options import BUILTIN, DataSource
 from llmops.data.readers import READERS
 from llmops.data.splits import parse_split
 from llmops.errors import nearest
-from llmops.evaluate.options import Evaluation, ExactMatch, Harness, MultipleChoice, Perplexity, PreferenceAccuracy
+from llmops.evaluate.options import Evaluation
 from llmops.measure.options import MeasureOptions
 from llmops.recipe.model import Dims, looks_like_hub_id
 from llmops.recipe.names import refer
 from llmops.recipe.schema import BASE, COSTS, Goal, Goals, score_ids
 from llmops.recipe.source import Problems, Trail, shown
 from llmops.recipe.tree import cycle
+
+if TYPE_CHECKING:
+    from llmops.evaluate.options import Harness
 
 __all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "is_local", "near_files"]
 
@@ -108,16 +112,16 @@ def check_evaluate(problems: Problems, entries: Mapping[int, Evaluation], data: 
                 problems.add(trail, f'given the score "{score}" twice (also entry {seen[score]}); expected it once: '
                                     "remove one, or give the data a second name with `from`", key=True)
             seen.setdefault(score, index)
-        if isinstance(options, Harness):
+        if entry.metric == "harness":
             _check_include(problems, trail, options, base_dir)
             continue
         if refer(problems, (*trail, "data"), options.data, names, "data"):
-            _check_kind(problems, trail, options, data)
-        extract = options.extract if isinstance(options, ExactMatch) else None
+            _check_kind(problems, trail, entry, data)
+        extract = options.extract if entry.metric == "exact_match" else None
         if extract is not None and not re.compile(extract).groups:
             problems.add((*trail, "extract"), f"given {shown(extract)}, which has no group; expected one around the "
                                               f"answer, as '({extract})'")
-        if isinstance(options, Perplexity) and options.stride is not None and options.stride > options.context:
+        if getattr(options, "stride", None) is not None and options.stride > options.context:
             problems.add((*trail, "stride"), f"given {options.stride}; expected at most the context "
                                              f"({options.context}), or tokens between the windows go unscored")
 
@@ -129,21 +133,19 @@ def _check_include(problems: Problems, trail: Trail, options: Harness, base_dir:
                      f"{near_files(path)}; expected a folder with task YAML files")
 
 
-def _check_kind(problems: Problems, trail: Trail,
-                options: ExactMatch | MultipleChoice | PreferenceAccuracy | Perplexity,
-                data: Mapping[str, DataSource]) -> None:
+def _check_kind(problems: Problems, trail: Trail, entry: Evaluation, data: Mapping[str, DataSource]) -> None:
     """Builtin data are known to be questions, choices, preferences or text."""
-    root, hops = data.get(options.data), 0
+    root, hops = data.get(entry.options.data), 0
     while root is not None and root.from_ is not None and hops < len(data):
         root, hops = data.get(root.from_), hops + 1
     source = root.source if root is not None else None
     if source not in BUILTIN:
         return
-    fits = {ExactMatch: "builtin:facts", MultipleChoice: "builtin:choices",
-            PreferenceAccuracy: "builtin:preferences"}.get(type(options))
+    fits = {"exact_match": "builtin:facts", "multiple_choice": "builtin:choices",
+            "preference_accuracy": "builtin:preferences"}.get(entry.metric)
     if fits is not None and source != fits and (fits, source) != ("builtin:facts", "builtin:study"):
-        problems.add((*trail, "data"), f"given {shown(options.data)}, which is {source}; expected data for "
-                                       f"{trail[-1]}, such as {fits}")
+        problems.add((*trail, "data"), f"given {shown(entry.options.data)}, which is {source}; expected data "
+                                       f"for {trail[-1]}, such as {fits}")
 
 
 def check_measure(problems: Problems, options: MeasureOptions, dims: Dims | None) -> None:

@@ -30,24 +30,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.data.locate import locate, named
 from llmops.data.options import DataSource
 from llmops.data.splits import parse_split
 from llmops.data.world_size import ROWS, SIZES
 from llmops.errors import DataError
-from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Adapters, Dpo, Qlora, Training
-from llmops.methods.prune.options import Depth
-from llmops.methods.quantize.options import BITSANDBYTES, Auto, Autoround, Calibrated, WeightOnly
+from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import Dims, bytes_per_weight
 from llmops.recipe.schema import Recipe, Variant
 
+if TYPE_CHECKING:
+    from llmops.methods.finetune.options import Dpo, Lora, Qlora
+    from llmops.methods.quantize.options import WeightOnly
+
 __all__ = ["Estimate", "estimate", "row_count", "training_memory"]
 
+_TRAINING = ("finetune", "distill")  # kinds of step
 CHUNK_BYTES = 64_000_000  # of float32 logits that a loss holds at once; the rest is computed chunk by chunk
 CROPS = 128  # of a calibration whose data names no `samples`
 _MOST_COUNTED = 256_000_000  # bytes of a text file whose lines are counted
@@ -89,7 +91,7 @@ def _estimated(value: float, how: str) -> Quantity:
 
 def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
     for variant in reversed(recipe.chain(name)):
-        if isinstance(variant.options, Depth):
+        if variant.method == "depth":
             kept = variant.options.layers
             return kept if isinstance(kept, int) else len(kept)
     return dims.layers
@@ -97,16 +99,14 @@ def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
 
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
     width = bytes_per_weight(recipe.runtime.dtype, dims)
-    options = variant.options if variant is not None else None
-    if _kept_apart(options):
-        assert isinstance(options, Adapters | Dpo)
-        return 4.0 * _adapter(options, dims, layers)
+    if variant is not None and _kept_apart(variant.options):
+        return 4.0 * _adapter(variant.options, dims, layers)
     dense = float(width * dims.parameters(layers))
-    scheme = _scheme(recipe, variant.name) if variant is not None else None
+    scheme: Any = _scheme(recipe, variant.name) if variant is not None else None
     if "r1" in getattr(scheme, "rotations", ()) and dims.tied:
         dense += width * dims.vocab * dims.hidden  # the head, untied
     dense += layers * sum(packed - width * count for count, packed in _packed(scheme, dims, layers, width))
-    return dense + (_ends(scheme, dims, width) if isinstance(scheme, WeightOnly) else 0)
+    return dense + (_ends(scheme, dims, width) if hasattr(scheme, "scheme") else 0)
 
 
 def _scheme(recipe: Recipe, name: str) -> Any:
@@ -117,19 +117,19 @@ def _scheme(recipe: Recipe, name: str) -> Any:
 
 def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int, float]]:
     """(weights, bytes with their scales) of each linear layer of a block that is quantized so."""
-    if isinstance(scheme, Auto):
+    if getattr(scheme, "method", None) == "auto":
         linear = layers * dims.linear_parameters
         rest = width * (dims.parameters(layers) - linear)
         each = (scheme.bits or 0) / 8 if scheme.bytes is None else (scheme.bytes - rest) / linear
         return [(dims.linear_parameters, each * dims.linear_parameters)]
     found = []
     for name, (out, into) in dims.linear_shapes().items():
-        if isinstance(scheme, WeightOnly) and not any(name.endswith(ending) for ending in scheme.ignore):
+        if hasattr(scheme, "scheme") and not any(name.endswith(ending) for ending in scheme.ignore):
             groups = out * (1 if scheme.group == -1 else -(-into // scheme.group))
             if scheme.number_format == "fp8-block":
                 groups = -(-out // scheme.group) * -(-into // scheme.group)
             scale = 1 if scheme.scheme in ("mxfp4", "nvfp4") else 2
-            extra = groups * (scale + (0 if scheme.symmetric else scheme.bits / 8))
+            extra: float = groups * (scale + (0 if scheme.symmetric else scheme.bits / 8))
             if scheme.scheme in BITSANDBYTES:
                 extra = _bitsandbytes_scales(scheme, out, into)
             found.append((out * into, out * into * scheme.bits / 8 + extra))
@@ -159,7 +159,7 @@ def _ends(options: WeightOnly, dims: Dims, width: int) -> float:
     return change
 
 
-def _adapter(options: Adapters | Dpo, dims: Dims, layers: int) -> int:
+def _adapter(options: Lora | Qlora | Dpo, dims: Dims, layers: int) -> int:
     """Parameters of the adapters: r x (in + out) for every target, in every layer."""
     assert options.rank is not None
     shapes = {name.rsplit(".", 1)[-1]: shape for name, shape in dims.linear_shapes().items()}
@@ -174,7 +174,7 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
     if variant is None:
         return float(width * count)
     options = variant.options
-    if isinstance(options, Training):
+    if variant.kind in _TRAINING:
         length = min(options.max_length, dims.context or options.max_length)
         return training_memory(recipe, variant, dims,
                                options.batch_tokens or options.batch_size * length * _sides(options))
@@ -185,14 +185,14 @@ def _memory(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) ->
 
 def _solving(options: Any, dims: Dims) -> float:
     """Bytes that a quantizer needs beside the layer and the activations that wait."""
-    if isinstance(options, Autoround):
+    if options.method == "autoround":
         length = min(options.length, dims.context or options.length)
-        return 20.0 * dims.linear_parameters + 2.0 * 34 * dims.hidden * options.batch_size * length
-    if isinstance(options, Auto):
+        return float(20 * dims.linear_parameters + 2 * 34 * dims.hidden * options.batch_size * length)
+    if options.method == "auto":
         held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
         return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
                                                                         dims.linear_shapes().values()) ** 2
-    if isinstance(options, Calibrated):
+    if options.method in ("gptq", "awq", "smoothquant"):
         return 12.0 * max(into for _, into in dims.linear_shapes().values()) ** 2
     return 0.0
 
@@ -206,14 +206,14 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
     logits = min(12.0 * tokens * dims.vocab, 12.0 * CHUNK_BYTES)
     activations = tokens * 2 * 34 * dims.hidden * kept + logits
-    if isinstance(options, Adapters) or (isinstance(options, Dpo) and options.rank is not None):
+    if getattr(options, "rank", None) is not None:
         width = bytes_per_weight(recipe.runtime.dtype, dims)
-        base = _four_bit(dims, layers, width, options) if isinstance(options, Qlora) else 4.0 * count
+        base = _four_bit(dims, layers, width, options) if options.method == "qlora" else 4.0 * count
         if made_by is not None:
             base += _on_integers(recipe.variants[made_by].options, dims, layers, width, apart=_kept_apart(options))
         return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
-    if isinstance(options, Logits):
+    if options.method == "logits":
         teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
     seen = 4.0 * layers * dims.linear_parameters if made_by is not None else 0.0
     return 16.0 * count + seen + activations + teacher
@@ -234,14 +234,14 @@ def _four_bit(dims: Dims, layers: int, width: int, options: Qlora) -> float:
     return linear * bits / 8 + float(width * (dims.parameters(layers) - linear))
 
 
-def _sides(options: Training) -> int:
+def _sides(options: Any) -> int:
     """Answers that a row of the training holds: a pair has two."""
-    return 2 if isinstance(options, Dpo) else 1
+    return 2 if options.method == "dpo" else 1
 
 
 def _kept_apart(options: Any) -> bool:
     """Whether what is stored is an adapter alone."""
-    return isinstance(options, Adapters | Dpo) and getattr(options, "merge", True) in (False, "apart")
+    return getattr(options, "merge", True) in (False, "apart")
 
 
 def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
@@ -254,8 +254,8 @@ def _calibration(recipe: Recipe, options: Any, dims: Dims | None) -> int | None:
 
 
 def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quantity:
-    options = variant.options if variant is not None else None
-    if not isinstance(options, Training):
+    options: Any = variant.options if variant is not None else None
+    if variant is None or variant.kind not in _TRAINING:
         count = _calibration(recipe, options, dims)
         if count is not None:
             return Quantity(float(count), "tokens", "estimated", "calibration crops x length, at most")

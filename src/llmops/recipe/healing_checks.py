@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Adapters, Dpo, Full, Lora
-from llmops.methods.quantize.options import KvCache
 from llmops.recipe.model import Dims
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
+
+if TYPE_CHECKING:
+    from llmops.methods.finetune.options import Lora
 
 __all__ = ["check_healing", "quantized_by"]
 
@@ -46,17 +47,18 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
     if made_by is None:
         return
     trail: Trail = ("variants", variant.name, "from")
-    trains = isinstance(variant.options, Lora | Full | Logits)
+    trains = variant.method in ("lora", "full", "logits")
     if made_by == BASE:
         if not (trains and dims is not None and dims.integers):
             problems.add(trail, "given a base model that is quantized already (quantization_config or llmops_kv_cache "
                                 "in its config.json); expected 16- or 32-bit weights and cache: start from the model "
                                 "it was made of (it can be scored as it is: variants: {})")
             return
-    elif isinstance(step := variants[made_by].options, KvCache):
-        problems.add(trail, f"given {shown(variant.parent)}, whose keys and values are kept in {step.dtype}, which no "
+    elif variants[made_by].method == "kv_cache":
+        dtype = variants[made_by].options.dtype
+        problems.add(trail, f"given {shown(variant.parent)}, whose keys and values are kept in {dtype}, which no "
                             f"later step carries on; expected {shown(variants[made_by].parent)}, whose weights are the "
-                            "same" + (f", and kv_cache: {step.dtype} here" if hasattr(variant.options, "scheme") else
+                            "same" + (f", and kv_cache: {dtype} here" if hasattr(variant.options, "scheme") else
                                       ", and this step before that one"))
         return
     elif not trains:
@@ -67,14 +69,13 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
                             "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or to train "
                             f"{shown(variants[made_by].parent)} and quantize the result")
         return
-    if isinstance(variant.options, Lora):
+    if variant.method == "lora":
         _check_adapters(problems, ("variants", variant.name, variant.kind), variant.options, variant.parent)
 
 
 def _keeps_integers(variant: Variant) -> bool:
     """Whether a child of a quantized parent is stored in its integers."""
-    options = variant.options
-    return isinstance(options, Full | Logits) or (isinstance(options, Lora) and options.merge)
+    return variant.method in ("full", "logits") or (variant.method == "lora" and variant.options.merge)
 
 
 def _beyond_integers(variant: Variant) -> str:
@@ -92,11 +93,11 @@ def _refusal(variant: Variant, made_by: str, before: str) -> str:
     if variant.kind == "quantize":
         return (f"{given}which is quantized already; expected a variant in 16 bit: start from {shown(before)}, as "
                 f"{'it' if made_by == variant.parent else shown(made_by)} does")
-    if isinstance(variant.options, Adapters):  # qlora
+    if variant.method == "qlora":
         return (f"{given}a quantized variant, which method: qlora would round once more; expected method: lora with "
                 f"merge: false, for an adapter on its integers, or method: qlora from {shown(before)}, which it "
                 "rounds itself")
-    if isinstance(variant.options, Dpo):
+    if variant.method == "dpo":
         return (f"{given}a quantized variant: the reference of DPO is the parent beside what is trained, and they "
                 f"would not be rounded alike; expected a variant in 16 bit: dpo from {shown(before)} and quantize the "
                 "result")

@@ -131,18 +131,26 @@ def package_version(name: str) -> str:
     only when there is no such folder.
     """
     wanted = name.lower().replace("-", "_")
-    for place in sys.path:
-        with contextlib.suppress(OSError):
-            for entry in (entry for entry in os.listdir(place or ".") if entry.endswith(".dist-info")):
-                package, _, version = entry.removesuffix(".dist-info").rpartition("-")
-                if package.lower().replace("-", "_").replace(".", "_") == wanted:
-                    return version
+    if wanted in (found := _installed()):
+        return found[wanted]
     from importlib import metadata
 
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "absent"
+
+
+@lru_cache
+def _installed() -> dict[str, str]:
+    """Version of every package that has a `.dist-info` folder, by its name in small letters and underscores."""
+    found: dict[str, str] = {}
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            for entry in (entry for entry in os.listdir(place or ".") if entry.endswith(".dist-info")):
+                package, _, version = entry.removesuffix(".dist-info").rpartition("-")
+                found.setdefault(package.lower().replace("-", "_").replace(".", "_"), version)
+    return found
 
 
 def _shared(recipe: Recipe) -> dict[str, str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from llmops.methods.quantize.options import Autoround, Hqq, WeightOnly
+from llmops.recipe.schema import Variant
 from llmops.recipe.source import Problems, Trail, shown
+
+if TYPE_CHECKING:
+    from llmops.methods.quantize.options import WeightOnly
 
 __all__ = ["check_number_format"]
 
@@ -13,9 +17,9 @@ _FIXED = {"w8a8": "int8 with one scale a row of the weight", "fp8": "8-bit float
           "mxfp4": "4-bit floats in groups of 32", "nvfp4": "4-bit floats in groups of 16"}
 
 
-def check_number_format(problems: Problems, trail: Trail, options: WeightOnly, widths: Mapping[str, int]) -> None:
+def check_number_format(problems: Problems, trail: Trail, variant: Variant, widths: Mapping[str, int]) -> None:
     """widths: inputs of each layer that is quantized, where they are known."""
-    scheme = options.scheme
+    options, method, scheme = variant.options, variant.method, variant.options.scheme
     if options.scales is not None and scheme != "fp8":
         problems.add((*trail, "scales"), f"given {options.scales} with scheme: {scheme}, which leaves no choice of "
                                          "scales; expected no `scales`, or scheme: fp8", key=True)
@@ -27,13 +31,13 @@ def check_number_format(problems: Problems, trail: Trail, options: WeightOnly, w
         problems.add((*trail, "group_size"), f"given {options.group_size} with scheme: {scheme}, which is {fixed}; "
                                              f"expected no group_size{instead}, or a scheme of integers such as w4a16",
                      key=True)
-    if not options.symmetric and not isinstance(options, Hqq):
+    if not options.symmetric and method != "hqq":
         problems.add((*trail, "symmetric"), f"given false with scheme: {scheme}, which has no zero points; expected no "
                                             "`symmetric`, or a scheme of integers such as w4a16", key=True)
-    if isinstance(options, Hqq) or (isinstance(options, Autoround) and scheme != "w8a8"):
-        why = "fits zero points, and a symmetric format has none" if isinstance(options, Hqq) else \
+    if method == "hqq" or (method == "autoround" and scheme != "w8a8"):
+        why = "fits zero points, and a symmetric format has none" if method == "hqq" else \
             "learns to round to evenly spaced numbers"
-        problems.add((*trail, "scheme"), f"given {shown(scheme)} with method: {options.method}, which {why}; expected "
+        problems.add((*trail, "scheme"), f"given {shown(scheme)} with method: {method}, which {why}; expected "
                                          "method: rtn, gptq or awq, or a scheme of integers such as w4a16")
     _check_widths(problems, trail, options, widths)
 

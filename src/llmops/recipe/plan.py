@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmops.methods.quantize.options import Auto, KvCache
 from llmops.recipe import keys as k
 from llmops.recipe.estimate import Estimate, estimate
 from llmops.recipe.hashing import FileHashes
@@ -143,14 +142,14 @@ def _summary(recipe: Recipe, name: str) -> str:
         return f"the model itself ({recipe.model.id}{revision})"
     options = variant.options
     words = []
-    if isinstance(options, Auto):
+    if variant.method == "auto":
         words.append(f"{options.bits:g} bits" if options.bits is not None else f"{options.bytes:,} bytes")
     if hasattr(options, "scheme"):
         plain = getattr(options, "number_format", None) is None
         words.append(options.scheme if plain else options.number_format)
         words += [f"g{options.group}"] if plain and options.group != -1 else []
     if getattr(options, "kv_cache", None):
-        words.append(options.kv_cache if isinstance(options, KvCache) else f"kv {options.kv_cache}")
+        words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
     if hasattr(options, "layers"):

@@ -284,7 +284,7 @@ def _read_evaluate(parts: _Parts, value: Any) -> None:
             continue
         found = read(parts.problems, (*trail, metric), options, EVALUATIONS[metric], metric)
         if found is not None:
-            parts.evaluate[index] = Evaluation.model_construct(None, **cast(Any, {metric: found}))
+            parts.evaluate[index] = Evaluation(metric, found)
     data_checks.check_evaluate(parts.problems, parts.evaluate, parts.data, parts.data_names, parts.base_dir)
 
 

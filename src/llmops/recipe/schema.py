@@ -14,24 +14,23 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llmops.data.options import DataSource
-from llmops.evaluate.options import Evaluation, Harness
+from llmops.evaluate.options import Evaluation
 from llmops.measure.options import MeasureOptions
-from llmops.methods.distill.options import Logits
-from llmops.methods.finetune.options import Dpo, Full, Lora, Qlora
-from llmops.methods.prune.options import Depth, Magnitude, Wanda
-from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Hqq, KvCache, Rtn, Smoothquant
-from llmops.options import Options
+from llmops.options import Models, Options
 
 __all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
            "TRACKERS", "Tracking", "Variant", "score_ids"]
 
 Kind = Literal["finetune", "prune", "quantize", "distill"]
-STEPS: dict[str, dict[str, type[Options]]] = {
-    "finetune": {"lora": Lora, "qlora": Qlora, "full": Full, "dpo": Dpo},
-    "prune": {"magnitude": Magnitude, "wanda": Wanda, "depth": Depth},
-    "quantize": {"rtn": Rtn, "gptq": Gptq, "awq": Awq, "hqq": Hqq, "autoround": Autoround, "auto": Auto,
-                 "smoothquant": Smoothquant, "kv_cache": KvCache},
-    "distill": {"logits": Logits},
+#: Kind of step -> method -> options; only what a recipe names is imported.
+STEPS = {
+    "finetune": Models("llmops.methods.finetune.options", {"lora": "Lora", "qlora": "Qlora", "full": "Full",
+                                                           "dpo": "Dpo"}),
+    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda", "depth": "Depth"}),
+    "quantize": Models("llmops.methods.quantize.options", {
+        "rtn": "Rtn", "gptq": "Gptq", "awq": "Awq", "hqq": "Hqq", "autoround": "Autoround", "auto": "Auto",
+        "smoothquant": "Smoothquant", "kv_cache": "KvCache"}),
+    "distill": Models("llmops.methods.distill.options", {"logits": "Logits"}),
 }
 #: Where `report_to` can send what a training tells.
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -181,6 +180,5 @@ class Recipe:
 
 def score_ids(entry: Evaluation) -> list[str]:
     """The scores of one entry of `evaluate`: one, or for the harness one a task."""
-    options = entry.options
-    return [f"harness:{task}" for task in options.tasks] if isinstance(options, Harness) else [entry.id]
+    return [f"harness:{task}" for task in entry.options.tasks] if entry.metric == "harness" else [entry.id]
 
