@@ -257,7 +257,11 @@ def test_killed_at_four_moments_the_end_is_that_of_a_quiet_run(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_trains_on_two_ranks_what_one_process_trains(place, tmp_path):
-    """The same variants, each scored once by rank 0, with the losses of one process."""
+    """The same variants, each scored once by rank 0, with the losses of one process.
+
+    `again` begins with weights that were stored in bfloat16, where a sum in another order may have fallen to the other
+    side: its losses agree less closely.
+    """
     path = written(place, tmp_path / "r.yaml", {"tuned": TUNED, "w4": W4, "again": {**TUNED, "from": "tuned"}})
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     child = tune(path, tmp_path / "two", "--json", prefix=torchrun)
@@ -270,7 +274,7 @@ def test_torchrun_trains_on_two_ranks_what_one_process_trains(place, tmp_path):
     for row, other in zip(one.rows, sorted(two, key=lambda row: row["row_id"]), strict=True):
         assert row["identity"]["key"] == other["identity"]["key"]
         assert [loss for _, loss in row["building"]["loss"]] == pytest.approx(
-            [loss for _, loss in other["building"]["loss"]], rel=1e-4)
+            [loss for _, loss in other["building"]["loss"]], rel=1e-3 if row["identity"]["variant"] == "again" else 1e-4)
     assert not left_over(tmp_path / "two")
 
 
