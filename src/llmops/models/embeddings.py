@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.arch import text_config
 from llmops.models.packed import PackedLinear
 from llmops.ops.bitstream import unpack_bits
 
@@ -96,11 +97,16 @@ def is_tied(model: nn.Module) -> bool:
     return head is not None and getattr(embedding, "weight", None) is getattr(head, "weight", ())
 
 
-def untie(model: Any) -> None:
-    """Give the head a weight of its own, the same values, in place, and let the config say so."""
+def untie(model: Any) -> int:
+    """Give the head a weight of its own, the same values, in place, and let the config say so. Returns its bytes."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    model.config.tie_word_embeddings = False
+    for config in (model.config, text_config(model)):
+        config.tie_word_embeddings = False
+    for module in model.modules():
+        if isinstance(getattr(module, "all_tied_weights_keys", None), dict):
+            module.all_tied_weights_keys = {}
+    return int(head.weight.numel()) * int(head.weight.element_size())
 
 
 def same_weight(first: object, second: object) -> bool:

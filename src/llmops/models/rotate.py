@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from llmops.block_stream import Stream, finite, instead, lent, passing
 from llmops.errors import ModelError
 from llmops.methods.quantize.hadamard import Hadamard, randomized
-from llmops.models.arch import decoder_layers, linear_layers, text_config
+from llmops.models.arch import decoder_layers, linear_layers
+from llmops.models.embeddings import untie
 from llmops.models.fold import Link, after_norms, between_linears, is_norm
 
 __all__ = ["PARTS", "Rotation", "Touch", "find_rotation", "rotate"]
@@ -92,7 +93,8 @@ class Rotation:
         gain = _gain(norm, self.norm.offset)
         told = []
         if head.weight is embedding.weight and not bool((gain == 1).all()):
-            told.append(_untie(model, head))
+            told.append("the output head is untied from the embedding: the final norm's gain is folded into it, which "
+                        f"takes {untie(model):,} bytes more on disk")
         if head.weight is not embedding.weight:
             _columns(head.weight, self.stream, gain)
             norm.weight.fill_(1 - self.norm.offset)
@@ -350,16 +352,3 @@ def _rows(layer: nn.Module, Q: Hadamard) -> None:
 
 def _gain(norm: nn.Module, offset: float) -> Tensor:
     return norm.weight.detach().float() + offset
-
-
-def _untie(model: Any, head: nn.Module) -> str:
-    """Give the head a weight of its own, and have the config say so."""
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in (model.config, text_config(model)):
-        config.tie_word_embeddings = False
-    for module in model.modules():
-        if isinstance(getattr(module, "all_tied_weights_keys", None), dict):
-            module.all_tied_weights_keys = {}
-    size = head.weight.numel() * head.weight.element_size()
-    return (f"the output head is untied from the embedding: the final norm's gain is folded into it, which takes "
-            f"{size:,} bytes more on disk")
