@@ -50,6 +50,7 @@ def test_a_teacher_answers_prompts_that_have_no_answer(place, tmp_path, monkeypa
     monkeypatch.setattr(distilling, "ended_answers", lambda *args, **more: written)
     row = run(place, tmp_path / "runs", data="asked", answers="teacher", max_new_tokens=5)
     assert row["status"]["state"] == "ok" and row["building"]["data"]["rows"] == 10
+    assert "tokens read and written" in row["building"]["flops"]["method"]
     told = [event for event in row["log"]["events"] if "answered" in event]
     assert told == ["tuned answered 10 of the 12 prompts of asked; 2 answers were empty or not done after 5 tokens, "
                     "and are left out"]

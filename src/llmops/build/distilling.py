@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,21 +40,30 @@ def logits_step(job: Job, options: Logits, train: Callable[..., Work] = train_al
     teacher = trainable(job.teacher(options.teacher), frozen=True)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
-    told: list[str] = []
+    told = _Told()
     taught = job if options.answers == "data" else replace(job, rows=_answered(job, options, teacher, told))
     rows = training_rows(taught, options)
     attention = use_packed_attention(teacher) if rows.train.packed else nullcontext()
     with attention, _taught_by(teacher, job.model, options) as loss:
         work = train(job, options, loss, rows)
-    work.events += told
-    forward = 2.0 * count_parameters(teacher) * work.tokens
+    work.events += told.events
+    forward = 2.0 * count_parameters(teacher) * (work.tokens + told.tokens)
     if work.flops.value is not None:
         work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
-                              f"{work.flops.method}, and 2 x the teacher's parameters x tokens")
+                              f"{work.flops.method}, and 2 x the teacher's parameters x tokens"
+                              + (" read and written" if told.tokens else ""))
     return work
 
 
-def _answered(job: Job, options: Logits, teacher: Any, told: list[str]) -> Callable[[str], Rows]:
+@dataclass
+class _Told:
+    """What became of a teacher's answers: for the row, and the tokens it read and wrote."""
+
+    events: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+def _answered(job: Job, options: Logits, teacher: Any, told: _Told) -> Callable[[str], Rows]:
     """The data by name with the teacher's answers in place of its own; what became of them goes into `told`.
 
     Answered once, in the first attempt of a build. Answers that do not end within `max_new_tokens` would teach to break
@@ -73,13 +82,16 @@ def _answered(job: Job, options: Logits, teacher: Any, told: list[str]) -> Calla
 
             answers = job.checkpoints.remember(f"answers-{name}", write) if job.checkpoints is not None else write()
             good = {row: str(answer) for row, answer in enumerate(answers) if answer and answer.strip()}
-            told.append(f"{options.teacher} answered {len(good):,} of the {len(answers):,} prompts of {name}"
-                        + (f"; {len(answers) - len(good):,} answers were empty or not done after "
-                           f"{options.max_new_tokens} tokens, and are left out" if len(good) < len(answers) else ""))
+            lost = len(answers) - len(good)
+            told.events.append(f"{options.teacher} answered {len(good):,} of the {len(answers):,} prompts of {name}"
+                               + (f"; {lost:,} answers were empty or not done after {options.max_new_tokens} tokens, "
+                                  "and are left out" if lost else ""))
             if not good:
                 raise StepError(f'data "{name}": {options.teacher} ended none of its {len(answers)} answers within '
                                 f"{options.max_new_tokens} tokens; expected a teacher that answers such prompts, or a "
                                 "larger max_new_tokens")
+            told.tokens += sum(len(prompt.input_ids) for prompt in prompts)
+            told.tokens += sum(len(ids) for ids in job.tokenizer([*good.values()])["input_ids"])
             kept[name] = with_answers(source, good, job.tokenizer)
         return kept[name]
 
