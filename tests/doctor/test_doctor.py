@@ -106,6 +106,13 @@ def test_what_is_rehearsed_is_the_recipe_made_short(tmp_path):
     assert Path(short["data"]["train"]["source"]).is_absolute()
 
 
+def test_what_its_teacher_answers_is_rehearsed_on_labelled_rows(tmp_path):
+    recipe = load_recipe(str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml"))
+    student = rehearsed(recipe, tmp_path)["variants"]["student"]["distill"]
+    assert recipe.variants["student"].options.answers == "teacher"
+    assert student["data"] == "train" and "answers" not in student and student["max_steps"] == 2
+
+
 def test_pairs_that_train_every_weight_are_rehearsed_so(tmp_path):
     folder = workplace(tmp_path)
     body = recipe({"all": {"finetune": {"method": "dpo", "data": "train", "rank": None}}})

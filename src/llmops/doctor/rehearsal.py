@@ -47,6 +47,10 @@ def rehearse(path: str, sets: Sequence[str] = (), say: Callable[[Check], None] |
         with found.trying("twin", "run `llmops tune` with `max_steps: 2` on the model itself instead"):
             _twin(recipe, place / "twin", found)
             body = rehearsed(recipe, place / "twin")
+            for name in (name for name in _chosen(recipe) if _answered(recipe.variants[name])):
+                found.add(f"answers ({name})", "note", "rehearsed on labelled rows: a twin of random weights ends no "
+                                                       "answer", "answers of the real teacher that do not end are "
+                                                                 "counted in the row")
             undisturbed: list[float] = []
             with found.trying("stages"):
                 undisturbed = _stages(body, place, found)
@@ -81,7 +85,7 @@ def _look_at_data(recipe: Recipe, found: Checklist) -> dict[str, list[int]]:
         if not isinstance(options, Training):
             continue
         for data in options.mixed:
-            answer = options.max_new_tokens if isinstance(options, Logits) and options.answers == "teacher" else 0
+            answer = options.max_new_tokens if isinstance(options, Logits) and _answered(variant) else 0
             key = data, options.max_length, f"{variant.method} {answer}"
             if key not in seen:
                 rows, limits = rows_of(recipe, data), recipe.data[data].limits
@@ -119,15 +123,30 @@ def rehearsed(recipe: Recipe, twin: Path) -> dict[str, Any]:
     data = {name: _source(source, recipe.base_dir) for name, source in recipe.data.items()}
     train = next((variant.options.mixed[0] for variant in recipe.variants.values()
                   if isinstance(variant.options, Training) and variant.method != "dpo"
-                  and getattr(variant.options, "answers", "data") == "data"), None)
+                  and not _answered(variant)), None)
     if train is None:
         data[train := f"{OWN}facts"] = {"source": "builtin:facts", "split": "train", "samples": ROWS}
     data[f"{OWN}text"] = {"source": "builtin:world", "split": "test", "samples": 8}
+    for name in chosen:
+        if _answered(recipe.variants[name]):
+            _on_labels(variants[name][recipe.variants[name].kind], train)
     variants |= _own({(v.kind, v.method) for v in map(recipe.variants.__getitem__, chosen)}, train)
     return {"version": 1, "name": "doctor", "seed": recipe.seed, "model": str(twin), "data": data,
             "runtime": recipe.runtime.model_dump(exclude_defaults=True),
             "evaluate": [{"perplexity": {"data": f"{OWN}text", "context": 32, "max_tokens": 128}}],
             "variants": variants}
+
+
+def _answered(variant: Variant) -> bool:
+    """Whether the teacher is to write the answers."""
+    return getattr(variant.options, "answers", "data") == "teacher"
+
+
+def _on_labels(step: dict[str, Any], train: str) -> None:
+    """Rehearse on labelled rows what learns from its teacher's answers: random weights end no answer."""
+    step["data"] = train
+    step.pop("answers")
+    step.pop("stop", None)
 
 
 def _chosen(recipe: Recipe) -> list[str]:
