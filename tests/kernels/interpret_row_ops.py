@@ -56,9 +56,9 @@ def quantize(m: int, k: int, dtype: str, group: int, source: str, special: str, 
     x = strided(x)
     found = quantize_tokens.quantize_tokens(x, TYPES[dtype], group_size=group)
     wanted = reference(x, TYPES[dtype], group)
-    if special == "nan":  # the token is NaN, its neighbours are not
+    if special == "nan":  # the token's scale (or its group's) is NaN, its neighbours' are not
         others = [i for i in range(m) if i != m // 2]
-        return {"repeats": bool(found[1][m // 2].isnan().all()),
+        return {"repeats": bool(found[1][m // 2].isnan().any()),
                 "equal": same(tuple(part[others] for part in found), tuple(part[others] for part in wanted))}
     again = quantize_tokens.quantize_tokens(x, TYPES[dtype], group_size=group)
     return {"repeats": same(found, again), "equal": same(found, wanted)}
