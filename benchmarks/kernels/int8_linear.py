@@ -67,7 +67,8 @@ def checks(device: str) -> Iterator[Check]:
         a, s = quantize_tokens(activations(m, k, seed=m))
         y = int8_linear.int8_linear(a.to(device), s.to(device), w.to(device), scale.to(device), dtype=torch.float32)
         exact = reference(a, s, w, scale, None, torch.float32)
-        yield Check(f"int8_linear M={m} N={n} K={k}", float((y.cpu() - exact).abs().div(exact.abs() + 1e-20).max()), 3e-7)
+        worst = float((y.cpu() - exact).abs().div(exact.abs() + 1e-20).max())
+        yield Check(f"int8_linear M={m} N={n} K={k}", worst, 3e-7)
 
 
 def cases(dry: bool) -> list[Case]:

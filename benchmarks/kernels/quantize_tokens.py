@@ -23,7 +23,7 @@ TOKENS = (1, 16, 4096)
 
 def compiled() -> list[Compiled]:
     made = []
-    for width in (1024, 4096, 16384, 28672):
+    for width in (4096, 16384, 28672):
         for dtype, group in KINDS:
             if group == 128 and width > 4096:
                 continue  # the tiles of 2,048
@@ -66,5 +66,5 @@ def _case(m: int, k: int, dtype: torch.dtype, group: int) -> Case:
                 "PyTorch": lambda: reference(x, dtype, group)}
 
     scales = 4 * m * (1 if group == -1 else -(-k // 128))
-    return Case("quantize_tokens", f"{k} columns, {label(dtype, group)}", {"M": m, "K": k}, 3 * m * k + scales, 0, "bf16",
-                3 * m * k, make)
+    return Case("quantize_tokens", f"{k} columns, {label(dtype, group)}", {"M": m, "K": k}, 3 * m * k + scales, 0,
+                "bf16", 3 * m * k, make)

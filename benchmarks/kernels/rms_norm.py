@@ -22,7 +22,7 @@ WIDTHS = (4096, 8192)
 
 def compiled() -> list[Compiled]:
     made = []
-    for width in (1024, 4096, 8192, 16384):
+    for width in (4096, 16384):
         for add in (False, True):
             for dtype, group in (*KINDS, *(((None, -1),) if add else ())):
                 tiles = rms_norm.tiles(width)
@@ -31,7 +31,8 @@ def compiled() -> list[Compiled]:
                 codes = {None: "*bf16", torch.int8: "*i8", FP8: "*fp8e4nv"}[dtype]
                 types = {"x_ptr": "*bf16", "r_ptr": "*bf16", "w_ptr": "*bf16", "h_ptr": "*bf16", "y_ptr": codes,
                          "s_ptr": "*fp32", "eps": "fp32"}
-                name = f"{'add_' if add else ''}rms_norm {'bf16' if dtype is None else label(dtype, group)}, {width} columns"
+                kind = "bf16" if dtype is None else label(dtype, group)
+                name = f"{'add_' if add else ''}rms_norm {kind}, {width} columns"
                 made.append(Compiled(name, rms_norm.kernel, types, constants, tiles["num_warps"], 3, odd=("stride_s",),
                                      copies=False))
     return made
@@ -59,7 +60,7 @@ def checks(device: str) -> Iterator[Check]:
         h = (x.float() + r.float()).to(x.dtype)
         y, sum_ = rms_norm.add_rms_norm(x.to(device), r.to(device), weight.to(device), EPS)
         yield Check(f"add_rms_norm M={m} K={k}", relative(y, exact(h, weight)), limit(x.dtype))
-        yield Check(f"add_rms_norm M={m} K={k}, bits of the sum that differ", float(not torch.equal(sum_.cpu(), h)), 0.0)
+        yield Check(f"add_rms_norm M={m} K={k}, sums that differ", float((sum_.cpu() != h).sum()), 0.0)
         for dtype, group in KINDS:
             codes, scale, _ = rms_norm.add_rms_norm_quantize(x.to(device), r.to(device), weight.to(device), EPS, dtype,
                                                              group_size=group)

@@ -22,7 +22,7 @@ WIDTHS = (14336, 28672)
 
 def compiled() -> list[Compiled]:
     made = []
-    for width in (1024, 4096, 14336, 28672):
+    for width in (4096, 14336, 28672):
         for dtype, group in KINDS:
             if group == 128 and width > 4096:
                 continue  # the tiles of 2,048

@@ -137,7 +137,8 @@ def add_up_kernel(part_ptr, sa_ptr, sw_ptr, bias_ptr, y_ptr, M, N, stride_sa, st
     tl.store(y_ptr + m * stride_ym + rn[None, :], narrow(y, y_ptr.dtype.element_ty), mask=rn[None, :] < N)
 
 
-def run(a: Tensor, sa: Tensor, w: Tensor, sw: Tensor, bias: Tensor | None, y: Tensor, scales: int, tiles: Config) -> None:
+def run(a: Tensor, sa: Tensor, w: Tensor, sw: Tensor, bias: Tensor | None, y: Tensor, scales: int, tiles: Config
+        ) -> None:
     """Fill y (M, N), whose rows may have any stride, with the given tiles."""
     M, K = a.shape
     N = w.shape[0]

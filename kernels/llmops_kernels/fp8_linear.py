@@ -38,7 +38,7 @@ def rule(M: int, N: int, K: int, processors: int) -> Config:
         block_m = 16 if M <= 16 else 32 if M <= 32 else 64
         return {"BLOCK_M": block_m, "BLOCK_N": 128 if block_m == 64 else 64, "BLOCK_K": 128, "GROUP_M": 1, "SWAP": 1,
                 "num_warps": 4, "num_stages": 5, "SPLIT": splits(-(-N // 64), K, 128, 2 * processors)}
-    block_m = 128 if -(-M // 128) * -(-N // 128) >= processors else 64
+    block_m = 128 if (-(-M // 128)) * (-(-N // 128)) >= processors else 64
     tiles = -(-M // block_m) * -(-N // 128)
     return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "SWAP": 0,
             "num_warps": 8 if block_m == 128 else 4, "num_stages": 4, "SPLIT": splits(tiles, K, 128, processors)}
@@ -47,10 +47,11 @@ def rule(M: int, N: int, K: int, processors: int) -> Config:
 def scales_of(w: Tensor, w_scale: Tensor) -> int:
     """TENSOR, CHANNEL or BLOCK. Raises ValueError when the scales' shape is none of them."""
     N, K = w.shape
-    shapes = {(1,): TENSOR, (N, 1): CHANNEL}  # a block's, too, where N is 1 and K at most 128: the same thing
     shape = tuple(w_scale.shape)
-    if shape in shapes:
-        return shapes[shape]
+    if shape == (1,):
+        return TENSOR
+    if shape == (N, 1):  # a block's, too, where N is 1 and K at most 128: the same thing
+        return CHANNEL
     if shape == (-(-N // GROUP), -(-K // GROUP)):
         return BLOCK
     raise ValueError(f"w_scale is {shape} for w {tuple(w.shape)}; expected (1,), ({N}, 1) or "
@@ -69,7 +70,8 @@ def launch(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor 
         found = tiles or config.pick(OP, config.key(N, K, scales=NAMES[scales]), M, config.device_name(index)) or rule(
             M, N, K, config.processors(index))
         if scales == BLOCK and (found["BLOCK_K"] != GROUP or GROUP % found["BLOCK_N"]):
-            raise ValueError(f"tiles {found} with 128 x 128 scales; expected BLOCK_K 128 and a BLOCK_N that divides 128")
+            raise ValueError(f"tiles {found} with scales of 128 x 128; expected BLOCK_K 128 and a BLOCK_N that "
+                             f"divides 128")
         run(a, a_scale, w, w_scale, bias, y, scales, fitting(found, shared_bytes(index)))
     return y
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import checks
 from ._library import define, ops
-from ._rows import GROUP, quantized, row_columns, scale_of, codes_of, tiles_of, top_of
+from ._rows import GROUP, codes_of, quantized, row_columns, scale_of, tiles_of, top_of
 from ._triton import tl, triton
 from .reference.quantize_tokens import quantize_tokens as reference
 

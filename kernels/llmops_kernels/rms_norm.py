@@ -27,7 +27,7 @@ from torch import Tensor
 from . import checks
 from ._interpret import narrow
 from ._library import define, ops
-from ._rows import GROUP, quantized, row_columns, tiles_of
+from ._rows import GROUP, quantized, row_columns
 from ._triton import tl, triton
 from .quantize_tokens import coding
 from .reference import rms_norm as reference

@@ -1,4 +1,4 @@
-"""2:4 weights in fp16 or bf16: y = x @ W.T + bias, where of each four columns of W two are kept, at 0.5625 of the bytes.
+"""2:4 weights in fp16 or bf16: y = x @ W.T + bias, of each four columns of W two kept: 0.5625 of the bytes.
 
     values   (N, K / 2)                  the kept numbers, in their order
     places   (N, ceil(K / 256) * 32)     uint8: four bits a group of four columns, i0 | i1 << 2, where its two stand;
@@ -192,8 +192,8 @@ def pack(weight: Tensor, prefill: bool = False) -> Sparse24:
     if not prefill:
         return Sparse24(values, places)
     if weight.device.type != "cuda" or not torch.backends.cusparselt.is_available():
-        raise ValueError(f"prefill=True on {weight.device} with torch {torch.__version__}; expected a CUDA device and a "
-                         f"torch built with cuSPARSELt: leave it out, and many tokens go through a dense copy")
+        raise ValueError(f"prefill=True on {weight.device} with torch {torch.__version__}; expected a CUDA device and "
+                         f"a torch built with cuSPARSELt: leave it out, and many tokens go through a dense copy")
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         raise ValueError(f"prefill=True for {tuple(weight.shape)}; cuSPARSELt takes multiples of 16: leave it out")
     compressed = torch._cslt_compress(weight.contiguous())

@@ -17,7 +17,7 @@ FP8 = torch.float8_e4m3fn
 KINDS = (("int8", -1), ("fp8", -1), ("fp8", 128))
 #       M, K, dtype, group, source, special, seed; K of one, off the group, and wider than one program holds
 CASES: list[list[Any]] = [
-    *(["quantize", m, 200, dtype, group, "bf16", "", m] for m in (0, 1, 2, 3, 15, 16, 17, 33) for dtype, group in KINDS),
+    *(["quantize", m, 200, *kind, "bf16", "", m] for m in (0, 1, 2, 3, 15, 16, 17, 33) for kind in KINDS),
     *(["quantize", m, 136, "int8", -1, "fp16", "", 0] for m in (64, 129)),
     *(["quantize", 3, k, dtype, group, source, "", 1] for k, source in ((1, "bf16"), (1000, "fp32"), (17000, "fp16"))
       for dtype, group in KINDS),

@@ -18,11 +18,11 @@ def places_width(columns: int) -> int:
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(values (N, K / 2), places (N, bytes) uint8) of a dense weight (N, K) that is 2:4.
 
-    A group with fewer than two numbers keeps its first zeros too. Raises ValueError with the first group that has more.
+    A group with fewer than two numbers keeps its first zeros too. Raises ValueError with the first group of more.
     """
     if weight.dim() != 2 or weight.dtype not in (torch.float16, torch.bfloat16) or weight.shape[1] % 4:
-        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; expected (N, K) float16 or bfloat16 with K a "
-                         f"multiple of 4")
+        raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}; expected (N, K) float16 or bfloat16 with K "
+                         f"a multiple of 4")
     rows, columns = weight.shape
     groups = weight.reshape(rows, -1, 4)
     there = groups != 0
