@@ -21,7 +21,7 @@ def test_the_search_finds_the_fastest_along_its_axes_and_skips_what_does_not_run
         asked.append(tiles)
         if tiles["stages"] == 4:
             return None
-        late = 0.5 * (tiles["stages"] != 3 and tiles["n"] == 128)  # stages matter only after n has moved: a second round
+        late = 0.5 * (tiles["stages"] != 3 and tiles["n"] == 128)  # after n has moved: a second round
         return 1 + abs(tiles["n"] - 128) / 64 + abs(tiles["k"] - 3) + late
 
     axes = {"stages": (2, 3, 4), "n": (32, 64, 128), "k": (1, 2, 3)}
