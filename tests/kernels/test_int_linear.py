@@ -33,8 +33,7 @@ CASES: list[list[Any]] = [
     [3, 32, [2], 64, 512, "float16", True, False, DECODE],
     [3, -1, [17], 64, 600, "float16", False, True, MIDDLE],
     [2, 64, [3], 72, 448, "float16", True, False, SPLIT],
-    [2, -1, [1],
-    64, 260, "bfloat16", False, False, DECODE],
+    [2, -1, [1], 64, 260, "bfloat16", False, False, DECODE],
     [6, 128, [3], 64, 256, "float16", False, False, DECODE]]
 
 
