@@ -36,8 +36,8 @@ from .int8_linear import splits
 from .reference import sparse24_linear as reference
 from .reference.sparse24_linear import CHUNK, places_width
 
-__all__ = ["DENSE_FROM", "OP", "Sparse24", "dense_kernel", "kernel", "launch", "pack", "rule", "sparse24_linear",
-           "to_dense"]
+__all__ = ["DENSE_FROM", "OP", "Sparse24", "as_words", "dense_kernel", "kernel", "launch", "pack", "rule",
+           "sparse24_linear", "to_dense"]
 
 OP = "sparse24_linear"
 DENSE_FROM = 65  # tokens from which a dense or a sparse matrix unit is worth more than bytes; an estimate
@@ -139,7 +139,7 @@ def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compr
     index = x.device.index
     found = dict(tiles or config.pick(OP, config.key(N, K), M, config.device_name(index)) or rule(
         M, N, K, config.processors(index)))
-    words, pairs = _as_words(x), values.view(torch.int32)
+    words, pairs = as_words(x), values.view(torch.int32)
     every = places_width(K) // (CHUNK // 2)
     chunks = -(-every // found.pop("SPLIT"))
     split, swap = -(-every // chunks), bool(found.pop("SWAP"))
@@ -154,7 +154,7 @@ def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compr
     return y
 
 
-def _as_words(x: Tensor) -> Tensor:
+def as_words(x: Tensor) -> Tensor:
     """x as int64, a word for four columns; copied where its rows do not begin at whole words."""
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
