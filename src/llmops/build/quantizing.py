@@ -157,12 +157,13 @@ def smoothquant_step(job: Job, options: Smoothquant) -> Work:
     return _quantized(job, options, weights, ready, tokens, routing.events("left without factors"))
 
 
-def autoround_step(job: Job, options: Autoround) -> Work:
+def autoround_step(job: Job, options: Autoround, chosen: Chosen = None) -> Work:
     weights: Weights = Kept()
     tuned: list[Tuned] = []
 
     def update(block: calibrate.Block) -> None:
-        check_groups(block.layers, options)
+        if chosen is None:
+            check_groups(block.layers, options)
 
         def loss(candidate: Mapping[str, Tensor], batch: int) -> Tensor:
             out = block.run(batch, candidate)
@@ -171,19 +172,20 @@ def autoround_step(job: Job, options: Autoround) -> Work:
         inside = [name for name in block.layers if expert_of(name) is not None]
         few = [name for name, seen in block.measure("x_absmax", inside).items() if seen is None] if inside else []
         for name in few:
-            weights[name] = rtn(block.layers[name].weight, **scheme(options, None, name), dtype=job.storage)
+            weights[name] = rtn(block.layers[name].weight, **scheme(options, chosen, name), dtype=job.storage)
             block.put(name, weights[name].dequantize().to(block.layers[name].weight.dtype))
         tuning = {name: layer.weight for name, layer in block.layers.items() if name not in few}
         made, report = autoround(tuning, loss, block.batches, bits=options.bits, group_size=options.group,
                                  symmetric=options.symmetric, iterations=options.iterations,
-                                 seed=job.seed + block.index, dtype=job.storage)
+                                 seed=job.seed + block.index, dtype=job.storage,
+                                 schemes={name: scheme(options, chosen, name) for name in tuning})
         tuned.append(report)
         for name, weight in made.items():
             weights[name] = weight
             block.put(name, weight.dequantize().to(block.layers[name].weight.dtype))
 
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
-    ready = prepare(job, options)
+    ready = prepare(job, options, chosen)
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, batch_size=options.batch_size,
                           compute=ready.compute(computed(job)), targets=True, prepare=ready.block, progress=bar(job),
                           routing=routing)

@@ -88,6 +88,7 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
+            _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
         if method == "hqq":
             _check_hqq(problems, trail, options)
         if getattr(options, "kv_cache", None) is not None:
@@ -258,7 +259,7 @@ def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightO
                      key=options.group_size is None)
 
 
-def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly, pruned: str | None,
+def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly | Auto, pruned: str | None,
                     dims: Dims | None) -> None:
     given = shown(options.rotate)
     if options.rotate is None:
