@@ -118,7 +118,7 @@ def _changed(job: Job, options: Auto, shapes: Mapping[str, Any], schemes: Sequen
                        compute=ready.compute(), progress=bar(job))
     else:
         calibrate.walk_blocks(copied.model, tokens, lambda _: None, ignore=options.ignore, prepare=ready.block,
-                              compute=ready.compute(), progress=bar(job))
+                              tail=ready.tail, compute=ready.compute(), progress=bar(job))
     return copied
 
 

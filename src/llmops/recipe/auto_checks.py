@@ -38,9 +38,6 @@ def check_auto(problems: Problems, trail: Trail, options: Auto, dims: Dims | Non
     shapes = layer_shapes(dims, layers, options.ignore) if dims is not None and layers is not None else {}
     if any(size != -1 and (size < 1 or any(width % size for _, width in shapes.values())) for size in options.sizes):
         return  # told with the groups
-    if options.solver in ("awq", "autoround") and "lm_head" in shapes:
-        problems.add((*trail, "ignore"), f"given no lm_head, which {options.solver} cannot quantize; expected "
-                                         "lm_head in `ignore`, or solver: gptq", key=True)
     if dims is None or layers is None or not shapes:
         fewest = min(bits for bits, _ in options.grids())
         if options.bits is not None and options.bits <= fewest:

@@ -94,9 +94,6 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
         if getattr(options, "kv_cache", None) is not None:
             _check_kv_cache(problems, (*trail, "dtype" if method == "kv_cache" else "kv_cache"),
                             options.kv_cache, dims)
-        if method in ("awq", "autoround", "smoothquant") and not _ignored("lm_head", options.ignore):
-            problems.add((*trail, "ignore"), f"given no lm_head, which {method} cannot quantize; expected "
-                         "lm_head in `ignore`, or method: gptq", key=True)
         if getattr(options, "embeddings", False) and options.rotations:
             problems.add((*trail, "embeddings"), "given true with rotate, which changes the embedding after it was "
                          "rounded; expected one of the two: leave embeddings in 16 bit, or rotate out")
