@@ -206,8 +206,9 @@ CASES = [
      ['did you mean "down_proj"']),
     ("four bits after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: qlora, data: train}}")},
      ["quantized variant", "merge: false", 'method: qlora from "tuned"']),
-    ("pairs after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: dpo, data: train}}")},
-     ["quantized variant", "reference", 'dpo from "tuned" and quantize the result']),
+    ("pairs after quantized", {"variants": variants(
+        Q, "a: {from: q, finetune: {method: dpo, data: train, dropout: §0.1}}")},
+     ["0.1", "weights are integers", "merge: false"]),
     ("pruned after healed", {"variants": variants(Q, HEALED, "a: {from: §h, prune: {method: magnitude}}")},
      ['given "h", a quantized variant', 'prune from "tuned" and quantize the result']),
     ("quantized after healed", {"variants": variants(
@@ -217,8 +218,8 @@ CASES = [
                            "a: {from: §q, finetune: {method: full, data: train}}")},
      ['"q", in fp8, whose rounding cannot be trained', 'train "tuned" and quantize the result']),
     ("dora after quantized", {"variants": variants(
-        Q, "a: {from: q, finetune: {method: lora, data: train, dora: §true}}")},
-     ['after "q"', "rslora can stay"]),
+        Q, "a: {from: q, finetune: {method: lora, data: train, merge: false, dora: §true}}")},
+     ['after "q"', "merge: true, or rslora"]),
     ("dropout after quantized", {"variants": variants(
         Q, "a: {from: q, finetune: {method: lora, data: train, dropout: §0.1}}")},
      ['after "q"', "expected 0, or merge"]),
