@@ -114,10 +114,10 @@ def test_damping_is_raised_and_told_never_given_up() -> None:
     W, _ = made(4, 16)
     H = torch.ones(16, 16)
     H[0, 0] = 0.5  # indefinite: damping has to make up for it
-    found, report = sparsegpt(W, H, 0.5, damping=1e-6)
+    found, report = sparsegpt(W, H, 0.5, "2:4", damping=1e-6)
     assert report.failed and report.damping > 1e-6 and torch.isfinite(found).all()
     with pytest.raises(StepError, match="could not be factorised with damping"):
-        sparsegpt(W, -torch.eye(16) + 2 * torch.eye(16).flip(0), 0.5)
+        sparsegpt(W, -torch.eye(16) + 2 * torch.eye(16).flip(0), 0.5, "2:4")
 
 
 def test_zeros_survive_saving_in_bfloat16(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError
@@ -28,7 +27,7 @@ def outlier_share(scores: Sequence[Tensor], factor: float = 5.0) -> float:
     total = sum(float(S.double().sum()) for S in scores)
     count = sum(S.numel() for S in scores)
     edge = factor * total / count
-    return sum(int((edge < S).sum()) for S in scores) / count
+    return float(sum(int((edge < S).sum()) for S in scores) / count)
 
 
 def owl_ratios(shares: Sequence[float], weights: Sequence[int], sparsity: float, reach: float = 0.08) -> list[float]:

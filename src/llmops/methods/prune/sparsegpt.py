@@ -35,8 +35,9 @@ from llmops.errors import LlmopsError
 from llmops.methods.prune.patterns import check_rows, check_sparsity, drop_lowest
 from llmops.methods.quantize.gptq import inverse_factor
 
-__all__ = ["Pruned", "sparsegpt"]
+__all__ = ["Factor", "Pruned", "sparsegpt"]
 
+Factor = tuple[Tensor, float, tuple[float, ...]]  # as `inverse_factor` gives it
 _STEP = 32  # columns updated one by one
 
 
@@ -54,11 +55,12 @@ class Pruned:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def sparsegpt(W: Tensor, H: Tensor, sparsity: float, pattern: str = "unstructured", *, damping: float = 0.01,
-              block: int = 128) -> tuple[Tensor, Pruned]:
+              block: int = 128, factor: Factor | None = None) -> tuple[Tensor, Pruned]:
     """(the pruned weight, float32, (out, in); what happened).
 
     W: (out, in); H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of
-    the mean of it; block: columns that share a threshold. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as
+    the mean of it; block: columns that share a threshold; factor: `inverse_factor(H, damping)` where it is known, for
+    layers with the same inputs. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as
     `check_sparsity` and `check_rows` do, or when H does not fit W or holds NaN; StepError when H cannot be factorised
     with damping up to 1.
     """
@@ -67,7 +69,7 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: float, pattern: str = "unstructure
         raise LlmopsError(f"H is {tuple(H.shape)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
     if not bool(torch.isfinite(H).all()) or not bool(torch.isfinite(W).all()):
         raise LlmopsError("the Hessian or the weight holds NaN or infinity; expected finite calibration activations")
-    U, used, failed = inverse_factor(H, damping)
+    U, used, failed = inverse_factor(H, damping) if factor is None else factor
     live = (H.diagonal() > 0).to(W.device)
     every = shape[1] if shape is not None else 1
     made = _Pass(W, U, live, sparsity, shape)
