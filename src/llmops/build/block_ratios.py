@@ -53,7 +53,7 @@ class _Masked:
     sparsity: float
 
     def dequantize(self) -> Tensor:
-        W = self.layer.weight
+        W = self.layer.weight.detach()
         mask = (magnitude_mask(W, self.sparsity) if self.x_norm is None
                 else wanda_mask(W, self.x_norm.to(W.device), self.sparsity))
         return W.masked_fill(~mask, 0.0)
@@ -103,7 +103,7 @@ def _owl(job: Job, options: MeasuredMasks, tokens: Tensor, layers: Mapping[str, 
 
 
 def _scores(W: Tensor, x_norm: Tensor | None) -> Tensor:
-    return W.abs().float() * (1.0 if x_norm is None else x_norm.to(W.device))
+    return W.detach().abs().float() * (1.0 if x_norm is None else x_norm.to(W.device))
 
 
 def _measured(job: Job, options: MeasuredMasks, tokens: Tensor, layers: Mapping[str, nn.Linear],

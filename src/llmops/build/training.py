@@ -86,7 +86,7 @@ def trainable(model: Any, *, frozen: bool = False) -> Any:
 def keeping_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None] | None:
     """What puts the zeros of layers back after an optimizer step; None where there are none. masks: by layer name, or
     by that of a parameter."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head has a name, too
 
     def put_back() -> None:
         with torch.no_grad():
