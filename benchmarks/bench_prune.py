@@ -121,8 +121,8 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer) -> list[dict[str
                 if repeat == 0:
                     put(model, dense_state(place))
                     row |= scorer(model) | {"zeros": zeros(model)}
-                    print(f"  {name} {sparsity} {pattern}: perplexity {row['perplexity']:.5g}, {found['seconds']:.1f} s",
-                          file=sys.stderr, flush=True)
+                    print(f"  {name} {sparsity} {pattern}: perplexity {row['perplexity']:.5g}, {found['seconds']:.1f} "
+                          "s", file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.end()
     return list(rows.values())
@@ -164,8 +164,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}: float32 perplexity {base['perplexity']:.5g}{score}; calibrated on "
              f"{result['calibration']['crops']} crops of {result['calibration']['length']} tokens; scored on "
              f"{result['protocol']['windows']} windows of {result['protocol']['context']} tokens", "",
-             "| pattern | method | tool | perplexity | exact match | zeros | s | CPU s | MiB | perplexity, ours / theirs | "
-             "s, ours / theirs | CPU s |", "|-|-|-|-:|-:|-:|-:|-:|-:|-:|-:|-:|"]
+             "| pattern | method | tool | perplexity | exact match | zeros | s | CPU s | MiB | perplexity, ours / "
+             "theirs | s, ours / theirs | CPU s |", "|-|-|-|-:|-:|-:|-:|-:|-:|-:|-:|-:|"]
     for row in rows:
         if "perplexity" not in row:
             lines.append(f"| {row['sparsity']:.0%} {row['pattern']} | {row['method']} | {row['tool']} | failed: "
@@ -181,8 +181,8 @@ def table(result: dict[str, Any]) -> str:
                      for key in ("times", "cpu_times")]
             beside = f" {ratio:.4f} +- {half:.4f} | {pairs[0]:.2f} | {pairs[1]:.2f} |"
         lines.append(f"| {row['sparsity']:.0%} {row['pattern']} | {row['method']} | {row['tool']} | "
-                     f"{row['perplexity']:.5g} | {exact} | {row['zeros']:.1%} | {statistics.median(row['times']):.1f} | "
-                     f"{statistics.median(row['cpu_times']):.1f} | {row['peak_bytes'] / 2**20:.0f} |{beside}")
+                     f"{row['perplexity']:.5g} | {exact} | {row['zeros']:.1%} | {statistics.median(row['times']):.1f} "
+                     f"| {statistics.median(row['cpu_times']):.1f} | {row['peak_bytes'] / 2**20:.0f} |{beside}")
     return "\n".join(lines)
 
 

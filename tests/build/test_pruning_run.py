@@ -21,8 +21,8 @@ LORA = TUNED["finetune"]
 VARIANTS: dict[str, Any] = {
     "gpt": {"prune": {"method": "sparsegpt", "pattern": "2:4", **SEEN}},
     "gpt-lora": {"from": "gpt", "finetune": LORA, "score": False},
-    "gpt-w4": {"from": "gpt-lora", "quantize": {"method": "gptq", "scheme": "w4a16", "group_size": 32, "symmetric": False,
-                                                **SEEN}},
+    "gpt-w4": {"from": "gpt-lora", "quantize": {"method": "gptq", "scheme": "w4a16", "group_size": 32,
+                                                "symmetric": False, **SEEN}},
     "gpt-qat": {"from": "gpt-w4", "finetune": {"method": "full", "data": "train", "max_steps": 2,
                                                "learning_rate": 1e-4}},
     "whole": {"prune": {"method": "magnitude", "scope": "global", "sparsity": 0.3}},
@@ -30,8 +30,8 @@ VARIANTS: dict[str, Any] = {
     "more": {"from": "whole", "prune": {"method": "wanda", "sparsity": 0.5, **SEEN}, "score": False},
     "owl": {"prune": {"method": "wanda", "sparsity": 0.5, "ratios": "owl", **SEEN}},
     "told": {"prune": {"method": "sparsegpt", "sparsity": 0.5, "ratios": "sensitivity", "reach": 0.1, **SEEN}},
-    "narrow": {"prune": {"method": "width", "parameters": "0.7x", "steps": 2, "axes": ["hidden", "intermediate", "heads"],
-                         **SEEN}},
+    "narrow": {"prune": {"method": "width", "parameters": "0.7x", "steps": 2,
+                         "axes": ["hidden", "intermediate", "heads"], **SEEN}},
     "narrow-w4": {"from": "narrow", "quantize": {"method": "rtn", "scheme": "w4a16", "group_size": 32}},
     "student": {"from": "narrow", "distill": {"method": "logits", "teacher": "base", "data": "train", "max_steps": 2}},
     "slim": {"prune": {"method": "width", "hidden": 96, "intermediate": 128, "heads": 2, "kv_heads": 1, **SEEN},
@@ -109,7 +109,8 @@ def test_shares_of_blocks_and_of_the_whole_are_as_asked(done: tuple[dict[str, An
     assert "sparsity by block (owl)" in events(done, "owl")
     search = json.loads((folder(done, "told") / "llmops.json").read_text())["search"]
     assert len(search["divergence"]) == 4 and set(search["blocks"].values()) <= set(search["grid"])
-    assert all(later >= earlier - 1e-3 for row in search["divergence"] for earlier, later in zip(row, row[1:], strict=False))
+    assert all(later >= earlier - 1e-3 for row in search["divergence"]
+               for earlier, later in zip(row, row[1:], strict=False))
 
 
 def test_narrow_and_shallow_models_met_their_targets_and_say_by_what(done: tuple[dict[str, Any], Path, Any]) -> None:
@@ -120,7 +121,8 @@ def test_narrow_and_shallow_models_met_their_targets_and_say_by_what(done: tuple
     search = json.loads((folder(done, "narrow") / "llmops.json").read_text())["search"]
     candidates = [each for each in search["tried"] if each["candidate"]]
     best = min(candidates, key=lambda each: each["divergence"])
-    assert len(candidates) > 1 and search["chosen"] == best["shape"] and all(each["ratio"] <= 0.7 for each in candidates)
+    assert len(candidates) > 1 and search["chosen"] == best["shape"]
+    assert all(each["ratio"] <= 0.7 for each in candidates)
     fast = json.loads((folder(done, "fast") / "llmops.json").read_text())
     assert fast["search"]["target"] == "latency" and all(
         each["unit"] == "s" and each["candidate"] > 0 for each in fast["search"]["tried"])

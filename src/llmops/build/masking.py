@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.errors import LlmopsError
 from llmops.methods.prune.magnitude import global_threshold, magnitude_mask
 from llmops.methods.prune.options import Magnitude, Masks, Sparsegpt, Wanda
-from llmops.methods.prune.patterns import check_rows
+from llmops.methods.prune.patterns import MOST_SILENCED, silenced_rows
 from llmops.methods.prune.sparsegpt import Factor, Pruned, sparsegpt
 from llmops.methods.prune.wanda import wanda_mask
 from llmops.methods.quantize.gptq import inverse_factor
@@ -39,11 +40,13 @@ def magnitude_step(job: Job, options: Magnitude) -> Work:
         mask, edge = _global_mask(job, options)
         events = [f"weights up to {edge:.3g} were dropped, in whatever layer"]
 
+    zeroed = _Zeroing()
+
     def update(name: str, layer: nn.Linear, _: Tensor | None) -> Tensor:
-        return zeroed(layer.weight, mask(layer.weight))
+        return zeroed(name, layer.weight, mask(layer.weight))
 
     calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
-    return _pruned(job, options, events)
+    return _pruned(job, options, [*events, *zeroed.events()])
 
 
 def _global_mask(job: Job, options: Magnitude) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -75,12 +78,13 @@ def wanda_step(job: Job, options: Wanda) -> Work:
     """By |weight| x activation norm within each row; activations are those of what was pruned before."""
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ratios = block_ratios(job, options, tokens)
+    zeroed = _Zeroing(most=0)  # each row is ranked by itself: one without weights is a sparsity that rounds to all
 
     def update(name: str, layer: nn.Linear, x_norm: Tensor | None) -> Tensor:
         share = ratios(name)
         mask = (magnitude_mask(layer.weight, share, options.pattern) if x_norm is None
                 else wanda_mask(layer.weight, x_norm, share, options.pattern))
-        return zeroed(layer.weight, mask)
+        return zeroed(name, layer.weight, mask)
 
     calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, progress=bar(job), routing=routing)
     return _pruned(job, options, [calibrated(tokens), *ratios.events, *routing.events(BY_SIZE)], tokens, ratios)
@@ -96,7 +100,7 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
     def update(name: str, layer: nn.Linear, H: Tensor | None) -> Tensor:
         share = ratios(name)
         if H is None:
-            return zeroed(layer.weight, magnitude_mask(layer.weight, share, options.pattern))
+            return _Zeroing()(name, layer.weight, magnitude_mask(layer.weight, share, options.pattern))
         if known[0] is not H:
             known[:] = [H, inverse_factor(H, options.damping)]
         factor: Factor = known[1]
@@ -113,7 +117,8 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
 
 def _troubles(solved: dict[str, Pruned]) -> list[str]:
     """One event for each layer whose damping had to be raised, one for all that have inputs never seen."""
-    events = [f"{name}: not positive definite with damping {', '.join(f'{value:g}' for value in each.failed)}; solved "
+    events = _silenced({name: each.silenced for name, each in solved.items()})
+    events += [f"{name}: not positive definite with damping {', '.join(f'{value:g}' for value in each.failed)}; solved "
               f"with {each.damping:g}" for name, each in solved.items() if each.failed]
     dead = {name: each.dead for name, each in solved.items() if each.dead}
     if dead:
@@ -122,10 +127,27 @@ def _troubles(solved: dict[str, Pruned]) -> list[str]:
     return events
 
 
-def zeroed(W: Tensor, mask: Tensor) -> Tensor:
-    """The weight with plain zeros where the mask is False. Raises LlmopsError when a row would lose everything."""
-    check_rows(W, mask)
-    return W.masked_fill(~mask, 0.0)
+@dataclass
+class _Zeroing:
+    """Zeroes weights, and counts the rows that it leaves without one. most: share of a layer's rows that may be."""
+
+    most: float = MOST_SILENCED
+    silenced: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, name: str, W: Tensor, mask: Tensor) -> Tensor:
+        """The weight with plain zeros where the mask is False. Raises LlmopsError as `silenced_rows` does."""
+        self.silenced[name] = silenced_rows(W, mask, self.most)
+        return W.masked_fill(~mask, 0.0)
+
+    def events(self) -> list[str]:
+        return _silenced(self.silenced)
+
+
+def _silenced(by_layer: Mapping[str, int]) -> list[str]:
+    found = {name: count for name, count in by_layer.items() if count}
+    worst = sorted(found, key=lambda name: -found[name])[:3]
+    return [f"{sum(found.values())} rows of {len(found)} layers kept no weight, so that their outputs are silent: "
+            + ", ".join(f"{name} {found[name]}" for name in worst)] if found else []
 
 
 def _pruned(job: Job, options: Masks, events: list[str], tokens: Tensor | None = None,

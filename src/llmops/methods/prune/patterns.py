@@ -15,7 +15,9 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 
-__all__ = ["check_rows", "check_sparsity", "drop_lowest", "keep_mask", "parse_pattern"]
+__all__ = ["MOST_SILENCED", "check_sparsity", "drop_lowest", "keep_mask", "parse_pattern", "silenced_rows"]
+
+MOST_SILENCED = 0.1  # of a layer's rows, those that scores compared across rows may leave without a weight
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -104,12 +106,16 @@ def _ranks(S: Tensor) -> Tensor:
     return rank.t()
 
 
-def check_rows(W: Tensor, mask: Tensor) -> None:
-    """Raises LlmopsError when the mask leaves nothing of a row that had weights: that output would be lost for all
-    inputs. W, mask: (out, in)."""
+def silenced_rows(W: Tensor, mask: Tensor, most: float = MOST_SILENCED) -> int:
+    """How many rows that had weights would keep none: outputs lost for all inputs. W, mask: (out, in).
+
+    Where scores are compared across rows, a few rows of tiny weights may go whole, and that is told; raises LlmopsError
+    when more than `most` of the rows would.
+    """
     dead = (W != 0).any(1) & ~((W != 0) & mask).any(1)
-    if bool(dead.any()):
-        raise LlmopsError(f"every weight of {int(dead.sum())} of {len(dead)} rows would be zero (row "
-                          f"{int(dead.nonzero()[0])} first), which silences those outputs; expected a mask that leaves "
-                          "some of every row: a lower sparsity, wanda, which compares within each row, or the layer in "
-                          "ignore")
+    count = int(dead.sum())
+    if count > most * len(dead):
+        raise LlmopsError(f"every weight of {count} of {len(dead)} rows would be zero (row {int(dead.nonzero()[0])} "
+                          "first), which silences those outputs; expected a mask that leaves some of every row: a "
+                          "lower sparsity, wanda, which compares within each row, or the layer in ignore")
+    return count

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from llmops.errors import LlmopsError
-from llmops.methods.prune.patterns import check_rows, check_sparsity, drop_lowest
+from llmops.methods.prune.patterns import check_sparsity, drop_lowest, silenced_rows
 from llmops.methods.quantize.gptq import inverse_factor
 
 __all__ = ["Factor", "Pruned", "sparsegpt"]
@@ -44,13 +44,15 @@ _STEP = 32  # columns updated one by one
 @dataclass(frozen=True)
 class Pruned:
     """What happened. mask: (out, in), True where a weight stayed; damping: that the factorisation took; failed: those
-    tried before it; dead: input features that were always zero; loss: 1/2 sum E^2, the rise of 1/2 tr(dW H dW^T)."""
+    tried before it; dead: input features that were always zero; loss: 1/2 sum E^2, the rise of 1/2 tr(dW H dW^T);
+    silenced: rows that kept no weight."""
 
     mask: Tensor
     damping: float
     failed: tuple[float, ...]
     dead: int
     loss: float
+    silenced: int
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -61,8 +63,8 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: float, pattern: str = "unstructure
     W: (out, in); H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of
     the mean of it; block: columns that share a threshold; factor: `inverse_factor(H, damping)` where it is known, for
     layers with the same inputs. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as
-    `check_sparsity` and `check_rows` do, or when H does not fit W or holds NaN; StepError when H cannot be factorised
-    with damping up to 1.
+    `check_sparsity` and `silenced_rows` do, or when H does not fit W or holds NaN; StepError when H cannot be
+    factorised with damping up to 1.
     """
     shape = check_sparsity(sparsity, pattern, W.shape[1])
     if H.shape != (W.shape[1], W.shape[1]):
@@ -75,8 +77,7 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: float, pattern: str = "unstructure
     made = _Pass(W, U, live, sparsity, shape)
     loss = made.solve(max(every, block // every * every), max(every, _STEP // every * every))
     mask = made.keep_t.t().contiguous()
-    check_rows(W, mask)
-    return made.w_t.t().contiguous(), Pruned(mask, used, failed, int((~live).sum()), loss)
+    return made.w_t.t().contiguous(), Pruned(mask, used, failed, int((~live).sum()), loss, silenced_rows(W, mask))
 
 
 class _Pass:
