@@ -41,7 +41,7 @@ __all__ = ["Result", "plan", "publish", "run"]
 
 POLL_S = 0.5  # between two looks at a lock that another process has
 #: what a manifest says of how a training went, for the report
-TRAINED = ("looks", "attempts", "merge", "trace", "allocation")
+TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search")
 
 
 @dataclass
@@ -399,9 +399,7 @@ def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
 
 def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """How the weights lie on disk, and what their zeros are worth."""
-    chain = manifest.get("chain", [])
-    sparse = any(step in ("prune:magnitude", "prune:wanda") for step in chain)
-    found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
+    found: dict[str, Any] = {"sparsity_saves": _zeros_save(manifest, folder)}
     config = folder / "config.json"
     if config.exists():
         from llmops.models.embeddings import without_group
@@ -421,6 +419,20 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if below.startswith("int"):
             found["storage_dtype"] = f"adapter on {below}"
     return found
+
+
+def _zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
+    """What the single zeros of a variant are worth, those of its ancestors among them; None where there are none."""
+    from llmops.methods.prune.options import MASKING
+
+    while manifest:
+        if manifest.get("kind") == "prune" and manifest.get("method") in MASKING:
+            pattern = manifest.get("options", {}).get("pattern", "unstructured")
+            return ("bytes only when compressed on disk, no time" if pattern == "unstructured" else
+                    f"bytes only when compressed on disk, time only where a kernel for {pattern} runs it")
+        record = folder.parent / str(manifest.get("parent_key")) / "llmops.json"
+        manifest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return None
 
 
 def _named(error: Exception) -> str:

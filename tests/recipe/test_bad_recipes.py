@@ -151,7 +151,7 @@ CASES = [
     ("from itself", {"variants": variants("a: {from: §a, prune: {method: magnitude}}")}, ["a -> a"]),
     ("method missing", {"variants": variants("a: {§prune: {sparsity: 0.5}}")}, ['missing key "method"', "wanda"]),
     ("method unknown", {"variants": variants("a: {prune: {method: §wandda}}")},
-     ["magnitude, wanda, depth", 'did you mean "wanda"']),
+     ["magnitude, wanda, sparsegpt, depth", 'did you mean "wanda"']),
     ("method of another step", {"variants": variants("a: {prune: {method: §rtn}}")}, ["rtn is a method of quantize"]),
     ("step is text", {"variants": variants("a: {prune: §wanda}")}, ['"wanda"', "a mapping with method"]),
     ("option unknown", {"variants": tuned("§rnak: 8")}, ['"rnak"', 'did you mean "rank"']),

@@ -152,8 +152,8 @@ def _summary(recipe: Recipe, name: str) -> str:
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
-    if hasattr(options, "layers"):
-        words.append(f"{options.layers if isinstance(options.layers, int) else len(options.layers)} layers")
+    if variant.method in ("depth", "width"):
+        words += _size_words(options)
     if hasattr(options, "rank"):
         words += _adapter_words(options)
     if hasattr(options, "epochs"):
@@ -162,6 +162,16 @@ def _summary(recipe: Recipe, name: str) -> str:
     if variant.kind != "quantize" and quantized_by(recipe.variants, name) is not None:
         words.append("qat")  # trained through the rounding of its parent, and stored in its bits
     return " ".join(words)
+
+
+def _size_words(options: Any) -> list[str]:
+    """What a structural step leaves, or what share it is to reach."""
+    layers = getattr(options, "layers", None)
+    words = [f"{layers if isinstance(layers, int) else len(layers)} layers"] if layers is not None else []
+    words += [f"{name} {getattr(options, name)}" for name in ("hidden", "intermediate", "heads", "kv_heads")
+              if getattr(options, name, None) is not None]
+    return words + [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
+                    if getattr(options, name) is not None]
 
 
 def _adapter_words(options: Any) -> list[str]:

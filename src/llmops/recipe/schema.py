@@ -26,7 +26,8 @@ Kind = Literal["finetune", "prune", "quantize", "distill"]
 STEPS = {
     "finetune": Models("llmops.methods.finetune.options", {"lora": "Lora", "qlora": "Qlora", "full": "Full",
                                                            "dpo": "Dpo"}),
-    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda", "depth": "Depth"}),
+    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda",
+                                                     "sparsegpt": "Sparsegpt", "depth": "Depth", "width": "Width"}),
     "quantize": Models("llmops.methods.quantize.options", {
         "rtn": "Rtn", "gptq": "Gptq", "awq": "Awq", "hqq": "Hqq", "autoround": "Autoround", "auto": "Auto",
         "smoothquant": "Smoothquant", "kv_cache": "KvCache"}),

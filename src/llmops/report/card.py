@@ -197,7 +197,7 @@ def _making(row: Row, rows: Sequence[Row]) -> str:
     stored = [f"Stored as {_safe(transform['storage_dtype'])}" if transform.get("storage_dtype") else "",
               f"computes in {_safe(transform['compute_dtype'])}" if transform.get("compute_dtype") else "",
               f"kernel {_safe(transform['kernel'])}" if transform.get("kernel") else ""]
-    zeros = ("Its zeros lie in dense tensors: no time is saved, bytes only when the file is compressed."
+    zeros = (f"Its zeros lie in dense tensors and save {_safe(transform['sparsity_saves'])}."
              if transform.get("sparsity_saves") else "")
     said = "; ".join(part for part in stored if part)
     made = "\n".join(steps) or "It is the model as it came."
