@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from llmops import __version__
 from llmops.errors import LlmopsError, StoreError
 from llmops.ledger import SCHEMA, Ledger
+from llmops.pairing import completed, references
 from llmops.planner import as_recipe, plan
 from llmops.processes import join, terminable
 from llmops.progress import Watcher, log
@@ -156,7 +157,7 @@ class _Walk:
     def _advance(self, stage: Stage, number: int) -> str:
         """Take a stage as far as it goes: "done" with its row written, "built", "busy" elsewhere, or "early"."""
         if self._kept(stage):
-            if self.store.work(stage.key).exists():
+            if self.store.work(stage.key).exists() or self.store.scoring(stage.score_key).exists():
                 self._tidied(stage)
             return "done"
         if not (self._can_build(stage) or self._can_end(stage)):
@@ -224,7 +225,11 @@ class _Walk:
         found = self.ledger.find(stage.score_key)
         if found is None or found["status"]["state"] != "ok" or not self._present(stage):
             return False
-        self._append(stage, {**found, "verdict": {"warnings": found["verdict"].get("warnings", [])}},
+        quality = completed(found.get("quality") or {}, self.ledger, found["row_id"],
+                            references(stage.variant, stage.parents, self.plan.recipe), self.rows,
+                            self.plan.recipe.seed)
+        self._append(stage, {**found, "quality": quality,
+                             "verdict": {"warnings": found["verdict"].get("warnings", [])}},
                      {score: self.ledger.items(found["row_id"], score) for score in found.get("quality") or {}})
         return True
 
@@ -233,6 +238,7 @@ class _Walk:
         if lock is not None:
             with lock:
                 self.store.tidy(stage.key)
+                self.store.scored(stage.score_key)
 
     def _present(self, stage: Stage) -> bool:
         return stage.variant == "base" or (self.store.build(stage.key) / "llmops.json").exists()
@@ -272,6 +278,7 @@ class _Walk:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
+        self.store.scored(stage.score_key)
         return row
 
     def _workbench(self) -> tuple[Any, Scorer]:
