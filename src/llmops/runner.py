@@ -95,8 +95,8 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
             from llmops.trackers import check_trackers
 
             check_trackers(parsed)
-            for line in preflight(walk.plan):
-                log.info("%s", line)
+            for line in (*walk.plan.advice, *preflight(walk.plan)):
+                watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
         walk.all()
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
 
