@@ -35,16 +35,14 @@ def noninferiority_p(body: Mapping[str, Any], margin: float, rising: bool) -> fl
 
     body: one of a row's `versus` (statistics.paired). rising: whether more is better. margin > 0, in the score's unit.
     """
-    drop, n, clusters = drop_of(body, rising), body.get("n"), body.get("clusters")
+    drop, n, counts = drop_of(body, rising), body.get("n"), body.get("score_test")
     if drop is None or not n:
         return None
-    binary = body.get("mcnemar_p") is not None and margin < 1
-    if binary and not clusters:
-        return normal_tail(tango(int(body["gained"]), int(body["lost"]), int(n), -margin))
-    stderr, units = body.get("delta_stderr"), int(clusters or n)
+    if counts and margin < counts["scale"]:
+        return normal_tail(tango(counts["gained"], counts["lost"], counts["n"], -margin / counts["scale"]))
+    stderr, units = body.get("delta_stderr"), int(body.get("clusters") or n)
     if not stderr:
-        alike = binary and stderr is not None and drop == 0  # nothing flipped: the clusters are all that speaks
-        return normal_tail(tango(0, 0, units, -margin)) if alike else None
+        return None
     from scipy.special import stdtr
 
     return float(stdtr(units - 1, -(margin - drop) / stderr))

@@ -39,11 +39,12 @@ FEW_FLIPS = 20  # with fewer a bootstrap is too narrow, down to nothing without 
 INCIDENTAL = {"dtype", "tokenizer_sha256", "context_asked"}  # protocol keys in which two comparable scores may differ
 
 
-def proportion_interval(successes: float, n: int) -> Interval:
+def proportion_interval(successes: float, n: float) -> Interval:
     """Wilson's 95% score interval of a proportion; right at 0 and 1, where p +- z stderr collapses.
 
     Wilson 1927; centre (p + z^2/2n) / (1 + z^2/n). Raises ValueError unless 0 <= successes <= n and n > 0.
     """
+    successes = min(successes, n) if math.isclose(successes, n) else successes
     if not 0 <= successes <= n or n <= 0:
         raise ValueError(f"{successes} successes of {n}: expected 0 <= successes <= n and n > 0")
     p, zz = successes / n, Z * Z / n
@@ -91,7 +92,7 @@ def weighted_mean(values: Sequence[float] | Array, weights: Sequence[float] | Ar
 def summarize(items: Sequence[Item], aggregation: str, unit: str, method: str) -> tuple[Quantity, float | None]:
     """The value (with interval and n) and standard error of a score.
 
-    Means of 0/1 get Wilson's interval, other means and those of clusters Student's, `exp_mean` exp of Student's on the log, with the delta
+    Means of 0/1 get Wilson's interval (of clusters: over the answers that they are worth), other means Student's, `exp_mean` exp of Student's on the log, with the delta
     method's standard error. Items without a finite score make the value null, with the reason.
     """
     missing = sum(item.score is None for item in items)
@@ -105,10 +106,21 @@ def summarize(items: Sequence[Item], aggregation: str, unit: str, method: str) -
     if aggregation == "exp_mean":
         mean = max(mean, a.max()) if a.max() > LARGEST_LOG else mean  # a resampled mean may reach the worst item
         return _exponential(mean, stderr, interval, unit, method, len(a))
-    if clusters is None and is_binary(a) and len({item.weight for item in items}) == 1:
-        interval = proportion_interval(float(a.sum()), len(a))
+    if is_binary(a) and len({item.weight for item in items}) == 1:
+        size = float(len(a)) if clusters is None else _effective(mean, stderr, len(a), len(set(clusters)))
+        interval = proportion_interval(mean * size, size)
         return Quantity.measured(mean, unit, f"{method}; Wilson", interval, len(a)), stderr
     return Quantity.measured(mean, unit, f"{method}; Student t", interval, len(a)), stderr
+
+
+def _effective(p: float, stderr: float | None, n: int, clusters: int) -> float:
+    """How many independent answers tell as much: p (1 - p) / stderr^2, between the clusters and the items.
+
+    All right or all wrong tells nothing of how clusters vary, and then each is one answer (Korn and Graubard 1998).
+    """
+    if not stderr or not 0 < p < 1:
+        return float(clusters)
+    return min(float(n), max(float(min(clusters, n)) / 2, p * (1 - p) / stderr ** 2))
 
 
 def _exponential(mean: float, stderr: float | None, interval: Interval | None, unit: str, method: str, n: int,
@@ -133,7 +145,8 @@ def paired(variant: Score, other: Score, seed: int) -> dict[str, Any]:
     Returns {"delta": variant - other with its interval, "delta_stderr": its paired standard error, "p": two-sided,
     that there is no difference ("p_of" names the test), "mcnemar_p": for right/wrong items, else None, "gained": items
     better than before, "lost": worse, "changed_answers": items whose answer is another one (None where nothing is
-    answered), "n", "clusters": None where items stand alone}, and for perplexity "ratio": exp of the mean paired log
+    answered), "n", "clusters": None where items stand alone, "score_test": the counts that a score test of a margin is
+    about, None where a t test is}, and for perplexity "ratio": exp of the mean paired log
     difference, with Student's interval on the log. Raises LlmopsError when the two scores are of different items or
     protocols.
     """
@@ -141,7 +154,8 @@ def paired(variant: Score, other: Score, seed: int) -> dict[str, Any]:
     unit, n = variant.value.unit, len(variant.items)
     spoken = any(item.answer for item in (*variant.items, *other.items))
     result: dict[str, Any] = {"n": n, "mcnemar_p": None, "gained": None, "lost": None, "changed_answers": None,
-                              "p": None, "p_of": None, "delta_stderr": None, "clusters": None}
+                              "p": None, "p_of": None, "delta_stderr": None, "clusters": None,
+                              "score_test": None}
     if spoken:
         result["changed_answers"] = sum(i.answer != j.answer for i, j in zip(variant.items, other.items, strict=True))
     aggregation = variant.protocol.get("aggregation", "mean")
@@ -168,8 +182,9 @@ def compare(a: Array, b: Array, w: Array, seed: int, *, unit: str, aggregation: 
     gained, lost, n = int(better.sum()), int(worse.sum()), len(a)
     units = len(set(clusters)) if clusters is not None else n
     binary = is_binary(a) and is_binary(b) and len(set(w)) == 1
-    if binary and gained + lost < FEW_FLIPS:
-        interval, how = _few_flips(better, worse, clusters, rising)
+    counts = _counts(better, worse, clusters) if binary else None
+    if counts is not None and gained + lost < FEW_FLIPS:
+        interval, how = _few_flips(counts, rising, gained + lost, clusters is not None)
     else:
         interval = paired_bootstrap(a, b, seed, weights=w, aggregation=aggregation, clusters=clusters)
         how = f"paired bootstrap over {'items' if clusters is None else f'{units} clusters'}, percentile"
@@ -182,23 +197,30 @@ def compare(a: Array, b: Array, w: Array, seed: int, *, unit: str, aggregation: 
     p, test = _p(a, b, w, better, worse, clusters, binary)
     return {"delta": Quantity.measured(float(value(means[0]) - value(means[1])), unit, how, interval, n),
             "delta_stderr": stderr, "gained": gained, "lost": lost, "p": p, "p_of": test,
+            "score_test": counts if counts is not None and (clusters is None or gained + lost < FEW_FLIPS) else None,
             "mcnemar_p": p if binary else None, "n": n, "clusters": units if clusters is not None else None}
 
 
-def _few_flips(better: NDArray[np.bool_], worse: NDArray[np.bool_], clusters: Sequence[str] | None, rising: bool,
-               ) -> tuple[Interval, str]:
-    """Tango's interval; of clusters each counts once, by the sign of its sum, and its size is taken as the mean."""
+def _counts(better: NDArray[np.bool_], worse: NDArray[np.bool_], clusters: Sequence[str] | None) -> dict[str, Any]:
+    """What Tango's test is about: {"gained", "lost", "n"} units, and what one unit's flip is worth in items ("scale").
+
+    Of clusters, each counts once, by the sign of its sum; a cluster that flips is worth as many items as those that
+    did were on average (without any: all of its items), of n items.
+    """
     n = len(better)
-    signs = better.astype(np.float64) - worse
-    if clusters is not None:
-        signs = np.sign(cluster_sums(signs[None], clusters)[0])
-    low, high = tango_interval(int((signs > 0).sum()), int((signs < 0).sum()), len(signs))
-    if not rising:
-        low, high = -high, -low
-    middle = float(better.sum() - worse.sum()) * (1 if rising else -1) / n
-    return ((min(low, middle), max(high, middle)),
-            f"score interval of Tango, since only {int(better.sum() + worse.sum())} items flipped"
-            + (f", over {len(signs)} clusters" if clusters is not None else ""))
+    if clusters is None:
+        return {"gained": int(better.sum()), "lost": int(worse.sum()), "n": n, "scale": 1.0}
+    sums = cluster_sums((better.astype(np.float64) - worse)[None], clusters)[0]
+    flipped = np.abs(sums[sums != 0])
+    each = float(flipped.mean()) if len(flipped) else n / len(sums)
+    return {"gained": int((sums > 0).sum()), "lost": int((sums < 0).sum()), "n": len(sums),
+            "scale": each * len(sums) / n}
+
+
+def _few_flips(counts: dict[str, Any], rising: bool, flips: int, clustered: bool) -> tuple[Interval, str]:
+    low, high = (counts["scale"] * end for end in tango_interval(counts["gained"], counts["lost"], counts["n"]))
+    how = f"score interval of Tango, since only {flips} items flipped"
+    return ((low, high) if rising else (-high, -low)), how + (f", over {counts['n']} clusters" if clustered else "")
 
 
 def _p(a: Array, b: Array, w: Array, better: NDArray[np.bool_], worse: NDArray[np.bool_],

@@ -6,12 +6,12 @@ never named as the worst.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmops.quantity import Quantity
 from llmops.report.figures import number, show
-from llmops.report.reading import Row, name_of, parent_of, quantity, score_ids, versus
+from llmops.report.reading import Row, main_score, name_of, parent_of, quantity, rising, score_ids, versus
 
 __all__ = ["SMALL", "columns_of", "gaps", "name_and_lines", "worst_group", "worst_lines"]
 
@@ -39,13 +39,19 @@ def worst_group(row: Row, score_id: str, other: str) -> list[tuple[str, str, dic
             for column, body in columns_of(row, score_id, other).items() if body.get("worst") in body.get("groups", {})]
 
 
-def worst_lines(row: Row) -> list[str]:
-    """`exact_match:test, attribute=food: -0.12 [-0.2, -0.05] against tuned (all items -0.03)`, for each column."""
+def worst_lines(row: Row, scores: Iterable[str] | None = None) -> list[str]:
+    """`exact_match:test, attribute=food: -0.12 [-0.2, -0.05] against tuned (all items -0.03)`, for each column.
+
+    scores: default all. Only where the group lost something.
+    """
     lines = []
-    for score_id in score_ids([row]):
+    for score_id in score_ids([row]) if scores is None else scores:
+        sign = 1 if rising([row], score_id) else -1
         for column, name, body in worst_group(row, score_id, "parent"):
             delta = quantity(body.get("delta"), "no difference is in the row")
             whole = quantity(versus(row, score_id, "parent").get("delta"), "no difference is in the row")
+            if delta.value is None or sign * delta.value >= 0:
+                continue
             p = body.get("p_holm")
             lines.append(f"{score_id}, {column}={name}: {show(delta, with_interval=True, difference=True)} against "
                          f"{parent_of(row)} (all items {show(whole, difference=True)})"
@@ -53,6 +59,7 @@ def worst_lines(row: Row) -> list[str]:
     return lines
 
 
-def name_and_lines(rows: Iterable[Row]) -> list[str]:
-    """`worst group of tuned-w3: ...`, for the lines beneath a terminal's table."""
-    return [f"worst group of {name_of(row)}: {line}" for row in rows for line in worst_lines(row)]
+def name_and_lines(rows: Sequence[Row]) -> list[str]:
+    """`worst group of tuned-w3: ...` by the main score, for the lines beneath a terminal's table."""
+    main = main_score(rows)
+    return [f"worst group of {name_of(row)}: {line}" for row in rows for line in worst_lines(row, [main] if main else [])]
