@@ -2,8 +2,8 @@
 
 A challenger is compared with the champion on the champion's own items, whatever run each is from, and replaces it when
 
-    every score with a margin is shown to be non-inferior      (all must be, so no correction: an intersection-union test)
-    a saving is shown                                          (an interval that leaves "no better" out; bytes count)
+    every score with a margin is shown to be non-inferior    (all must be, so no correction: intersection-union)
+    a saving is shown                                        (an interval that leaves "no better" out; bytes count)
 
 Scores of other prompts are not compared, and nothing is promoted by them. `force` promotes all the same, and the record
 says so, with the reasons that spoke against it. Records are links of the ledger's chain: who, when, why, what for. The

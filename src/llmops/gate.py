@@ -59,10 +59,11 @@ class Gate:
 
     def lines(self) -> list[str]:
         """A line for every case, and the verdict with the hash to keep."""
-        what = f"{', '.join(self.asked)}: every goal" if self.asked else "a variant that meets every goal"
-        found = ("is met" if self.asked else f"is there: {self.winner}") if self.passed else \
-            ("is not met" if self.asked else "is not there")
-        return [*(case.line() for case in self.cases), f"{'passed' if self.passed else 'FAILED'}: {what} {found}",
+        if self.asked:
+            told = f"{', '.join(self.asked)}: {'every goal is met' if self.passed else 'not every goal is met'}"
+        else:
+            told = f"{self.winner} meets every goal" if self.passed else "no variant meets every goal"
+        return [*(case.line() for case in self.cases), f"{'passed' if self.passed else 'FAILED'}: {told}",
                 f"ledger: {self.head}"]
 
     def as_json(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def sound(store: Store) -> Ledger:
 def _goals(rows: Sequence[Mapping[str, Any]], more: Sequence[str]) -> dict[str, Any]:
     """The run's goals with those of the command line laid over them, as rows hold them."""
     found: dict[str, Any] = next((dict(row["goals"]) for row in rows if row.get("goals")), {})
-    merged = {"quality": dict(found.get("quality") or {}), "costs": dict(found.get("costs") or {}),
+    merged: dict[str, Any] = {"quality": dict(found.get("quality") or {}), "costs": dict(found.get("costs") or {}),
               "prefer": found.get("prefer")}
     for text in more:
         metric, goal = _goal(text, rows)
@@ -189,8 +190,8 @@ def _refuse_uncomputed(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, A
         others = [goal for goal in same if goal["detail"] != "it is what the others are held against"]
         if all(goal["met"] is None for goal in others or same):
             metric = same[0]["metric"]
-            raise LlmopsError(f"goal {name}: nobody computed it: {_why(rows, metric) or (others or same)[0]['detail']}; "
-                              "expected a figure to judge by; measure it (`measure:`, a sensor, `evaluate:`), or drop "
+            why = _why(rows, metric) or (others or same)[0]["detail"]
+            raise LlmopsError(f"goal {name}: nobody computed it: {why}; expected a figure to judge by; measure it (`measure:`, a sensor, `evaluate:`), or drop "
                               "the goal")
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
 from llmops.errors import LlmopsError, StoreError
+from llmops.explain import explained, origin
 from llmops.ledger import SCHEMA, Ledger
 from llmops.pairing import completed, references
 from llmops.planner import as_recipe, plan
@@ -89,6 +90,7 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     folder = store.folder(parsed.name)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "recipe.yaml", parsed.text)
+    replace_file(folder / "origin.json", json.dumps(origin(parsed), indent=1))
     with _log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
@@ -108,7 +110,7 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
     rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
     ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
     folder = store.folder(name)
-    html.write_html(ordered, folder / "report.html", title=name)
+    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
     replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
     for row in ordered:
         build = store.build(row["identity"]["key"])

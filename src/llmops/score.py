@@ -81,7 +81,7 @@ class Scorer:
         row["tokens"] = self._token_statistics(stage, model)
         self._measure(stage, row, model, tokenizer)
         earlier = sum(each is not None for each in kept)
-        note = f"; {earlier} of {len(kept)} scores are from an earlier try, whose energy is not in it" if earlier else ""
+        note = f"; without that of {earlier} of {len(kept)} scores, kept from an earlier try" if earlier else ""
         energy = replace(window.energy, method=window.energy.method + note)
         row["building"]["evaluate_energy_j"] = energy.as_dict()
         row["building"]["evaluate_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()

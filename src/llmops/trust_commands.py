@@ -117,7 +117,7 @@ COMMANDS: dict[str, Command] = {
                                                                           "noninferior or max_drop of the goals)."}),
                 (("--saving",), {"metavar": "COST", "help": "The cost that must be better (default: `prefer` of the "
                                                             "goals, else any)."}),
-                (("--force",), {"action": "store_true", "help": "Promote in spite of reasons against; it is recorded."}),
+                (("--force",), {"action": "store_true", "help": "Promote in spite of reasons against; recorded."}),
                 RUNS, JSON),
     "champions": (champions, (("name",), {"metavar": "NAME", "nargs": "?", "help": "One of them (default: all)."}),
                   (("--history",), {"action": "store_true", "help": "Every promotion, oldest first."}), RUNS, JSON),

@@ -43,7 +43,7 @@ from llmops.evaluate.score import Item, Score
 from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 
-__all__ = ["evaluate", "loglikelihoods"]
+__all__ = ["Question", "evaluate", "loglikelihoods", "questions_of"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: MultipleChoice, *,
                         "other data, or give columns that map to them")
     if not rows.rows:
         raise DataError(f"{rows.name}: there is no question to answer; expected at least one row; look at its split")
-    questions = _questions(rows, tokenizer)
+    questions = questions_of(rows, tokenizer)
     _check_room(model, questions, rows)
     notes = labels([question.row for question in questions], options.slices, options.cluster, rows.name)
     sequences = [sequence for question in questions for sequence in question.sequences]
@@ -126,7 +126,8 @@ def _continuation(logits: Tensor, start: int, continuation: Sequence[int]) -> fl
     return -float(token_losses(logits[start:start + len(continuation)], targets).double().sum())
 
 
-def _questions(rows: Rows, tokenizer: Any) -> list[Question]:
+def questions_of(rows: Rows, tokenizer: Any) -> list[Question]:
+    """Every row as prompt and choices in ids. Raises DataError for a row that cannot be asked."""
     for index, row in enumerate(rows.rows):
         choices, answer = row["choices"], row["answer"]
         if len(choices) < 2 or not isinstance(answer, int) or not 0 <= answer < len(choices):

@@ -33,7 +33,7 @@ from llmops.evaluate.score import Item, Score
 from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "side_of"]
 
 _WHOLE = 1 << 40  # a length that nothing is cut to
 
@@ -67,7 +67,7 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: PreferenceAccuracy
     if lost:
         raise DataError(f"{rows.place(lost[0])}: both answers are the same text, or nothing ({len(lost)} such pairs of "
                         f"{len(rows.rows)}); expected two answers that differ; leave such rows out of the data")
-    pairs = [(_side(chosen), _side(rejected))
+    pairs = [(side_of(chosen), side_of(rejected))
              for chosen, rejected in zip(encoded.chosen, encoded.rejected, strict=True)]
     _check_room(model, pairs, rows)
     notes = labels([rows.rows[place] for place in encoded.origin], options.slices, options.cluster, rows.name)
@@ -84,7 +84,7 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: PreferenceAccuracy
     return [Score(id, "preference_accuracy", True, value, stderr, protocol, items)]
 
 
-def _side(example: Mapping[str, Sequence[int]]) -> _Side:
+def side_of(example: Mapping[str, Sequence[int]]) -> _Side:
     """The stretches of an answer that are trained, each with everything before it."""
     ids, labels = list(example["input_ids"]), example["labels"]
     runs = []

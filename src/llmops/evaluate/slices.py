@@ -35,7 +35,7 @@ NO_VALUE = "(none)"
 
 def labels(rows: Sequence[Mapping[str, Any]], slices: Sequence[str], cluster: str | None, where: str,
            ) -> list[dict[str, Any]]:
-    """What each row adds to its item's detail: {"groups": {column: value}, "cluster": value}, {} where nothing is asked.
+    """What each row adds to its item's detail: {"groups": {column: value}, "cluster": value}, {} where none is asked.
 
     A row without a value is in the group `NO_VALUE`; without one in the cluster's column it stands alone.
     Raises DataError when a column is in no row, holds lists or mappings, or has more than MOST groups.

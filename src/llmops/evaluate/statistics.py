@@ -92,8 +92,9 @@ def weighted_mean(values: Sequence[float] | Array, weights: Sequence[float] | Ar
 def summarize(items: Sequence[Item], aggregation: str, unit: str, method: str) -> tuple[Quantity, float | None]:
     """The value (with interval and n) and standard error of a score.
 
-    Means of 0/1 get Wilson's interval (of clusters: over the answers that they are worth), other means Student's, `exp_mean` exp of Student's on the log, with the delta
-    method's standard error. Items without a finite score make the value null, with the reason.
+    Means of 0/1 get Wilson's interval (of clusters: over the answers that they are worth), other means Student's,
+    `exp_mean` exp of Student's on the log, with the delta method's standard error. Items without a finite score make
+    the value null, with the reason.
     """
     missing = sum(item.score is None for item in items)
     if missing:

@@ -57,8 +57,8 @@ def _line(score: str, kind: str, margin: float, goal: Goal, entry: Evaluation, r
         return f"{told}{asked}; how many there are is not known before the data are read"
     if count >= wanted:
         return f"{told}{asked}; there are {count:,}"
-    return (f"{WARNING}{told}{asked}, and there are {count:,}, which show a margin of {smallest_margin(count, sd):.2g}; "
-            "give more items, or a wider margin")
+    return (f"{WARNING}{told}{asked}, and there are {count:,}, which show a margin of "
+            f"{smallest_margin(count, sd):.2g}; give more items, or a wider margin")
 
 
 def _earlier(rows: Sequence[Mapping[str, Any]], score: str, against: str, run: str,

@@ -18,8 +18,8 @@ from llmops.evaluate.options import Evaluation
 from llmops.measure.options import MeasureOptions
 from llmops.options import Models, Options
 
-__all__ = ["BASE", "BOUNDS", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
-           "TRACKERS", "Tracking", "Variant", "score_ids"]
+__all__ = ["BASE", "BOUNDS", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe",
+           "Runtime", "TRACKERS", "Tracking", "Variant", "score_ids"]
 
 Kind = Literal["finetune", "prune", "quantize", "distill"]
 #: Kind of step -> method -> options; only what a recipe names is imported.

@@ -1,7 +1,7 @@
 """Columns that a score is sliced or clustered by, looked for before anything is read but the head of a file.
 
-What cannot be seen so (hub data, parquet, a folder, a long jsonl file) is found missing when the data are read, still before a weight is
-loaded. Imported only for a recipe that names such a column.
+What cannot be seen so (hub data, parquet, a folder, a long jsonl file) is found missing when the data are read, still
+before a weight is loaded. Imported only for a recipe that names such a column.
 """
 
 from __future__ import annotations

@@ -62,4 +62,5 @@ def worst_lines(row: Row, scores: Iterable[str] | None = None) -> list[str]:
 def name_and_lines(rows: Sequence[Row]) -> list[str]:
     """`worst group of tuned-w3: ...` by the main score, for the lines beneath a terminal's table."""
     main = main_score(rows)
-    return [f"worst group of {name_of(row)}: {line}" for row in rows for line in worst_lines(row, [main] if main else [])]
+    return [f"worst group of {name_of(row)}: {line}" for row in rows
+            for line in worst_lines(row, [main] if main else [])]

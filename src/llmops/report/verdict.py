@@ -91,7 +91,7 @@ def _noninferior(row: Row, rows: Sequence[Row], metric: str, margin: float, agai
     from llmops.evaluate.power import needed
 
     up, body = _more_is_better(row, metric), versus(row, metric, against)
-    family = {name_of(one): p for one in rows if name_of(one) != against and state_of(one) == "ok"
+    family = {name_of(one): p for one in rows if name_of(one) not in (against, "base") and state_of(one) == "ok"
               and (p := noninferiority_p(versus(one, metric, against), margin, up)) is not None}
     drop, worst = drop_of(body, up), worst_drop(body, up)
     p = noninferiority_p(body, margin, up)
