@@ -26,7 +26,7 @@ from llmops.pairing import pair_rows
 from llmops.quantity import Quantity
 from llmops.report.compare import compare
 from llmops.report.figures import number, show
-from llmops.report.reading import COSTS, name_of, rising, score_ids, state_of, status_text
+from llmops.report.reading import COSTS, figure, name_of, rising, score_ids, state_of, status_text
 from llmops.store import Store
 
 __all__ = ["CHAMPIONS", "Decision", "champions", "promote"]
@@ -66,9 +66,9 @@ def promote(runs: str | None, run: str | None, variant: str, *, name: str = "cha
             margin: float | None = None, saving: str | None = None, force: bool = False) -> Decision:
     """Make a variant the champion `name` if it earns it.
 
-    margin: of scores without a margin in the run's goals; saving: the cost that must be better (default: the goals'
-    `prefer`, else any). Raises LlmopsError for what is not there, a variant that is not sound, no margin, scores of
-    other prompts (unless forced), and a ledger that was tampered with.
+    margin: where the run's goals have none, of its first score and others in the same unit; saving: the cost that must
+    be better (default: the goals' `prefer`, else any). Raises LlmopsError for what is not there, a variant that is not
+    sound, no margin, scores of other prompts (unless forced), and a ledger that was tampered with.
     """
     rows = rows_of(runs, run)
     store = Store(runs)
@@ -146,14 +146,11 @@ def _margins(row: Mapping[str, Any], champion: Mapping[str, Any], margin: float 
                           f"{', '.join(score_ids([row])) or 'none'}; {', '.join(score_ids([champion])) or 'none'}); "
                           "expected one: score both on the same data, under the same name")
     goals = (row.get("goals") or {}).get("quality") or {}
-    found = {}
-    for score in shared:
-        bounds = goals.get(score) or {}
-        limit = bounds.get("noninferior") or bounds.get("max_drop") or (margin if score in goals or not goals else None)
-        if limit:
-            found[score] = float(limit)
-    if not found and margin is not None:
-        found = {shared[0]: margin}
+    found = {score: float(limit) for score in shared if (limit := (goals.get(score) or {}).get("noninferior")
+                                                         or (goals.get(score) or {}).get("max_drop"))}
+    if not found and margin is not None:  # it has the unit of one kind of score
+        units = {score: figure(row, "quality", score, "value").unit for score in shared}
+        found = {score: margin for score in shared if units[score] == units[shared[0]]}
     if not found:
         raise LlmopsError("no margin says how much worse a champion's successor may be; expected noninferior or "
                           "max_drop in the recipe's goals, or give --margin 0.02")

@@ -64,8 +64,8 @@ def explain(runs: str | None, run: str | None, variant: str, against: str | None
     row = _sound(variant, rows)
     against = against or parent_of(row)
     if against is None:
-        raise LlmopsError(f"{variant} is the model as it came, and has no parent; expected a variant to hold it against: "
-                          "name one with --against")
+        raise LlmopsError(f"{variant} is the model as it came, and has no parent; expected a variant to hold it "
+                          "against: name one with --against")
     other = _sound(against, rows)
     if against == variant:
         raise LlmopsError(f"{variant} against itself: nothing differs; name another variant with --against")
@@ -185,8 +185,8 @@ def _replayed(counts: dict[str, Any], pairs: Sequence[tuple[Item, Item]], entry:
     known = questions(entry.metric, reference, tokenizer, rows, options)
     lost = sum(item.id not in known for item, _ in pairs)
     if lost:
-        raise LlmopsError(f'{entry.id}: the data are not those that were scored ({lost} of {len(pairs)} items are not in '
-                          f'them); expected "{options.data}" as it was: put it back, or score again')
+        raise LlmopsError(f'{entry.id}: the data are not those that were scored ({lost} of {len(pairs)} items are not '
+                          f'in them); expected "{options.data}" as it was: put it back, or score again')
     asked = [known[item.id] for item, _ in pairs]
     shown = [(question.prompt, reply) for question, reply in
              zip(asked, answered(reference, tokenizer, asked, options), strict=True)]
@@ -303,8 +303,8 @@ def _layer_lines(layers: Mapping[str, Any]) -> list[str]:
             f"{layers['answers']} answers (all together: {number(whole['kl'])}, {whole['turned']} answers change)"]
     for each in swaps[:20]:
         bar = "█" * round(BAR * each["kl"] / most) if most > 0 else ""
-        told.append(f"  {_called(each):{width}} {bar:{BAR}} {number(each['kl'])}  {each['turned']} answers, log p "
-                    f"{each['delta_logp']:+.3f}")
+        told.append(f"  {_called(each):{width}} {bar:{BAR}} {number(each['kl'])}  {each['turned']} of "
+                    f"{layers['answers']} answers, log p {each['delta_logp']:+.3f}")
     return told + ([f"  and {len(swaps) - 20} more, all below {number(swaps[20]['kl'])}"] if len(swaps) > 20 else [])
 
 

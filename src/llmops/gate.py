@@ -191,8 +191,8 @@ def _refuse_uncomputed(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, A
         if all(goal["met"] is None for goal in others or same):
             metric = same[0]["metric"]
             why = _why(rows, metric) or (others or same)[0]["detail"]
-            raise LlmopsError(f"goal {name}: nobody computed it: {why}; expected a figure to judge by; measure it (`measure:`, a sensor, `evaluate:`), or drop "
-                              "the goal")
+            raise LlmopsError(f"goal {name}: nobody computed it: {why}; expected a figure to judge by; measure it "
+                              "(`measure:`, a sensor, `evaluate:`), or drop the goal")
 
 
 def _why(rows: Sequence[Mapping[str, Any]], metric: str) -> str | None:

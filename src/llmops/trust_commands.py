@@ -113,8 +113,8 @@ COMMANDS: dict[str, Command] = {
                 (("--as",), {"dest": "name", "metavar": "NAME", "default": "champion",
                              "help": "What it becomes (default: champion); each name has a history of its own."}),
                 (("--why",), {"metavar": "TEXT", "help": "The reason, for the record."}),
-                (("--margin",), {"metavar": "X", "type": _number, "help": "How much worse a score may be (default: "
-                                                                          "noninferior or max_drop of the goals)."}),
+                (("--margin",), {"metavar": "X", "type": _number, "help": "How much worse scores may be where "
+                                                                          "the goals say nothing."}),
                 (("--saving",), {"metavar": "COST", "help": "The cost that must be better (default: `prefer` of the "
                                                             "goals, else any)."}),
                 (("--force",), {"action": "store_true", "help": "Promote in spite of reasons against; recorded."}),

@@ -93,8 +93,8 @@ def tango_interval(gained: int, lost: int, n: int) -> Interval:
         return inside
 
     near = 1 - 1e-12
-    middle = min(max(middle, -near), near)
-    return edge(middle, -near), edge(middle, near)
+    inside = min(max(middle, -near), near)
+    return min(edge(inside, -near), middle), max(edge(inside, near), middle)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

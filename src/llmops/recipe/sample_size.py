@@ -50,7 +50,7 @@ def _line(score: str, kind: str, margin: float, goal: Goal, entry: Evaluation, r
     basis = f"as items varied in {seen} earlier comparisons" if spread is not None else \
         f"{ASSUMED:.0%} of answers assumed to flip"
     count = _items(entry, recipe) or items
-    wanted = needed(margin, sd)
+    wanted = needed(margin, sd, share=share)
     assert wanted is not None
     asked = f"about {wanted:,} items are needed to show it in 80% of tries ({basis})"
     if count is None:
@@ -58,7 +58,7 @@ def _line(score: str, kind: str, margin: float, goal: Goal, entry: Evaluation, r
     if count >= wanted:
         return f"{told}{asked}; there are {count:,}"
     return (f"{WARNING}{told}{asked}, and there are {count:,}, which show a margin of "
-            f"{smallest_margin(count, sd):.2g}; give more items, or a wider margin")
+            f"{smallest_margin(count, sd, share=share):.2g}; give more items, or a wider margin")
 
 
 def _earlier(rows: Sequence[Mapping[str, Any]], score: str, against: str, run: str,

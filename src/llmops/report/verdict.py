@@ -104,7 +104,8 @@ def _noninferior(row: Row, rows: Sequence[Row], metric: str, margin: float, agai
                                    else "")]
     met = adjusted <= LEVEL
     if not met and drop < margin and body.get("delta_stderr"):
-        items = needed(margin, float(body["delta_stderr"]) * math.sqrt(body["n"]), max(drop, 0.0))
+        items = needed(margin, float(body["delta_stderr"]) * math.sqrt(body["n"]), max(drop, 0.0),
+                       share=body.get("mcnemar_p") is not None)
         words.append(f"not shown with {body['n']} items" + (f", about {items:,} would be needed" if items else ""))
     return {"met": met, "p": p, "p_holm": adjusted, "detail": "; ".join(word for word in words if word)}
 
