@@ -21,8 +21,8 @@ from llmops_kernels.reference.kv_attention import kv_attention as reference
 TILES = [("bf16", "int8", 128, 16, 64, 4, 5.8), ("fp16", "fp8", 128, 16, 64, 4, 5.8),
          ("bf16", "int4", 128, 16, 128, 4, 4.4), ("fp16", "int4", 64, 16, 128, 4, 0.0),
          ("bf16", "int8", 256, 16, 32, 4, 0.0), ("bf16", "int4", 256, 16, 32, 4, 0.0),
-         ("bf16", "int8", 128, 32, 64, 4, 0.0), ("bf16", "fp8", 128, 64, 64, 4, 0.0),
-         ("bf16", "int4", 128, 64, 64, 4, 0.0)]
+         ("bf16", "int8", 128, 32, 64, 4, 0.0), ("bf16", "fp8", 128, 32, 64, 4, 0.0),
+         ("bf16", "int4", 128, 32, 64, 4, 0.0), ("bf16", "int4", 256, 32, 32, 4, 0.0)]
 CODES = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
 EIGHT_B, SEVENTY_B = (8, 4, 128), (8, 8, 128)  # key-value heads, queries a head, numbers a head
 
@@ -45,7 +45,7 @@ def _attention(dtype: str, name: str, D: int, m: int, n: int, warps: int, limit:
     odd = ("T", "G", "H", "window", "splits", "length_b", "first_b", "mask_b", "mask_t", "mask_n")
     # Codes come in copies of 16 bytes; the scale of a key is two or four bytes and comes in copies of four.
     return Compiled(f"kv_attention {dtype} {name}, heads of {D}, {m}x{n}", attention_kernel, types, constants, warps, 3,
-                    odd=odd, weights=2 * n * D, limit=limit, matrix="HMMA" if m < 64 else "HGMMA", copies=False)
+                    odd=odd, weights=2 * n * D, limit=limit, matrix="HMMA", copies=False)
 
 
 def checks(device: str) -> Iterator[Check]:
@@ -67,8 +67,10 @@ def checks(device: str) -> Iterator[Check]:
         y = kv_attention(*moved, None, there, scale=D ** -0.5, window=window, format=format)
         again = kv_attention(*moved, None, there, scale=D ** -0.5, window=window, format=format)
         assert torch.equal(y, again), f"kv_attention {format}: two runs differ"
+        # at 4 bits a value is a code over a minimum of the other sign: what is left of the sum is smaller than its parts
+        limit = 3e-3 if dtype == torch.bfloat16 else 1e-3 if format == "int4" else 5e-4
         yield Check(f"kv_attention {format}, {dtype}, T={T}, G={G}, {more or 'plain'}",
-                    float((y.cpu().double() - exact).norm() / exact.norm()), 3e-3 if dtype == torch.bfloat16 else 5e-4)
+                    float((y.cpu().double() - exact).norm() / exact.norm()), limit)
 
 
 def cases(dry: bool) -> list[Case]:

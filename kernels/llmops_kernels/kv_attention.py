@@ -266,7 +266,7 @@ def launch(query: Tensor, k_codes: Tensor, k_scales: Tensor, v_codes: Tensor, v_
     if out.numel() == 0:
         return out
     tile = tiles(format, D, N, device)
-    block_m = 16 if T * G <= 16 else 32 if T * G <= 32 else 64
+    block_m = 16 if T * G <= 16 else 32
     block_n = tile["BLOCK_N"] if block_m == 16 else min(tile["BLOCK_N"], 64)  # more rows take the registers of keys
     parts = triton.cdiv(T * G, block_m)
     splits = splits_of(B * H * parts, N, block_n, tile["PROGRAMS"])
