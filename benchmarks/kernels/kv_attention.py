@@ -67,7 +67,7 @@ def checks(device: str) -> Iterator[Check]:
         y = kv_attention(*moved, None, there, scale=D ** -0.5, window=window, format=format)
         again = kv_attention(*moved, None, there, scale=D ** -0.5, window=window, format=format)
         assert torch.equal(y, again), f"kv_attention {format}: two runs differ"
-        # at 4 bits a value is a code over a minimum of the other sign: what is left of the sum is smaller than its parts
+        # at 4 bits a value is a code over a minimum of the other sign: the sum is smaller than its parts
         limit = 3e-3 if dtype == torch.bfloat16 else 1e-3 if format == "int4" else 5e-4
         yield Check(f"kv_attention {format}, {dtype}, T={T}, G={G}, {more or 'plain'}",
                     float((y.cpu().double() - exact).norm() / exact.norm()), limit)
