@@ -62,8 +62,8 @@ def choose(rows: int, columns: int, *, device: str, kernel: str = "auto") -> str
     if kernel not in CHOICES:
         raise LlmopsError(unknown("kernel", kernel, CHOICES))
     if kernel == "triton" and (device != "cuda" or not triton_here()):
-        raise LlmopsError(f"kernel triton on device {device}; it needs a CUDA device, triton and llmops_kernels. Use "
-                          "auto, torch or reference")
+        raise LlmopsError(f"kernel triton for int8 weights on device {device}; it needs CUDA, triton and "
+                          "llmops_kernels: use auto, torch or reference")
     if kernel in ("triton", "ops"):
         return TRITON if device == "cuda" else OPS
     if kernel == "auto" and device == "cuda" and triton_here():
