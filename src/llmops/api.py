@@ -20,13 +20,21 @@ from llmops.recipe.schema import STEPS
 __all__ = ["apply", "load"]
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", kernel: str = "auto") -> tuple[Any, Any]:
+def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", kernel: str = "auto",
+         fast: bool | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a variant's folder, a hub id or builtin:tiny, ready to generate.
 
-    Packed weights stay packed: an int4 folder takes int4 memory. kernel: "auto", "torch", "reference" or "triton".
-    Raises ModelError when there is no such model.
+    Packed weights stay packed: an int4 folder takes int4 memory. kernel: "auto", "torch", "reference", "triton", or
+    "ops", what the kernels are checked against. fast: layers that read one input run as one, the cache is static and
+    decode is recorded as a CUDA graph (`models/serving.py`); by default on a GPU. Such a model generates; to train,
+    save or change it, load it with fast=False. Raises ModelError when there is no such model.
     """
-    return load_model(folder, dtype=dtype, device=device, kernel=kernel)
+    model, tokenizer = load_model(folder, dtype=dtype, device=device, kernel=kernel)
+    if model.device.type == "cuda" if fast is None else fast:
+        from llmops.models.serving import serve
+
+        serve(model)
+    return model, tokenizer
 
 
 def apply(model: Any, tokenizer: Any, step: Mapping[str, Mapping[str, Any]],

@@ -15,6 +15,7 @@ from transformers import CompileConfig
 from llmops.methods.quantize import rtn
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
 from llmops.models.joined import Joined, Part, join, joined
+from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attach
 from llmops.models.quantized import kernels, pack
 from llmops.models.serving import StepGraph, serve, serving
@@ -170,3 +171,23 @@ def test_a_recorded_step_writes_the_same_on_the_gpu(kv: str | None) -> None:
     for _ in range(2):
         assert torch.equal(model.generate(ids, **GENERATE).sequences, wanted)
     assert serving(model).step.recorded == 1
+
+
+def test_a_row_tells_the_tiles_of_its_kernels() -> None:
+    found = tiles_used(packed("qwen2", "w4a16 in groups of 32, zero points", "ops"))
+    assert sum(entry["layers"] for entry in found.values()) == 28
+    assert found["int_linear N=256,K=128,bits=4,group=32"]["from"] == "rule"
+    assert {"BLOCK_M", "num_warps"} <= set(found["int_linear N=256,K=128,bits=4,group=32"]["tiles"])
+    assert "int8_linear N=128,K=256" in tiles_used(packed("qwen2", "w8a8", "ops"))
+    assert "fp8_linear N=128,K=256,scales=block" in tiles_used(packed("qwen2", "fp8-block", "ops"))
+    assert tiles_used(packed("qwen2", "w8a8", "reference")) == {} == tiles_used(twin("llama")[0])
+
+
+def test_the_api_serves_where_it_is_asked_to() -> None:
+    import llmops
+
+    plain, served = (llmops.load("builtin:tiny", fast=fast)[0] for fast in (None, True))
+    assert serving(plain) is None and serving(served) is not None
+    with torch.inference_mode():
+        one, other = (model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False) for model in (plain, served))
+    assert torch.equal(one, other)
