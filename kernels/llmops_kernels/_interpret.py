@@ -29,7 +29,8 @@ def dot(a, b, acc):  # type: ignore[no-untyped-def]
     """acc + a @ b, summed in float32 (int8 operands: in int32). a: (M, K); b: (K, N), brought to a's dtype here."""
     if INTERPRET and acc.dtype == tl.float32:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b.to(a.dtype), acc)
+    else:
+        return tl.dot(a, b.to(a.dtype), acc)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function

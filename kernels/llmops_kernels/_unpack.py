@@ -6,14 +6,14 @@ A register holds two words, so every instruction works on two codes. Field at bi
     y = t * 2^-b - (1024 * 2^-b + offset) exact, one fused multiply-add; offset undoes the unsigned storage, and holds
                                           the zero point when there is one
 
-The mantissa of fp16 takes fields up to bit 9, that of bf16 (0x4300: 128) up to bit 6; a field further up is first shifted
-down, by as few different amounts as do, since equal shifts are computed once. 3-bit codes put the high bit of another
-word beside the two low ones. 8-bit codes in bf16 don't fit: their low seven bits and their sign bit become 128 + low and
--128 or -256, which add up to the two's complement number. Without zero points both go to the tensor cores, since one more
-matrix instruction is cheaper than the additions.
+The mantissa of fp16 takes fields up to bit 9, that of bf16 (0x4300: 128) up to bit 6; a field further up is first
+shifted down, by as few different amounts as do, since equal shifts are computed once. 3-bit codes put the high bit of
+another word beside the two low ones. 8-bit codes in bf16 don't fit: their low seven bits and their sign bit become 128
++ low and -128 or -256, which add up to the two's complement number. Without zero points both go to the tensor cores,
+since one more matrix instruction is cheaper than the additions.
 
-The idea of the magic number is Kim et al., "Who Says Elephants Can't Run", 2022, section 4.2. `lop3` computes any function
-of three bits in one instruction: 0xEA is (a & b) | c, 0x6A is (a & b) ^ c.
+The idea of the magic number is Kim et al., "Who Says Elephants Can't Run", 2022, section 4.2. `lop3` computes any
+function of three bits in one instruction: 0xEA is (a & b) | c, 0x6A is (a & b) ^ c.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def programs(bits: int, bf16: bool, zero: bool) -> tuple[str, ...]:
     """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero)."""
     made = tuple(_program(i, bits, bf16, zero) for i in range(layout(bits, 128).fields))
     if bits == 8 and bf16 and not zero:  # programs 2 and 3: the parts with the signs of fields 0 and 1
-        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc300c300, 0xEA;"]) for i in (0, 1))
+        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc300c300, 0xEA;"])
+                      for i in (0, 1))
     return made
 
 
@@ -101,11 +102,12 @@ def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # typ
         return zero
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     HALF: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
+    AT16: tl.constexpr = (WIDTH * i) % 8
+    AT: tl.constexpr = 0 if BITS == 4 else (2 * (i % 8)) % 6
     if dtype == tl.float16:
-        BASE: tl.constexpr = 1152 if BITS == 8 else (1024 >> (WIDTH * i) % 8) + HALF
+        return ((-1152 if BITS == 8 else -(1024 >> AT16) - HALF) - zero).to(tl.float16)
     else:
-        BASE: tl.constexpr = 0 if BITS == 8 else (128 >> (0 if BITS == 4 else (2 * (i % 8)) % 6)) + HALF
-    return (-BASE - zero).to(dtype)
+        return ((0 if BITS == 8 else -(128 >> AT) - HALF) - zero).to(tl.bfloat16)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function

@@ -23,7 +23,7 @@ def python(*arguments: str, interpreter: bool) -> subprocess.CompletedProcess[st
 
 
 def interpreted(script: str, cases: Sequence[Any]) -> list[dict[str, Any]]:
-    """Run tests/kernels/SCRIPT with the cases as JSON in argv[1] under the interpreter; a JSON line a case comes back."""
+    """Run tests/kernels/SCRIPT with the cases as JSON in argv[1] under the interpreter; a JSON line a case."""
     done = python(str(HERE / script), json.dumps(cases), interpreter=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

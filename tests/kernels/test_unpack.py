@@ -1,4 +1,4 @@
-"""The inline assembly of the unpackers, run by a few lines of PTX emulation on every 16-bit word: no GPU has to agree."""
+"""The inline assembly of the unpackers, run by a few lines of PTX emulation on every 16-bit word."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def emulate(program: str, given: dict[str, np.ndarray]) -> np.ndarray:
                     made |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
         elif op in ("mov.b32", "shr.b32", "shl.b32"):
             a = read(names[0])
-            made = a if op == "mov.b32" else a >> np.uint32(int(names[1])) if op == "shr.b32" else a << np.uint32(int(names[1]))
+            by = np.uint32(int(names[1])) if len(names) > 1 else np.uint32(0)
+            made = a << by if op == "shl.b32" else a >> by
         else:
             kind = op.split(".")[-1]
-            numbers_ = [numbers(read(name), kind) for name in names]
-            made = bits(numbers_[0] + numbers_[1] if op.startswith("add") else numbers_[0] * numbers_[1] + numbers_[2], kind)
+            terms = [numbers(read(name), kind) for name in names]
+            made = bits(terms[0] + terms[1] if op.startswith("add") else terms[0] * terms[1] + terms[2], kind)
         at[out] = made.astype(np.uint32)
     return at["$0"]
 

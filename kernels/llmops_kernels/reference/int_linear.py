@@ -1,9 +1,10 @@
 """y = x @ ((codes - zero) * scale).T + bias for 2-, 3-, 4- and 8-bit weights, in PyTorch; and the layout of the kernel.
 
-The layout. A weight is cut into tiles of 64 rows and one *chunk* of columns; a tile is contiguous, so a program streams.
-Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds the code of column `i * RUN + j` of the chunk
-(planar): the kernel extracts field i of all words with one mask and has the codes of RUN neighbouring columns, ready to be
-multiplied with RUN neighbouring elements of x. Two words share a register, which makes every mask work on two codes.
+The layout. A weight is cut into tiles of 64 rows and one *chunk* of columns; a tile is contiguous, so a program
+streams. Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds the code of column `i * RUN + j` of
+the chunk (planar): the kernel extracts field i of all words with one mask and has the codes of RUN neighbouring
+columns, ready to be multiplied with RUN neighbouring elements of x. Two words share a register, which makes every mask
+work on two codes.
 
     bits   words of a row and chunk   fields                                   columns in a chunk
     8      RUN                        2, two's complement                      2 * RUN
@@ -12,10 +13,10 @@ multiplied with RUN neighbouring elements of x. Two words share a register, whic
     3      3 * RUN                    16: words 0, 1 hold the low two bits     16 * RUN
                                       (8 fields each), word 2 the high bits
 
-RUN is 64; 128 for 8 bits in groups that are a whole number of such runs; 32 for groups of 32, and for 2 and 3 bits. Codes
-of 5 to 7 bits are stored as 8. Scales (and zero points) are transposed to (groups, rows), so that neighbouring rows are
-read together; zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest number that
-it sees. Rows are padded to 128, columns to whole chunks; padding multiplies zeros.
+RUN is 64; 128 for 8 bits in groups that are a whole number of such runs; 32 for groups of 32, and for 2 and 3 bits.
+Codes of 5 to 7 bits are stored as 8. Scales (and zero points) are transposed to (groups, rows), so that neighbouring
+rows are read together; zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
+number that it sees. Rows are padded to 128, columns to whole chunks; padding multiplies zeros.
 
 Shapes: N rows (outputs), K columns (inputs); T = ceil(N / 128) * 2 tiles of rows, C = ceil(K / chunk); x (M, K);
 words int16 (T, C, W, 64, RUN), W = 3 for 3 bits, else 1; scale (C * groups a chunk or 1, T * 64); zero int16, the same.
@@ -28,7 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "HIGH_BITS", "TILE_ROWS", "Layout", "Packed", "dequantize", "int_linear", "layout", "pack", "unpack"]
+__all__ = ["GROUPS", "HIGH_BITS", "TILE_ROWS", "Layout", "Packed", "dequantize", "int_linear", "layout", "pack",
+           "unpack"]
 
 TILE_ROWS = 64
 GROUPS = (32, 64, 128)  # beside -1, one scale a row
