@@ -29,14 +29,14 @@ def compiled() -> list[Compiled]:
 def product(op: str, code: str, label: str, scales: int, tiles: dict[str, int]) -> Compiled:
     """The product with some tiles; also for fp8."""
     tiles = _scaled_matmul.fitting(dict(tiles), 227 * 1024)
-    warps, stages, split = tiles.pop("num_warps"), tiles.pop("num_stages"), min(2, tiles.pop("SPLIT"))
+    warps, stages, split = tiles.pop("num_warps"), tiles.pop("num_stages"), tiles.pop("SPLIT") > 1
     swap = bool(tiles.pop("SWAP"))
     workspace = "*i32" if code == "i8" else "*fp32"
-    constants = tiles | {"SPLIT": split, "SWAP": swap, "SCALES": scales, "BIAS": True, "EVEN_K": True}
+    constants = tiles | {"PARTIAL": split, "SWAP": swap, "SCALES": scales, "BIAS": True, "EVEN_K": True}
     types = {"a_ptr": f"*{code}", "w_ptr": f"*{code}", "sa_ptr": "*fp32", "sw_ptr": "*fp32", "bias_ptr": "*bf16",
-             "y_ptr": workspace if split > 1 else "*bf16"}
+             "y_ptr": workspace if split else "*bf16"}
     shape = f"{tiles['BLOCK_M']}x{tiles['BLOCK_N']}x{tiles['BLOCK_K']}"
-    name = (f"{op} {label}, {shape}, {warps} warps{', swapped' if swap else ''}{', split' if split > 1 else ''}")
+    name = (f"{op} {label}, {shape}, {warps} warps{', swapped' if swap else ''}{', split' if split else ''}")
     wide = swap or tiles["BLOCK_M"] >= 64
     matrix = {"i8": ("IGMMA", "IMMA"), "fp8e4nv": ("QGMMA", "QGMMA")}[code][0 if wide else 1]
     return Compiled(name, _scaled_matmul.kernel, types, constants, warps, stages, odd=("M", "stride_sa", "stride_sw"),

@@ -32,13 +32,13 @@ def compiled() -> list[Compiled]:
 
 def _product(dtype: str, tiles: dict[str, int]) -> Compiled:
     tiles = dict(tiles)
-    warps, stages, split = tiles.pop("num_warps"), tiles.pop("num_stages"), min(2, tiles.pop("SPLIT"))
+    warps, stages, split = tiles.pop("num_warps"), tiles.pop("num_stages"), tiles.pop("SPLIT") > 1
     swap = bool(tiles.pop("SWAP"))
-    constants = tiles | {"SPLIT": split, "SWAP": swap, "BF16": dtype == "bf16", "BIAS": True}
+    constants = tiles | {"PARTIAL": split, "SWAP": swap, "BF16": dtype == "bf16", "BIAS": True}
     types = {"x_ptr": "*i64", "v_ptr": "*i32", "places_ptr": "*u8", "bias_ptr": f"*{dtype}",
-             "y_ptr": "*fp32" if split > 1 else f"*{dtype}"}
+             "y_ptr": "*fp32" if split else f"*{dtype}"}
     name = (f"sparse24_linear {dtype}, {tiles['BLOCK_M']}x{tiles['BLOCK_N']}x256{', swapped' if swap else ''}"
-            f"{', split' if split > 1 else ''}")
+            f"{', split' if split else ''}")
     return Compiled(name, sparse24_linear.kernel, types, constants, warps, stages,
                     odd=("M", "chunks"), weights=tiles["BLOCK_N"] * 256,
                     limit=MOST, matrix="HGMMA" if swap or tiles["BLOCK_M"] >= 64 else "HMMA")

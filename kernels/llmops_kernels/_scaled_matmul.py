@@ -72,8 +72,8 @@ def _add_product(acc, a, w, SWAP: tl.constexpr, WIDTH: tl.constexpr):  # type: i
 def kernel(a_ptr, w_ptr, sa_ptr, sw_ptr, bias_ptr, y_ptr, M, N, K, stride_am, stride_wn,  # type: ignore[no-untyped-def]
            stride_sa, stride_sw, stride_ym, k_split,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-           SPLIT: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr):
-    """One tile of y, or SPLIT > 1: program_id(1)'s share of it, into the workspace that y_ptr then is."""
+           PARTIAL: tl.constexpr, SWAP: tl.constexpr, SCALES: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr):
+    """One tile of y, or where PARTIAL: program_id(1)'s share of it, into the workspace that y_ptr then is."""
     SUM: tl.constexpr = tl.int32 if w_ptr.dtype.element_ty == tl.int8 else tl.float32
     pm, pn = _where(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm, rn, rk = pm * BLOCK_M + tl.arange(0, BLOCK_M), pn * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -100,7 +100,7 @@ def kernel(a_ptr, w_ptr, sa_ptr, sw_ptr, bias_ptr, y_ptr, M, N, K, stride_am, st
     if SWAP:
         acc = acc.T
     keep = (rm[:, None] < M) & (rn[None, :] < N)
-    if SPLIT > 1:
+    if PARTIAL:
         row = tl.program_id(1).to(tl.int64) * M + rm[:, None]
         tl.store(y_ptr + row * N + rn[None, :], acc, mask=keep)
     else:
@@ -154,7 +154,7 @@ def run(a: Tensor, sa: Tensor, w: Tensor, sw: Tensor, bias: Tensor | None, y: Te
     stride_sw = sw.stride(0) if scales == BLOCK else 0
     kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n), split)](
         a, w, sa, sw, offset, to, M, N, K, a.stride(0), w.stride(0), sa.stride(0), stride_sw, y.stride(0), k_split,
-        SPLIT=split, SWAP=swap, SCALES=scales, BIAS=bias is not None, EVEN_K=K % block_k == 0, **tiles)
+        PARTIAL=split > 1, SWAP=swap, SCALES=scales, BIAS=bias is not None, EVEN_K=K % block_k == 0, **tiles)
     if split > 1:
         width = 1024 if M * N > 1 << 17 else 256
         add_up_kernel[(M, triton.cdiv(N, width))](to, sa, sw, offset, y, M, N, sa.stride(0), y.stride(0), SPLIT=split,

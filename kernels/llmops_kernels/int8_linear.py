@@ -40,7 +40,7 @@ def rule(M: int, N: int, K: int, processors: int) -> Config:
         block_m = 32 if M <= 32 else 64
         return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 1, "SWAP": 1, "num_warps": 4,
                 "num_stages": 4, "SPLIT": splits(-(-N // 128), K, 128, 2 * processors)}
-    block_m = 128 if (-(-M // 128)) * (-(-N // 128)) >= processors else 64
+    block_m = 128 if processors <= (-(-M // 128)) * (-(-N // 128)) else 64
     tiles = -(-M // block_m) * -(-N // 128)
     return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "SWAP": 0,
             "num_warps": 8 if block_m == 128 else 4, "num_stages": 4, "SPLIT": splits(tiles, K, 128, processors)}

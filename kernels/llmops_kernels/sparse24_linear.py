@@ -63,9 +63,9 @@ def _words(pair, places, shift: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]  # nor compiled anew for each M
 def kernel(x_ptr, v_ptr, places_ptr, bias_ptr, y_ptr, M, N, GROUPS, stride_xm, stride_v, stride_p,  # type: ignore[no-untyped-def]
-           stride_ym, chunks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+           stride_ym, chunks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, SWAP: tl.constexpr,
            BF16: tl.constexpr, BIAS: tl.constexpr):
-    """A tile of y over `chunks` chunks of K; SPLIT > 1: program_id(2)'s share of it, into a workspace.
+    """A tile of y over `chunks` chunks of K; PARTIAL: program_id(2)'s share of it, into a workspace.
 
     x and values as int64 and int32, one a group of four columns; GROUPS, stride_xm and stride_v count those.
     """
@@ -93,7 +93,7 @@ def kernel(x_ptr, v_ptr, places_ptr, bias_ptr, y_ptr, M, N, GROUPS, stride_xm, s
     if SWAP:
         acc = acc.T
     keep = (rm[:, None] < M) & (rn[None, :] < N)
-    if SPLIT > 1:
+    if PARTIAL:
         row = tl.program_id(2).to(tl.int64) * M + rm[:, None]
         tl.store(y_ptr + row * N + rn[None, :], acc, mask=keep)
     else:
@@ -147,7 +147,7 @@ def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compr
     offset = y if bias is None else bias
     kernel[(triton.cdiv(N, found["BLOCK_N"]), triton.cdiv(M, found["BLOCK_M"]), split)](
         words, pairs, places, offset, to, M, N, K // 4, words.stride(0), pairs.stride(0), places.stride(0), N, chunks,
-        SPLIT=split, SWAP=swap, BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **found)
+        PARTIAL=split > 1, SWAP=swap, BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **found)
     if split > 1:
         add_up_kernel[(M, triton.cdiv(N, 256))](to, to, to, offset, y, M, N, 0, N, SPLIT=split, SCALES=BLOCK,
                                                 BIAS=bias is not None, BLOCK_N=256, num_warps=4)

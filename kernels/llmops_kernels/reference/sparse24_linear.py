@@ -29,9 +29,9 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     over = there.sum(-1) > 2
     if bool(over.any()):
         row, group = (int(i) for i in over.nonzero()[0])
-        raise ValueError(f"weight is not 2:4: {int(over.sum())} of {over.numel()} groups of four columns have more than "
-                         f"two numbers, the first in row {row}, columns {4 * group} to {4 * group + 3}; prune it to "
-                         f"2:4 first")
+        raise ValueError(f"weight is not 2:4: {int(over.sum())} of {over.numel()} groups of four columns hold more "
+                         f"than two numbers, the first in row {row}, columns {4 * group} to {4 * group + 3}; prune "
+                         f"it to 2:4 first")
     order = torch.arange(4, device=weight.device) + 4 * (~there).to(torch.int64)
     kept = (order.sort(-1).values[..., :2] % 4).sort(-1).values
     values = groups.gather(-1, kept).reshape(rows, columns // 2).contiguous()
