@@ -12,6 +12,7 @@ from tests.twins import tokens, twin
 from torch import nn
 from transformers import CompileConfig
 
+from llmops.errors import LlmopsError
 from llmops.methods.quantize import rtn
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
 from llmops.models.joined import Joined, Part, join, joined
@@ -191,3 +192,5 @@ def test_the_api_serves_where_it_is_asked_to() -> None:
     with torch.inference_mode():
         one, other = (model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False) for model in (plain, served))
     assert torch.equal(one, other)
+    with pytest.raises(LlmopsError, match="load it with llmops.load.*fast=False"):
+        llmops.apply(served, None, {"quantize": {"method": "rtn", "scheme": "w8a16"}})
