@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from . import checks, config
 from ._interpret import INTERPRET, dot, narrow
 from ._library import define, ops
-from ._scaled_matmul import BLOCK, Config, add_up_kernel
+from ._split import sum_parts
 from ._triton import tl, triton
 from .int8_linear import splits
 from .reference import sparse24_int4_linear as reference
@@ -144,14 +144,14 @@ def dense_kernel(c_ptr, places_ptr, scale_ptr, w_ptr, N, GROUPS, stride_c, strid
 
 
 # ---------------------------------------------------------------------------------------------------- launch
-def rule(M: int, N: int, K: int, processors: int) -> Config:
+def rule(M: int, N: int, K: int, processors: int) -> config.Config:
     """Tiles for a shape that no table has."""
     return {"BLOCK_M": 16 if M <= 16 else 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4,  # 64 x 64 spills
             "SPLIT": splits(-(-N // 64), K, 256, 2 * processors)}
 
 
-def launch(x: Tensor, codes: Tensor, places: Tensor, scale: Tensor, bias: Tensor | None, tiles: Config | None = None
-           ) -> Tensor:
+def launch(x: Tensor, codes: Tensor, places: Tensor, scale: Tensor, bias: Tensor | None,
+           tiles: config.Config | None = None) -> Tensor:
     """The kernel, or from DENSE_FROM tokens on a dense product; `sparse24_int4_linear` is the checked door to it."""
     M, K = x.shape
     N = codes.shape[0]
@@ -174,10 +174,7 @@ def launch(x: Tensor, codes: Tensor, places: Tensor, scale: Tensor, bias: Tensor
         words, codes, places, scale, offset, to, M, N, K // 4, words.stride(0), codes.stride(0), places.stride(0),
         scale.stride(0), chunks, PARTIAL=split > 1, BF16=x.dtype == torch.bfloat16, ROWS=scale.shape[1] == 1,
         BIAS=bias is not None, **found)
-    if split > 1:
-        add_up_kernel[(M, triton.cdiv(N, 256))](to, to, to, offset, y, M, N, 0, N, SPLIT=split, SCALES=BLOCK,
-                                                BIAS=bias is not None, BLOCK_N=256, num_warps=4)
-    return y
+    return y if split == 1 else sum_parts(to, bias, y)
 
 
 def to_dense(codes: Tensor, places: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

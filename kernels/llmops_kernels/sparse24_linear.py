@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from . import checks, config
 from ._interpret import dot, narrow
 from ._library import define, ops
-from ._scaled_matmul import BLOCK, Config, add_up_kernel
+from ._split import sum_parts
 from ._triton import tl, triton
 from .int8_linear import splits
 from .reference import sparse24_linear as reference
@@ -118,7 +118,7 @@ def dense_kernel(v_ptr, places_ptr, w_ptr, N, GROUPS, stride_v, stride_p,  # typ
 
 
 # ---------------------------------------------------------------------------------------------------- launch
-def rule(M: int, N: int, K: int, processors: int) -> Config:
+def rule(M: int, N: int, K: int, processors: int) -> config.Config:
     """Tiles for a shape that no table has."""
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "SWAP": 0, "num_warps": 4,
@@ -126,7 +126,7 @@ def rule(M: int, N: int, K: int, processors: int) -> Config:
 
 
 def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compressed: Tensor | None,
-           tiles: Config | None = None) -> Tensor:
+           tiles: config.Config | None = None) -> Tensor:
     """The kernel, or from DENSE_FROM tokens on a matrix product; `sparse24_linear` is the checked door to it."""
     M, K = x.shape
     N = values.shape[0]
@@ -148,10 +148,7 @@ def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compr
     kernel[(triton.cdiv(N, found["BLOCK_N"]), triton.cdiv(M, found["BLOCK_M"]), split)](
         words, pairs, places, offset, to, M, N, K // 4, words.stride(0), pairs.stride(0), places.stride(0), N, chunks,
         PARTIAL=split > 1, SWAP=swap, BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **found)
-    if split > 1:
-        add_up_kernel[(M, triton.cdiv(N, 256))](to, to, to, offset, y, M, N, 0, N, SPLIT=split, SCALES=BLOCK,
-                                                BIAS=bias is not None, BLOCK_N=256, num_warps=4)
-    return y
+    return y if split == 1 else sum_parts(to, bias, y)
 
 
 def as_words(x: Tensor) -> Tensor:
