@@ -45,10 +45,13 @@ def check_links(problems: Problems, variants: Mapping[str, Variant], names: Sequ
         elif teacher is not None and not refer(problems, ("variants", name, variant.kind, "teacher"), teacher, known,
                                                "a variant", matrices):
             sound = False
-        graph[name] = [parent for parent in variant.parents() if parent != name or parent == variant.parent]
+        graph[name] = [parent for parent in variant.parents() if parent != name or parent in (variant.parent,
+                                                                                              *variant.writers)]
+        sound &= all(writer in known for writer in variant.writers)
     while found := cycle(graph):
         first, second = found[0], found[1]
-        key: Trail = ("from",) if variants[first].parent == second else (variants[first].kind, "teacher")
+        key: Trail = (("from",) if variants[first].parent == second else
+                      (variants[first].kind, "teacher" if variants[first].teacher == second else "data"))
         problems.add(("variants", first, *key), f"given a circle: {' -> '.join(found)}; expected every line to end at "
                                                 "base: let one of them start from base")
         graph[first] = [parent for parent in graph[first] if parent != second]
@@ -134,6 +137,9 @@ def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) 
     while name != BASE and name in variants and name not in seen:
         seen.add(name)
         options = variants[name].options
+        if (student := getattr(options, "student", None)) is not None:
+            given = (student.config or {}).get("num_hidden_layers")
+            return given if isinstance(given, int) and student.model is None else None
         if variants[name].method == "depth":
             return options.layers if isinstance(options.layers, int) else len(options.layers)
         name = variants[name].parent
@@ -313,7 +319,7 @@ def _ignored(full: str, ignore: Sequence[str]) -> bool:
 
 def _check_teacher(problems: Problems, trail: Trail, variant: Variant) -> None:
     options = variant.options
-    if options.teacher == variant.parent and options.hard_weight == 0:
+    if options.teacher == variant.parent and options.hard_weight == 0 and options.student is None:
         problems.add((*trail, "teacher"), f"given {shown(options.teacher)}, the very weights that the student starts "
                                           "with: the loss is 0 from the first step; expected another variant, or a "
                                           "hard_weight above 0")
