@@ -86,7 +86,7 @@ def test_the_teachers_greedy_answers_are_what_is_learned():
         llmops.apply(student, tokenizer, {"distill": options}, asked, teacher=teacher)
 
 
-def test_hidden_states_come_closer_when_they_arematched_states():
+def test_hidden_states_come_closer_when_they_are_matched():
     teacher, tokenizer = twin("llama")
     rows = [{"prompt": f"where is {number}", "completion": f"in town {number}"} for number in range(8)]
 

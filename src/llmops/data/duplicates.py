@@ -5,8 +5,8 @@
 All pairs would be quadratic. A text's MinHash signature is the smallest hash of its shingles under each of 128 hash
 functions; two texts agree in one place with exactly their resemblance as probability. Signatures are cut into bands of
 r places; texts that agree in a whole band are candidates, and only they are compared in full, so nothing is left out
-that does not resemble an earlier row that far. What is missed: at a threshold of 0.8 a pair right on it is found with
-1 - (1 - 0.8^4)^32 > 0.9999. Texts of fewer than three words are one shingle.
+that does not resemble an earlier row that far. A pair right at a threshold t is missed with (1 - t^r)^(128 / r); r is
+the largest with which that stays below a thousandth. Texts of fewer than three words are one shingle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 __all__ = ["first_of_their_kind", "repetition", "resemblance", "shingles"]
 
-HASHES, ROWS_A_BAND, RUN = 128, 4, 3
+HASHES, RUN = 128, 3
+MISSED = 1e-3  # share of the pairs right at the threshold that may be missed; of those above it, fewer
 
 
 def words(text: str) -> list[str]:
@@ -56,7 +57,7 @@ def first_of_their_kind(texts: Sequence[str], most: float) -> tuple[list[int], i
     seen: set[str] = set()
     bands: dict[tuple[int, bytes], list[int]] = {}
     sets: dict[int, frozenset[str]] = {}
-    factors = _factors()
+    factors, width = _factors(), _rows_a_band(most)
     for index, text in enumerate(texts):
         if text in seen:
             equal += 1
@@ -64,7 +65,7 @@ def first_of_their_kind(texts: Sequence[str], most: float) -> tuple[list[int], i
         seen.add(text)
         if most < 1:
             mine = shingles(text)
-            keys = _bands(mine, factors)
+            keys = _bands(mine, factors, width)
             rivals = dict.fromkeys(rival for key in keys for rival in bands.get(key, ()))
             if any(resemblance(mine, sets[rival]) > most for rival in rivals):
                 near += 1
@@ -83,10 +84,14 @@ def _factors() -> npt.NDArray[np.uint64]:
     return np.array(drawn, dtype=np.uint64).reshape(2, HASHES) | np.uint64(1)
 
 
-def _bands(found: frozenset[str], factors: npt.NDArray[np.uint64]) -> list[tuple[int, bytes]]:
+def _rows_a_band(most: float) -> int:
+    return next((rows for rows in (8, 4, 2) if (1 - most**rows) ** (HASHES // rows) < MISSED), 1)
+
+
+def _bands(found: frozenset[str], factors: npt.NDArray[np.uint64], width: int) -> list[tuple[int, bytes]]:
     """The bands of a signature. Multiplication wraps at 64 bits; the upper half of the product is the hash."""
     hashed = np.array([int.from_bytes(hashlib.blake2b(each.encode(), digest_size=8).digest(), "little")
                        for each in found], dtype=np.uint64)
     with np.errstate(over="ignore"):
         signature = ((hashed[:, None] * factors[0] + factors[1]) >> np.uint64(32)).min(0)
-    return [(at, signature[at:at + ROWS_A_BAND].tobytes()) for at in range(0, HASHES, ROWS_A_BAND)]
+    return [(at, signature[at:at + width].tobytes()) for at in range(0, HASHES, width)]
