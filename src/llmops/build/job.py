@@ -14,6 +14,8 @@ from llmops.build.shared import Shared
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens
 from llmops.data.sources import Rows
+from llmops.measure.meter import Meter
+from llmops.methods.prune.options import MASKING as METHODS
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.models import parity
 from llmops.models.load import load
@@ -22,7 +24,7 @@ from llmops.train import Checkpoints, Progress
 
 __all__ = ["MASKING", "Job", "Work", "bar", "calibrated", "calibration"]
 
-MASKING = ("prune:magnitude", "prune:wanda")  # steps whose zeros every later training has to keep
+MASKING = tuple(f"prune:{method}" for method in METHODS)  # steps whose zeros every later training has to keep
 
 
 @dataclass
@@ -60,11 +62,13 @@ class Job:
     open: Callable[[str, str | None], tuple[Any, Any]] = lambda source, revision: load(source, revision=revision,
                                                                                         dtype="stored")
     signals: Shared | None = None
+    meter: Meter | None = None
+    zeros: Mapping[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def keeps_zeros(self) -> bool:
-        return any(step in MASKING for step in self.chain)
+        return bool(self.zeros) or any(step in MASKING for step in self.chain)
 
 
 @dataclass
@@ -72,9 +76,9 @@ class Work:
     """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost.
 
     merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each;
-    allocation: what each choice of bits was found to cost each group of layers, and what was chosen. teaching: who
-    taught, how, and the seconds that the teacher ran within this step; shared: (what it is, the folder) of everything
-    it used that other builds use, too.
+    allocation: what each choice of bits was found to cost each group of layers, and what was chosen; search: the same
+    of sparsities by block, and of shapes. teaching: who taught, how, and the seconds that the teacher ran within this
+    step; shared: (what it is, the folder) of everything it used that other builds use, too.
     """
 
     model: Any
@@ -91,6 +95,7 @@ class Work:
     allocation: dict[str, Any] = field(default_factory=dict)
     teaching: dict[str, Any] = field(default_factory=dict)
     shared: list[tuple[str, Shared]] = field(default_factory=list)
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:

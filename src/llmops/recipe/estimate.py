@@ -17,7 +17,8 @@ size, V the vocabulary, L the layers kept.
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
-      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq
+      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq; with rotate or
+                    factors 2 for a copy
       autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -41,6 +42,7 @@ from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import Dims, bytes_per_weight, read_dims
+from llmops.recipe.pruning_checks import dims_after, layers_after
 from llmops.recipe.schema import Recipe, Variant
 from llmops.recipe.students import after_students
 
@@ -78,29 +80,24 @@ def estimate(recipe: Recipe, name: str, dims: Dims | None, reason: str) -> Estim
         dims, reason = after_students(recipe, name, dims, reason)
     if dims is None:
         return Estimate(Quantity.null("1", reason), Quantity.null("B", reason), Quantity.null("B", reason), tokens)
-    layers = _layers(recipe, name, dims)
     student = getattr(variant.options, "student", None) if variant is not None else None
-    before = _layers(recipe, variant.parent, dims) if variant is not None and student is None else layers
-    count = dims.parameters(layers)
-    how = f"config.json: {layers} layers of {dims.linear_parameters + dims.other_parameters:,}"
+    above = variant.parent if variant is not None and student is None else name
+    before = layers_after(recipe.variants, above, dims) if variant is not None else dims.layers
+    layers, after = layers_after(recipe.variants, name, dims), dims_after(recipe.variants, name, dims)
+    below = after if variant is None else dims_after(recipe.variants, above, dims)
+    if layers is None or before is None or after is None or below is None:
+        why = "how small it gets is searched for when it is built"
+        return Estimate(Quantity.null("1", why), Quantity.null("B", why), Quantity.null("B", why), tokens)
+    count = after.parameters(layers)
+    how = f"config.json: {layers} layers of {after.linear_parameters + after.other_parameters:,}"
     return Estimate(Quantity(float(count), "1", "estimated", how),
-                    _estimated(_disk(recipe, variant, dims, layers), "parameters x bytes of their storage"),
-                    _estimated(_memory(recipe, variant, dims, before), "weights, gradients, optimizer, activations"),
+                    _estimated(_disk(recipe, variant, after, layers), "parameters x bytes of their storage"),
+                    _estimated(_memory(recipe, variant, below, before), "weights, gradients, optimizer, activations"),
                     tokens)
 
 
 def _estimated(value: float, how: str) -> Quantity:
     return Quantity(float(round(value)), "B", "estimated", how)
-
-
-def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
-    for variant in reversed(recipe.chain(name)):
-        if getattr(variant.options, "student", None) is not None:
-            break  # `dims` are those of this student
-        if variant.method == "depth":
-            kept = variant.options.layers
-            return kept if isinstance(kept, int) else len(kept)
-    return dims.layers
 
 
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
@@ -126,6 +123,7 @@ def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int,
     if getattr(scheme, "method", None) == "auto":
         linear = layers * dims.linear_parameters
         rest = width * (dims.parameters(layers) - linear)
+        rest += width * dims.vocab * dims.hidden if "r1" in scheme.rotations and dims.tied else 0
         each = (scheme.bits or 0) / 8 if scheme.bytes is None else (scheme.bytes - rest) / linear
         return [(dims.linear_parameters, each * dims.linear_parameters)]
     found = []
@@ -196,6 +194,7 @@ def _solving(options: Any, dims: Dims) -> float:
         return float(20 * dims.linear_parameters + 2 * 34 * dims.hidden * options.batch_size * length)
     if options.method == "auto":
         held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
+        held += 2.0 if options.rotations or options.factors else 0.0  # the copy that costs are measured on
         return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
                                                                         dims.linear_shapes().values()) ** 2
     if options.method in ("gptq", "awq", "smoothquant"):
@@ -206,7 +205,8 @@ def _solving(options: Any, dims: Dims) -> float:
 def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:
     """Peak bytes of a training step with `tokens` tokens in a forward pass."""
     options = variant.options
-    layers = _layers(recipe, variant.name if getattr(options, "student", None) is not None else variant.parent, dims)
+    above = variant.name if getattr(options, "student", None) is not None else variant.parent
+    layers = layers_after(recipe.variants, above, dims) or dims.layers
     count = dims.parameters(layers)
     made_by = quantized_by(recipe.variants, variant.parent)
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
@@ -231,7 +231,8 @@ def _teacher(recipe: Recipe, options: Any, dims: Dims) -> float:
         return 0.0
     if options.student is not None:
         dims = read_dims(recipe.model, recipe.base_dir)[0] or dims
-    return 4.0 * dims.parameters(_layers(recipe, options.teacher, dims))
+    narrow = dims_after(recipe.variants, options.teacher, dims) or dims
+    return 4.0 * narrow.parameters(layers_after(recipe.variants, options.teacher, dims))
 
 
 def _on_integers(scheme: Any, dims: Dims, layers: int, width: int, apart: bool) -> float:

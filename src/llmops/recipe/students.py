@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmops.recipe.model import Dims, read_dims
-from llmops.recipe.schema import BASE, ModelSource, Recipe
+from llmops.recipe.schema import BASE, ModelSource, Recipe, Variant
 
 if TYPE_CHECKING:
     from llmops.methods.distill.options import Student
 
-__all__ = ["after_students", "changed"]
+__all__ = ["after_students", "changed", "dims_below"]
 
 #: Key of config.json -> field of `Dims`.
 _FIELDS = {"hidden_size": "hidden", "intermediate_size": "intermediate", "num_hidden_layers": "layers",
@@ -34,6 +35,18 @@ def after_students(recipe: Recipe, name: str, dims: Dims | None, reason: str) ->
             recipe, variant.options.teacher, dims, reason)
         return (changed(teacher, student), why) if teacher is not None else (None, why)
     return dims, reason
+
+
+def dims_below(variants: Mapping[str, Variant], name: str, dims: Dims | None) -> Dims | None:
+    """The same for the checks of a recipe, which open no other model: None below a pretrained student."""
+    seen: set[str] = set()
+    while name in variants and name not in seen:
+        seen.add(name)
+        student: Student | None = getattr(variants[name].options, "student", None)
+        if student is not None:
+            return changed(dims, student) if student.model is None and dims is not None else None
+        name = variants[name].parent
+    return dims
 
 
 def changed(dims: Dims, student: Student) -> Dims:
