@@ -70,11 +70,14 @@ class _Lesson:
         teacher = trainable(self.job.teacher(self.options.teacher), frozen=True)
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)
-        mine, theirs = count_parameters(self.job.model), count_parameters(teacher)
+        return teacher
+
+    def compare(self, theirs: int) -> None:
+        """Say so where the student has more parameters than its teacher's `theirs`."""
+        mine = count_parameters(self.job.model)
         if mine > theirs:
             self.events.append(f"the student has {mine:,} parameters, more than its teacher's {theirs:,}: allowed, but "
                                "it will cost more to run than what it learns from")
-        return teacher
 
     @cached_property
     def watch(self) -> Stopwatch:
@@ -125,6 +128,7 @@ def _loss(lesson: _Lesson, rows: TrainingRows) -> Iterator[tuple[Loss, TrainingR
             held_out=signals.beside(held, len(rows.train)) if held is not None else None)
         return
     lesson.runs_beside, vocabulary = True, lesson.vocabulary()
+    lesson.compare(count_parameters(lesson.teacher))
     if options.on_policy is not None:
         text = [name for name in options.mixed if options.answers == "data" and job.rows(name).kind == "text"]
         if text:
@@ -161,6 +165,7 @@ def _signals(lesson: _Lesson, rows: TrainingRows) -> Signals:
         assert found is not None
     shared.used()
     manifest = shared.manifest() or {}
+    lesson.compare(manifest["teacher_parameters"])
     lesson.events.append(f"signals of {options.teacher}: {manifest['tokens']:,} trained tokens, top {found.k} and the "
                          f"rest, {manifest['bytes_per_token']} bytes a token, {shared.size():,} bytes in "
                          f"{shared.folder.name[:12]}" + ("" if lesson.reads else "; the teacher did not run"))

@@ -24,6 +24,7 @@ from llmops.errors import StepError, StoreError
 from llmops.methods.distill.logits import log_softmax_at
 from llmops.methods.distill.signals import bytes_per_token, decode, encode
 from llmops.methods.distill.top_k import top_outcomes
+from llmops.models.parity import count_parameters
 from llmops.models.token_loss import CHUNK_BYTES, head_of, last_hidden
 from llmops.train.passes import autocast
 from llmops.train.rows import IGNORED, TrainingSet, to_device
@@ -144,7 +145,8 @@ def write_signals(shared: Shared, teacher: nn.Module, sets: Sequence[TrainingSet
             progress(done, sum(sum(rows.lengths) for rows in sets), "signals of the teacher")
     shared.finish({"k": k, "vocabulary": vocabulary, "temperature": temperature, "rows": sum(map(len, sets)),
                    "tokens": _total(sets), "edges": edges, "tokens_sha256": digest(sets),
-                   "dtype": "float16 log-probabilities, packed ids", "bytes_per_token": bytes_per_token(k, vocabulary)})
+                   "teacher_parameters": count_parameters(teacher), "dtype": "float16 log-probabilities, packed ids",
+                   "bytes_per_token": bytes_per_token(k, vocabulary)})
     return read
 
 
