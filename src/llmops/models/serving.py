@@ -1,4 +1,4 @@
-"""A model made ready to generate fast: joined layers, a cache that does not move, and decode as one CUDA graph.
+"""A model made ready to generate fast: layers joined, steps fused, a cache that stays, decode as one CUDA graph.
 
     serve(model)   all of it, in place
     StepGraph      one step of decode, recorded once and replayed
@@ -27,6 +27,7 @@ from transformers.cache_utils import StaticLayer
 
 from llmops.models import static_kv
 from llmops.models.arch import text_config
+from llmops.models.fused import fuse
 from llmops.models.joined import join
 from llmops.models.kv_cache import attached
 
@@ -125,6 +126,7 @@ def serve(model: Any, *, graph: bool | None = None) -> Any:
         return model
     model.eval()
     layers, kv = join(model), attached(model)
+    fuse(model)
     if not _static(model, kv):
         return model
     if kv is not None:

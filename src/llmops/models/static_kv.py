@@ -78,8 +78,22 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transforme
             self.lazy_initialization(key_states, value_states)
         assert self.parts is not None
         kv_append(key_states, value_states, *self.parts, self.cumulative_length.view(1), self.dtype)
-        self.cumulative_length.add_(key_states.shape[-2])
-        length = self.cumulative_length.view(1)
+        return self._stored(key_states.shape[-2])
+
+    def update_turned(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+                      ) -> tuple[Tensor, Stored, Stored]:
+        """`update` with RoPE first: (queries turned, keys, values). query (B, H G, T, D), cos, sin (B or 1, T, D)."""
+        from llmops_kernels.kv_append import kv_rope_append
+
+        if self.parts is None:
+            self.lazy_initialization(key, value)
+        assert self.parts is not None
+        turned = kv_rope_append(query, key, value, cos, sin, *self.parts, self.cumulative_length.view(1), self.dtype)
+        return turned, *self._stored(key.shape[-2])
+
+    def _stored(self, new: int) -> tuple[Stored, Stored]:
+        assert self.parts is not None
+        length = self.cumulative_length.add_(new).view(1)
         return Stored(*self.parts[:2], length, self.dtype), Stored(*self.parts[2:], length, self.dtype)
 
     def packed_tensors(self) -> list[Tensor]:
