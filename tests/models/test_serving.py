@@ -21,7 +21,7 @@ from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attach
 from llmops.models.quantized import kernels, pack
 from llmops.models.serving import StepGraph, serve, serving
-from llmops.models.static_kv import StaticQuantizedLayer, use
+from llmops.models.static_kv import StaticKVCache, StaticQuantizedLayer, use
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True,
             "return_dict_in_generate": True}
@@ -124,7 +124,9 @@ def test_a_served_model_writes_what_it_wrote_before(kv: str | None) -> None:
         limit = 1e-5 if kv is None else 2e-2  # norms differ in float32's last bit, and codes fall apart at ties
         assert all(torch.allclose(a, b, atol=limit) for a, b in zip(found.logits, wanted.logits, strict=True))
         assert step.buffers and serving(model).kv == kv
-    assert torch.equal(model.generate(ids, attention_mask=mask, **GENERATE).sequences, wanted.sequences)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be written to in another mode
+        again = model.generate(ids, attention_mask=mask, compile_config=compiled, **GENERATE)
+    assert torch.equal(again.sequences, wanted.sequences)
 
 
 @torch.inference_mode()
@@ -223,3 +225,19 @@ def test_a_class_that_is_not_known_is_left_as_it_is() -> None:
     model = twin("gemma2")[0]
     before = logits(model)
     assert fuse(model) == 0 and torch.equal(logits(model), before)
+
+
+def test_a_decode_step_compiles_whole() -> None:
+    """Codes in, RoPE and append fused, attention over codes: one graph without a break."""
+    model = use(twin("llama", torch.float32)[0], "int4")
+    join(model), fuse(model)
+    found = []
+    with torch.no_grad():
+        for forward in (model, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
+            cache = StaticKVCache(model.config, "int4", 128)
+            token = model(input_ids=tokens(1, 9), past_key_values=cache).logits[:, -1:].argmax(-1)
+            for _ in range(3):
+                out = forward(input_ids=token, past_key_values=cache).logits
+                found.append(out)
+                token = out[:, -1:].argmax(-1)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))

@@ -56,7 +56,8 @@ class StepGraph:
         key = (shape, *(_kind(leaf) for leaf in leaves))
         if key != self.key:
             self.key, self.graph, self.result = key, None, None
-            self.buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            with torch.inference_mode(False):  # they are kept, and written to in whatever mode comes next
+                self.buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for buffer, leaf in zip(self.buffers, leaves, strict=True):
             if isinstance(leaf, Tensor):
                 buffer.copy_(leaf)

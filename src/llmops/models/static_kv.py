@@ -58,16 +58,19 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transforme
     def __init__(self, dtype: str, room: int) -> None:
         super().__init__()
         self.dtype, self.room = dtype, room
-        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):  # it is kept, and changed in whatever mode comes next
+            self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.parts: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # codes, scales of keys; of values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, H, _, D = key_states.shape
         width, numbers = (D // 2, 2) if self.dtype == "int4" else (D, 1)
-        codes, scales = ([torch.zeros(B, H, self.room, size, dtype=kind, device=key_states.device) for _ in range(2)]
-                         for size, kind in ((width, CODES[self.dtype]), (numbers, torch.bfloat16)))
-        self.parts = codes[0], scales[0], codes[1], scales[1]
-        self.cumulative_length = self.cumulative_length.to(key_states.device)
+        with torch.inference_mode(False):
+            codes, scales = ([torch.zeros(B, H, self.room, size, dtype=kind, device=key_states.device)
+                              for _ in range(2)]
+                             for size, kind in ((width, CODES[self.dtype]), (numbers, torch.bfloat16)))
+            self.parts = codes[0], scales[0], codes[1], scales[1]
+            self.cumulative_length = self.cumulative_length.to(key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
