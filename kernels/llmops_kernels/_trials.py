@@ -1,7 +1,8 @@
 """What `llmops_kernels.tune` can tune: for each op random data of a shape, and the values its tiles may take.
 
-The values are axes, not a list of all tiles: the tuner goes along one after the other from the op's own rule. A set of
-tiles that an op or the compiler refuses, or whose result is not that of the rule's, is passed over.
+The values are axes, not a list of all tiles: the tuner goes along one after the other from the op's own rule, and from
+other starts where an op has quite another way (a dense copy and cuBLAS, which has no tiles). A set of tiles that an op
+or the compiler refuses, or whose result is not that of the rule's, is passed over.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import config, fp8_linear, int8_linear, sparse24_linear
+from . import config, fp8_linear, int8_linear, int_linear, sparse24_linear
 from .quantize_tokens import quantize_tokens
 
 __all__ = ["TRIALS", "Axes", "Trial"]
@@ -28,7 +29,7 @@ class Trial:
     op: str
     shape: str  # its key in the table
     m: int
-    start: config.Config
+    starts: tuple[config.Config, ...]  # the rule's first
     axes: Axes
     footprint: int  # bytes of one set of data
     make: Callable[[int], Callable[[], Tensor]]  # seed -> the call, on data of its own
@@ -55,8 +56,8 @@ def _int8(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
         a, s = quantize_tokens(torch.randn(m, k, generator=made, device=device))
         return lambda: int8_linear.int8_linear(a, s, w, scale)
 
-    return [Trial(int8_linear.OP, config.key(n, k), m, int8_linear.rule(m, n, k, processors), _linear_axes(m, (0, 1)),
-                  n * k + m * k, make)]
+    return [Trial(int8_linear.OP, config.key(n, k), m, (int8_linear.rule(m, n, k, processors),),
+                  _linear_axes(m, (0, 1)), n * k + m * k, make)]
 
 
 def _fp8(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
@@ -75,7 +76,7 @@ def _fp8(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
     axes = _linear_axes(m, (1,))
     block = {name: tuple(v for v in values if name not in ("BLOCK_K", "BLOCK_N") or v <= 128 and (
         name == "BLOCK_N" or v == 128)) for name, values in axes.items()}
-    return [Trial(fp8_linear.OP, config.key(n, k, scales=kind), m, fp8_linear.rule(m, n, k, processors),
+    return [Trial(fp8_linear.OP, config.key(n, k, scales=kind), m, (fp8_linear.rule(m, n, k, processors),),
                   block if kind == "block" else axes, n * k + m * k, maker(kind))
             for kind in fp8_linear.NAMES.values()]
 
@@ -94,10 +95,40 @@ def _sparse24(n: int, k: int, m: int, device: str, processors: int) -> list[Tria
 
     axes = {"SPLIT": (1, 2, 3, 4, 6, 8, 12, 16), "BLOCK_N": (32, 64, 128), "SWAP": (0, 1), "num_stages": (2, 3, 4, 5),
             "num_warps": (2, 4, 8)}
-    return [Trial(sparse24_linear.OP, config.key(n, k), m, sparse24_linear.rule(m, n, k, processors), axes,
+    return [Trial(sparse24_linear.OP, config.key(n, k), m, (sparse24_linear.rule(m, n, k, processors),), axes,
                   n * k * 9 // 8 + 2 * m * k, make)]
+
+
+def _int(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
+    """4 bits in groups of 128, 8 bits in rows: a table has a key for each pair, and these are the usual ones."""
+    def maker(bits: int, group: int) -> Callable[[int], Callable[[], Tensor]]:
+        def make(seed: int) -> Callable[[], Tensor]:
+            made = _random(seed, device)
+            half = 1 << (bits - 1)
+            codes = torch.randint(-half, half, (n, k), generator=made, dtype=torch.int8, device=device)
+            scale = torch.rand(n, 1 if group == -1 else k // group, generator=made, device=device).to(torch.bfloat16)
+            packed = int_linear.pack(codes, scale, bits=bits, group_size=group)
+            x = torch.randn(m, k, generator=made, device=device).to(torch.bfloat16)
+            return lambda: int_linear.int_linear(x, packed)
+
+        return make
+
+    found = []
+    for bits, group in ((4, 128), (8, -1)):
+        if group != -1 and k % group:
+            continue
+        starts = [int_linear.tiles(m, n, k, bits, group, processors)]
+        if m > 64:  # the other way, whichever the rule takes
+            other = {"DENSE": 1} if "DENSE" not in starts[0] else int_linear.tiles(int_linear.DENSE_FROM, n, k, bits,
+                                                                                  group, processors)
+            starts.append(other)
+        axes = {"PARTS": (1, 2, 3, 4, 6, 8, 12, 16), "BLOCK_N": (64, 128), "SWAP": (0, 1), "num_stages": (2, 3, 4, 5),
+                "num_warps": (2, 4, 8)} | ({"BLOCK_M": (64, 128)} if m > 64 else {})
+        found.append(Trial("int_linear", config.key(n, k, bits=bits, group=group), m, tuple(starts), axes,
+                           n * k * bits // 8 + 2 * m * k, maker(bits, group)))
+    return found
 
 
 # N, K, M, device, processors -> what there is to find for that shape
 TRIALS: dict[str, Callable[[int, int, int, str, int], list[Trial]]] = {
-    "int8_linear": _int8, "fp8_linear": _fp8, "sparse24_linear": _sparse24}
+    "int_linear": _int, "int8_linear": _int8, "fp8_linear": _fp8, "sparse24_linear": _sparse24}

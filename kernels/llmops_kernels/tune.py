@@ -45,9 +45,9 @@ Found = tuple[config.Config, float, float, int]  # tiles, seconds, seconds of th
 
 
 def descend(start: config.Config, axes: dict[str, tuple[int, ...]], measure: Measure) -> Found:
-    """The tiles that no change along one axis makes faster. measure: seconds, None for tiles that do not work.
+    """The tiles that no change along one axis makes faster; only along axes that `start` has.
 
-    Raises RuntimeError when `start` itself does not work.
+    measure: seconds, None for tiles that do not work. Raises RuntimeError when `start` itself does not work.
     """
     first = measure(start)
     if first is None:
@@ -55,7 +55,7 @@ def descend(start: config.Config, axes: dict[str, tuple[int, ...]], measure: Mea
     best, least, seen = start, first, {tuple(sorted(start.items()))}
     for _ in range(ROUNDS):
         before = best
-        for name, values in axes.items():
+        for name, values in ((name, values) for name, values in axes.items() if name in start):
             for tiles in [best | {name: value} for value in values]:
                 if tuple(sorted(tiles.items())) in seen:
                     continue
@@ -71,7 +71,7 @@ def descend(start: config.Config, axes: dict[str, tuple[int, ...]], measure: Mea
 def tune(trial: Trial, device: str) -> Found:
     """The best tiles of one trial."""
     calls = [trial.make(seed) for seed in range(timing.copies(trial.footprint, device))]
-    with config.trying(trial.op, trial.start):
+    with config.trying(trial.op, trial.starts[0]):
         wanted = calls[0]()
 
     def measure(tiles: config.Config) -> float | None:
@@ -87,7 +87,13 @@ def tune(trial: Trial, device: str) -> Found:
                     raise
                 return None
 
-    return descend(trial.start, trial.axes, measure)
+    found = descend(trial.starts[0], trial.axes, measure)
+    for start in trial.starts[1:]:
+        if measure(start) is not None:
+            other = descend(start, trial.axes, measure)
+            best = min(found, other, key=lambda made: made[1])
+            found = (best[0], best[1], found[2], found[3] + other[3])
+    return found
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
@@ -141,7 +147,7 @@ def _run(asked: argparse.Namespace, folder: Path, device: str) -> int:
     print(f"{name}: tables in {folder}", flush=True)
     for trial in trials(asked.op or list(TRIALS), shapes, rows, device):
         if asked.dry:  # the second value of each axis shows that it is one
-            trial = Trial(trial.op, trial.shape, trial.m, trial.start, {a: v[1:2] for a, v in trial.axes.items()},
+            trial = Trial(trial.op, trial.shape, trial.m, trial.starts, {a: v[1:2] for a, v in trial.axes.items()},
                           trial.footprint, trial.make)
         tiles, taken, first, measured = tune(trial, device)
         write(folder, trial.op, name, trial.shape, trial.m, tiles)
