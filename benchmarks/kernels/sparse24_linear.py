@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from benchmarks.kernels._contract import LAYERS, ROWS, Case, Check
 from benchmarks.kernels._data import activations, cublas, limit, relative, seeded
-from benchmarks.kernels.int8_linear import sums, tiles
+from benchmarks.kernels.int8_linear import tiles
 from tests.kernels.offline import Compiled
 from torch import Tensor
 
-from llmops_kernels import _scaled_matmul, sparse24_linear
+from llmops_kernels import sparse24_linear
 
 MOST = 6.5  # thread-instructions a dense weight; an H200 issues 8.7 while it reads one at 4.3 TB/s
 
@@ -27,7 +27,7 @@ def compiled() -> list[Compiled]:
                 seen.setdefault(case.name, case)
     dense = Compiled("2:4 made dense", sparse24_linear.dense_kernel, {"v_ptr": "*i32", "places_ptr": "*u8",
                      "w_ptr": "*i64"}, {"BLOCK_N": 32}, 4, 3, copies=False)
-    return [*seen.values(), dense, sums("fp32", _scaled_matmul.BLOCK)]
+    return [*seen.values(), dense]
 
 
 def _product(dtype: str, tiles: dict[str, int]) -> Compiled:
