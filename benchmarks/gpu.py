@@ -38,7 +38,7 @@ if "--dry" in sys.argv and __name__ == "__main__":
 BUDGET_S = 525.0
 MODEL_S = 150.0  # of it kept for the model
 CHECKS_S = 150.0  # of it given to the checks at most
-APART = {"int_linear": "_weight_only"}  # ops whose checks and cases are in a file of their own
+APART = {"int_linear": "_weight_only", "nf4_linear": "_nf4"}  # ops whose checks and cases are in a file of their own
 FIRST = (1, 16, 4096)  # numbers of tokens that are timed before all others
 
 
@@ -97,8 +97,9 @@ def modules(only: list[str]) -> Iterator[tuple[str, Any]]:
     for path in sorted((ROOT / "benchmarks" / "kernels").glob("*.py")):
         if not path.stem.startswith("_") and (not only or path.stem in only):
             module = importlib.import_module(f"benchmarks.kernels.{path.stem}")
-            apart = f"benchmarks.kernels.{APART[path.stem]}" if path.stem in APART else None
-            yield path.stem, module if apart is None else importlib.import_module(apart)
+            if not hasattr(module, "cases"):
+                module = importlib.import_module(f"benchmarks.kernels.{APART[path.stem]}")
+            yield path.stem, module
 
 
 def check_all(run: Run, found: list[tuple[str, Any]]) -> None:
