@@ -38,6 +38,6 @@ def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 -> dtype, to nearest even as hardware does."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        even = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         return tl.where(x == x, even, x).to(dtype)
     return x.to(dtype)

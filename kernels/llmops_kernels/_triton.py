@@ -25,7 +25,9 @@ class _Missing:
 class _Stand:
     """Stands for `triton` and for `triton.language`."""
 
-    jit = staticmethod(_Missing)
+    @staticmethod
+    def jit(function: Any = None, **options: Any) -> Any:
+        return _Missing if function is None else _Missing(function)
 
     @staticmethod
     def constexpr(value: Any) -> Any:
