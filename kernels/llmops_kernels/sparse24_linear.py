@@ -162,7 +162,7 @@ def _many(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compre
     if compressed is None:
         return F.linear(x, to_dense(values, places), bias)
     tokens = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -tokens % 8))  # cuSPARSELt takes multiples of 8
+    padded = F.pad(x, (0, 0, 0, -tokens % 8)).contiguous()  # cuSPARSELt takes multiples of 8
     y: Tensor = torch._cslt_sparse_mm(compressed, padded.t(), bias=bias, transpose_result=True)
     return y[:tokens].contiguous()
 
