@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.kernels.offline import Compiled
 
+from llmops_kernels._dequantize import dequantize_pairs_kernel
 from llmops_kernels.nf4_linear import nf4_linear_kernel, program
 
 #         dtype, double quantization, BLOCK_M, BLOCK_N, warps, stages, parts
@@ -12,7 +13,10 @@ TILES = [("fp16", False, 16, 128, 4, 3, 4), ("bf16", False, 16, 128, 4, 3, 4), (
 
 
 def compiled() -> list[Compiled]:
-    return [_case(*tile) for tile in TILES]
+    dense = {"q_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32", "out_ptr": "*bf16"}
+    return [_case(*tile) for tile in TILES] + [
+        Compiled("dequantize bf16 NF4", dequantize_pairs_kernel, dense, {"BLOCKSIZE": 64, "BLOCK": 2048}, 8, 1,
+                 copies=False)]
 
 
 def _case(dtype: str, nested: bool, m: int, n: int, warps: int, stages: int, parts: int) -> Compiled:

@@ -44,13 +44,14 @@ def _product(dtype: str, rows: bool, tiles: dict[str, int]) -> Compiled:
                     matrix="HMMA")
 
 
-def weight(n: int, k: int, rows: bool, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def weight(n: int, k: int, rows: bool, seed: int, dtype: torch.dtype, device: str = "cpu"
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes (N, K) int8 with every code, two of four zero; scale over three decades; the dense weight in float64)."""
-    made = seeded(seed)
-    codes = torch.randint(-8, 8, (n, k // 4, 4), generator=made, dtype=torch.int8)
-    codes.scatter_(-1, torch.rand(codes.shape, generator=made).argsort(-1)[..., :2], 0)
+    made = seeded(seed, device)
+    codes = torch.randint(-8, 8, (n, k // 4, 4), generator=made, dtype=torch.int8, device=device)
+    codes.scatter_(-1, torch.rand(codes.shape, generator=made, device=device).argsort(-1)[..., :2], 0)
     codes = codes.view(n, k)
-    scale = torch.exp(torch.empty(n, 1 if rows else -(-k // 128)).uniform_(-6.9, 0, generator=made))
+    scale = torch.exp(torch.empty(n, 1 if rows else -(-k // 128), device=device).uniform_(-6.9, 0, generator=made))
     scale[n // 2] *= 30
     scale = scale.to(dtype)
     wide = scale.double() if rows else scale.double().repeat_interleave(128, 1)[:, :k]
@@ -73,7 +74,7 @@ def cases(dry: bool) -> list[Case]:
 
 def _case(name: str, m: int, n: int, k: int) -> Case:
     def make(device: str, seed: int) -> dict[str, Callable[[], Any]]:
-        codes, scale, _ = weight(n, k, False, seed, torch.bfloat16)
+        codes, scale, _ = weight(n, k, False, seed, torch.bfloat16, device)
         packed = op.pack(codes.to(device), scale.to(device))
         dense = int_linear.pack(codes.to(device), scale.to(device), bits=4, group_size=128)
         x = activations(m, k, seed, device=device)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from . import checks, config
-from ._interpret import dot, narrow
+from ._dequantize import dense_integers
+from ._interpret import INTERPRETED, dot, narrow
 from ._library import define, ops
 from ._split import sum_parts
 from ._triton import tl, triton
@@ -163,7 +164,11 @@ def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
         tile = (config.pick("int_linear", shape, M, config.device_name(device))
                 or tiles(M, rows, K, bits, group_size, config.processors(device)))
     if tile.get("DENSE"):
-        weight = dequantize(words, scale, zero, bits, group_size, rows, K, x.dtype)
+        if x.is_cuda or INTERPRETED:
+            known = constants(bits, group_size, zero is not None, False, x.dtype == torch.bfloat16)
+            weight = dense_integers(words, scale, zero, rows, K, x.dtype, known)
+        else:
+            weight = dequantize(words, scale, zero, bits, group_size, rows, K, x.dtype)
         dense = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return dense if out is None else out.copy_(dense)
     how = layout(bits, group_size)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from . import checks, config
-from ._interpret import INTERPRET, dot, narrow
+from ._dequantize import dense_pairs
+from ._interpret import INTERPRET, INTERPRETED, dot, narrow
 from ._library import define, ops
 from ._split import sum_parts
 from ._triton import tl, triton
@@ -180,7 +181,10 @@ def launch(x: Tensor, codes: Tensor, absmax: Tensor, absmax_codes: Tensor | None
                 or tiles(M, rows, K, config.processors(device)))
     if tile.get("DENSE") or blocksize % 64 or K % blocksize:
         blocks = absmax_of(absmax, absmax_codes, absmax_table, offset)
-        weight = dequantize(codes, blocks, kind, blocksize, rows, K, x.dtype)
+        if x.is_cuda or INTERPRETED:
+            weight = dense_pairs(codes, blocks, _constants(kind, x.device)[0], blocksize, rows, K, x.dtype)
+        else:
+            weight = dequantize(codes, blocks, kind, blocksize, rows, K, x.dtype)
         dense = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return dense if out is None else out.copy_(dense)
     parts, chunks = tile["PARTS"], triton.cdiv(K, 256)

@@ -23,7 +23,8 @@ CASES: list[list[Any]] = [
     ["nf4", 64, False, [3], 72, 256, "float16", False, SPLIT, 1],
     ["fp4", 128, False, [3], 72, 384, "float16", True, ONE],
     ["nf4", 256, True, [2], 64, 512, "bfloat16", False, None],
-    ["nf4", 32, False, [2], 64, 96, "float16", False, None]]  # blocks too small for the kernel: dense
+    ["nf4", 32, False, [2], 64, 96, "float16", False, None],  # blocks too small for the kernel: dense
+    ["nf4", 64, True, [2], 72, 192, "bfloat16", True, {"DENSE": 1}]]
 
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:
