@@ -12,7 +12,6 @@ what the other has made.
 from __future__ import annotations
 
 import json
-import logging
 import time
 import traceback
 import uuid
@@ -23,18 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
+from llmops.charges import Charges
 from llmops.errors import LlmopsError, StoreError
 from llmops.explain import explained, origin
 from llmops.ledger import SCHEMA, Ledger
 from llmops.pairing import completed, references
 from llmops.planner import as_recipe, plan
 from llmops.processes import join, terminable
-from llmops.progress import Watcher, log
-from llmops.quantity import Quantity, weakest
+from llmops.progress import Watcher, log, log_file
 from llmops.recipe import Recipe
 from llmops.recipe.plan import Plan, Stage, make_plan
 from llmops.report.verdict import judge
 from llmops.store import Store, replace_file
+from llmops.stored import storage
 
 if TYPE_CHECKING:
     from llmops.score import Scorer
@@ -91,7 +91,7 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "recipe.yaml", parsed.text)
     replace_file(folder / "origin.json", json.dumps(origin(parsed), indent=1))
-    with _log_file(folder / "log.txt"):
+    with log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
             from llmops.trackers import check_trackers
@@ -142,6 +142,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.locks = self.store.locks()
+        self.charges = Charges(self.plan, self.store)
 
     def all(self) -> None:
         """Every stage, until each has its row. What another process is at work on is put aside and waited for."""
@@ -282,7 +283,10 @@ class _Walk:
         if stage.scored_here:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
-                self._beside_teacher(stage, row)
+                teacher = self.rows.get(stage.teacher or "")
+                if teacher is not None and self.plan.recipe.measure is not None:
+                    row["building"]["break_even_to_teacher_tokens"] = self.charges.beside_teacher(
+                        stage, row, teacher).as_dict()
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
         self.store.scored(stage.score_key)
         return row
@@ -314,7 +318,7 @@ class _Walk:
         row = self._skeleton(stage)
         manifest = self.store.manifest(stage.key) if stage.variant != "base" else {}
         row["environment"] = environment(meter.device, meter.sensor)
-        row["transform"] |= _storage(manifest, self.store.build(stage.key))
+        row["transform"] |= storage(manifest, self.store.build(stage.key))
         row["parity"] = manifest.get("parity")
         if manifest and not manifest["parity"]["ok"]:
             wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]
@@ -324,73 +328,10 @@ class _Walk:
                            "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            **{key: manifest[key] for key in TRAINED if manifest.get(key)},
-                           **self._charged(manifest), "chain_energy_j": self._chain_energy(stage).as_dict()}
+                           **self.charges.charged(manifest),
+                           "chain_energy_j": self.charges.chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
         return row
-
-    def _beside_teacher(self, stage: Stage, row: dict[str, Any]) -> None:
-        """After how many tokens a student has paid for itself, its teacher standing there anyway."""
-        teacher = self.rows.get(stage.teacher or "")
-        if teacher is None or not stage.scored_here or self.plan.recipe.measure is None:
-            return
-        from llmops.measure.cost import break_even_beside
-
-        assert stage.teacher is not None
-        built = self._chain_energy(stage, without=self._line(self.plan.stage(stage.teacher)))
-        batch = str(min(self.plan.recipe.measure.batch_sizes))
-        row["building"]["break_even_to_teacher_tokens"] = break_even_beside(
-            built, row["energy"].get(batch) or {}, (teacher.get("energy") or {}).get(batch) or {},
-            teacher_is_base=stage.teacher == "base").as_dict()
-
-    def _line(self, stage: Stage) -> list[str]:
-        """Keys of a variant's build and of all that it stands on."""
-        keys = [stage.key]
-        for name in stage.parents:
-            keys += self._line(self.plan.stage(name))
-        return keys
-
-    def _charged(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Its energy with its part of what it shares, and what of that is the teacher's."""
-        if not manifest:
-            return {}
-        from llmops.measure.sharing import charged, teacher_cost
-
-        found = {"energy_j": charged(manifest, self._users).as_dict()}
-        taught = teacher_cost(manifest, self._users)
-        if taught is not None:
-            found["teacher_energy_j"] = taught.as_dict()
-        return found
-
-    def _users(self, key: str) -> int:
-        """How many builds share what lies under that key: those of the plan, and others that have used it."""
-        users = {stage.key for stage in self.plan.stages if key in stage.shares}
-        for folder in (self.store.signals(key), self.store.written(key)):
-            users |= {path.name for path in (folder / "users").glob("*")}
-        return len(users)
-
-    def _chain_energy(self, stage: Stage, without: Sequence[str] = ()) -> Quantity:
-        """Energy of building this variant and everything it stands on, each build once, the teacher's included.
-
-        without: keys of builds that are not counted, nor what only they stand on.
-        """
-        from llmops.measure.sharing import charged
-
-        parts, seen, open_keys = [], set(without), [stage.key] if stage.variant != "base" else []
-        while open_keys:
-            key = open_keys.pop()
-            if key in seen or not (self.store.build(key) / "llmops.json").exists():
-                continue
-            seen.add(key)
-            manifest = self.store.manifest(key)
-            parts.append(charged(manifest, self._users))
-            open_keys += manifest["parent_keys"]
-        if not parts:
-            return Quantity(0.0, "J", "constant", "nothing is built: this is the model as it came")
-        missing = next((part for part in parts if part.value is None), None)
-        if missing is not None:
-            return Quantity.null("J", missing.method)
-        return Quantity(sum(part.value or 0.0 for part in parts), "J", weakest(part.provenance for part in parts),
-                        f"sum over {len(parts)} builds; {parts[0].method}", n=len(parts))
 
     def _skeleton(self, stage: Stage) -> dict[str, Any]:
         recipe = self.plan.recipe
@@ -445,71 +386,6 @@ def _done(row: Mapping[str, Any], stage: Stage, recipe: Recipe) -> bool:
     return same and row["status"]["state"] in ("ok", "broken")
 
 
-def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
-    """For people, what a `quantization_config` of bitsandbytes says."""
-    if block.get("quant_method") != "bitsandbytes":
-        return None
-    if block.get("load_in_8bit"):
-        return f"int8 row, LLM.int8 with threshold {block.get('llm_int8_threshold', 6.0):g}"
-    double = ", double quantization" if block.get("bnb_4bit_use_double_quant") else ""
-    return f"{block.get('bnb_4bit_quant_type', 'fp4')} g64{double}"
-
-
-def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """How the weights lie on disk, and what their zeros are worth."""
-    found: dict[str, Any] = {"sparsity_saves": _zeros_save(manifest, folder)}
-    config = folder / "config.json"
-    if config.exists():
-        from llmops.models.embeddings import without_group
-        from llmops.models.schemes import stored_as
-
-        body = json.loads(config.read_text(encoding="utf-8"))
-        block, embedding = without_group(body.get("quantization_config") or {})
-        found["storage_dtype"] = stored_as(block) or _bitsandbytes(block) or body.get("dtype")
-        if embedding:
-            found["storage_dtype"] += ", embeddings int8" + (" with the head" if len(embedding) > 1 else "")
-    record = folder / "base.json"
-    if record.exists():
-        base = json.loads(record.read_text(encoding="utf-8"))
-        found["storage_dtype"] = f"adapter on {base['quant']} g{base['blocksize']}"
-    if (folder / "adapter_config.json").exists() and not record.exists():
-        below = str(_storage({}, folder.parent / str(manifest.get("parent_key"))).get("storage_dtype"))
-        if below.startswith("int"):
-            found["storage_dtype"] = f"adapter on {below}"
-    return found
-
-
-def _zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
-    """What the single zeros of a variant are worth, those of its ancestors among them; None where there are none."""
-    from llmops.methods.prune.options import MASKING
-
-    while manifest:
-        if manifest.get("kind") == "prune" and manifest.get("method") in MASKING:
-            pattern = manifest.get("options", {}).get("pattern", "unstructured")
-            return ("bytes only when compressed on disk, no time" if pattern == "unstructured" else
-                    f"bytes only when compressed on disk, time only where a kernel for {pattern} runs it")
-        record = folder.parent / str(manifest.get("parent_key")) / "llmops.json"
-        manifest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    return None
-
-
 def _named(error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     return f"{type(error).__name__}: {first} (the log has the whole story)"
-
-
-class _log_file:  # noqa: N801 - reads as what it is: `with _log_file(path):`
-    """Everything llmops logs, and every Python warning, goes to a file while the block lasts."""
-
-    def __init__(self, path: Path) -> None:
-        self.handler = logging.FileHandler(path, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        log.addHandler(self.handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-
-    def __exit__(self, *_: object) -> None:
-        log.removeHandler(self.handler)
-        self.handler.close()
