@@ -16,6 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,21 +24,24 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
 from llmops.charges import Charges
-from llmops.errors import LlmopsError, StoreError
-from llmops.explain import explained, origin
+from llmops.errors import BudgetReached, LlmopsError, StoreError
+from llmops.explain import origin
 from llmops.ledger import SCHEMA, Ledger
 from llmops.pairing import completed, references
-from llmops.planner import as_recipe, plan
+from llmops.planner import as_recipe, budgeted, plan
 from llmops.processes import join, terminable
 from llmops.progress import Watcher, log, log_file
+from llmops.publish import Result, publish
+from llmops.quantity import Quantity
 from llmops.recipe import Recipe
 from llmops.recipe.plan import Plan, Stage, make_plan
-from llmops.report.verdict import judge
 from llmops.store import Store, replace_file
 from llmops.stored import storage
 
 if TYPE_CHECKING:
+    from llmops.green import Green, Start
     from llmops.score import Scorer
+    from llmops.train import Progress
 
 __all__ = ["Result", "plan", "publish", "run"]
 
@@ -46,45 +50,21 @@ POLL_S = 0.5  # between two looks at a lock that another process has
 TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search", "teaching", "shared")
 
 
-@dataclass
-class Result:
-    """What a run came to. `rows`: one a variant, in the order of the plan, verdicts included."""
-
-    name: str
-    folder: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def failed(self) -> list[str]:
-        """Variants that failed, were skipped, or are broken."""
-        return [row["identity"]["variant"] for row in self.rows if row["status"]["state"] != "ok"]
-
-    @property
-    def winner(self) -> str | None:
-        return next((row["identity"]["variant"] for row in self.rows if row["verdict"].get("winner")), None)
-
-    @property
-    def exit_code(self) -> int:
-        """0 done, 1 no variant meets the goals, 3 a step failed."""
-        if self.failed:
-            return 3
-        return 1 if any(row["goals"] for row in self.rows) and self.winner is None else 0
-
-
 def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (), runs: str | Path | None = None,
-        watcher: Watcher | None = None) -> Result:
+        watcher: Watcher | None = None, green: Green | None = None) -> Result:
     """Do everything the recipe asks for that is not done yet, and return the rows.
 
     recipe: a path, a mapping as the file would hold it, or a Recipe. runs: where runs lie (default `$LLMOPS_RUNS`, or
-    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why. Under
-    torchrun rank 0 returns; the others take part in the training and exit when rank 0 is done.
+    `runs/`). green: wait for the cleanest window of a forecast. Raises LlmopsError when the recipe is wrong, and
+    BudgetReached when its budget is used up; a step that fails raises nothing, its row says why. Under torchrun rank 0
+    returns; the others take part in the training and exit when rank 0 is done.
     """
     parsed, store = as_recipe(recipe, sets), Store(runs)
     with terminable(), join(parsed, store):
-        return _run(parsed, store, watcher or Watcher(quiet=True))
+        return _run(parsed, store, watcher or Watcher(quiet=True), green)
 
 
-def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
+def _run(parsed: Recipe, store: Store, watcher: Watcher, green: Green | None = None) -> Result:
     ledger = store.ledger()
     walk = _Walk(make_plan(parsed, store.builds, ledger.rows()), store, ledger, watcher)
     folder = store.folder(parsed.name)
@@ -97,30 +77,17 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
             from llmops.trackers import check_trackers
 
             check_trackers(parsed)
-            for line in (*walk.plan.advice, *preflight(walk.plan)):
+            for line in (*walk.plan.advice, *budgeted(walk.plan, store, ledger.rows()), *preflight(walk.plan)):
                 watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
-        walk.all()
+            walk.begin(green)
+        try:
+            with walk.open:
+                walk.all()
+        except BudgetReached:
+            if walk.rows:
+                publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
+            raise
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
-
-
-def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | None = None) -> Result:
-    """Judge a run's rows and write its page, its `result.json`, and a card into every variant's folder."""
-    from llmops.report import card, html
-
-    rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
-    ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
-    folder = store.folder(name)
-    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
-    replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
-    for row in ordered:
-        build = store.build(row["identity"]["key"])
-        if build.is_dir():
-            store.link(name, row["identity"]["variant"], row["identity"]["key"])
-            replace_file(build / "README.md", card.card(row, ordered))
-        for entry in row["building"].get("shared") or []:
-            if entry["what"].startswith("data "):
-                store.link_written(name, entry["what"].removeprefix("data "), entry["key"])
-    return Result(name, folder, ordered)
 
 
 # --------------------------------------------------------------------------------------------------------- the walk
@@ -139,10 +106,32 @@ class _Walk:
     _tools: tuple[Any, Scorer] | None = None
     _told: set[tuple[str, str]] = field(default_factory=set)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    open: ExitStack = field(default_factory=ExitStack)  # what lasts as long as the walk: the meter of a budget
+    start: Start | None = None  # what a green start has chosen
 
     def __post_init__(self) -> None:
+        self.progress: Progress = self.watcher.progress
         self.locks = self.store.locks()
         self.charges = Charges(self.plan, self.store)
+
+    def begin(self, green: Green | None) -> None:
+        """Wait for a clean window where one was asked for, and meter the whole where there is a budget."""
+        recipe = self.plan.recipe
+        if green is not None:
+            from llmops.green import choose, wait
+
+            self.start = choose(green, self.plan, self.ledger.rows())
+            replace_file(self.store.folder(recipe.name) / "start.json", json.dumps(self.start.as_dict(), indent=1))
+            self.watcher.note(self.start.told())
+            wait(self.start)
+        if recipe.budget is not None:
+            from llmops.grids import grid_of
+            from llmops.spending import Spending
+
+            grid = grid_of(recipe) if recipe.budget.carbon_g is not None else None
+            meter = self._workbench()[0]
+            spending = self.open.enter_context(Spending(self.plan, self.store, meter, recipe.budget, grid))
+            self.progress = spending.watching(self.watcher.progress)
 
     def all(self) -> None:
         """Every stage, until each has its row. What another process is at work on is put aside and waited for."""
@@ -194,6 +183,8 @@ class _Walk:
                 if not self._can_end(stage):
                     return "built" if built else "early"
                 told.summary(self._score(stage, number))
+        except BudgetReached:
+            raise
         except Exception as error:  # a step may raise anything; the row says what, and the siblings go on
             log.error("%s", traceback.format_exc())
             try:
@@ -272,7 +263,7 @@ class _Walk:
 
         meter, _ = self._workbench()
         with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] build {stage.variant}: {stage.describe()}"):
-            manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress, tell)
+            manifest = build(stage, self.plan.recipe, self.store, meter, self.progress, tell)
         for event in manifest["events"]:
             log.info("%s: %s", stage.variant, event)
 
@@ -283,6 +274,9 @@ class _Walk:
         if stage.scored_here:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
+                if self.start is not None:
+                    built = Quantity.from_dict(row["building"]["chain_energy_j"])
+                    row["carbon"] |= self.start.row(built)
                 teacher = self.rows.get(stage.teacher or "")
                 if teacher is not None and self.plan.recipe.measure is not None:
                     row["building"]["break_even_to_teacher_tokens"] = self.charges.beside_teacher(
@@ -290,6 +284,9 @@ class _Walk:
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
         self.store.scored(stage.score_key)
         return row
+
+    def _told_progress(self, done: int, total: int, text: str = "") -> None:
+        self.progress(done, total, text)
 
     def _workbench(self) -> tuple[Any, Scorer]:
         """Meter and scorer, made when the first stage needs them."""
@@ -308,7 +305,7 @@ class _Walk:
                 torch.set_num_threads(recipe.runtime.threads)
             device = pick_device(recipe.runtime.device)
             meter = Meter(probe(recipe.measure or MeasureOptions(), device), device)
-            self._tools = meter, Scorer(self.plan, self.store, self.ledger, meter, self.watcher.progress)
+            self._tools = meter, Scorer(self.plan, self.store, self.ledger, meter, self._told_progress)
         return self._tools
 
     def _row(self, stage: Stage) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,9 +25,10 @@ from llmops.evaluate.options import Evaluation, Harness
 from llmops.evaluate.score import Item, Score
 from llmops.evaluate.slices import sliced
 from llmops.evaluate.tokens import compare_tokens
+from llmops.grids import grid_of
 from llmops.ledger import Ledger
 from llmops.measure import memory
-from llmops.measure.carbon import carbon
+from llmops.measure.carbon import carbon, embodied_per_1k
 from llmops.measure.cost import break_even
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
@@ -55,6 +57,7 @@ class Scorer:
     ledger: Ledger
     meter: Meter
     progress: Progress | None = None
+    began: float = field(default_factory=time.time)
     _base: tuple[Any, Any] | None = None
     _rows: dict[str, Rows] = field(default_factory=dict)
     _compared: list[Tensor] | None = None
@@ -173,7 +176,11 @@ class Scorer:
         figures = row["energy"][str(min(options.batch_sizes))]
         per_token = Quantity.from_dict(figures["joules_per_token"])
         built = Quantity.from_dict(row["building"]["chain_energy_j"])
-        row["carbon"] = carbon(built, per_token, options.zone)
+        embodied = None
+        if options.embodied_kg is not None:
+            speed = row["latency"][str(min(options.batch_sizes))]["decode_tokens_per_s"]["value"]
+            embodied = embodied_per_1k(options.embodied_kg, options.lifetime_years, 1 / speed if speed else None)
+        row["carbon"] = carbon(built, per_token, grid_of(self.recipe, self.began), embodied)
         if stage.variant != "base":
             ratio = Quantity.from_dict(figures["ratio_to_base"])
             row["building"]["break_even_tokens"] = break_even(built, _of_base(per_token, ratio), ratio).as_dict()
