@@ -29,7 +29,7 @@ from llmops.grids import grid_of
 from llmops.ledger import Ledger
 from llmops.measure import memory
 from llmops.measure.carbon import carbon, embodied_per_1k
-from llmops.measure.cost import break_even
+from llmops.measure.cost import break_even, total
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
 from llmops.models.kernel_tiles import tiles_used
@@ -83,12 +83,12 @@ class Scorer:
                     self._keep(stage, number, found)
         row["quality"] = {score.id: self._quality(score, stage, rows) for score in scores}
         row["tokens"] = self._token_statistics(stage, model)
-        self._measure(stage, row, model, tokenizer)
         earlier = sum(each is not None for each in kept)
         note = f"; without that of {earlier} of {len(kept)} scores, kept from an earlier try" if earlier else ""
         energy = replace(window.energy, method=window.energy.method + note)
         row["building"]["evaluate_energy_j"] = energy.as_dict()
         row["building"]["evaluate_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()
+        self._measure(stage, row, model, tokenizer)
         return {score.id: score.items for score in scores}
 
     # ---------------------------------------------------------------------------------------------------- quality
@@ -183,7 +183,9 @@ class Scorer:
         row["carbon"] = carbon(built, per_token, grid_of(self.recipe, self.began), embodied)
         if stage.variant != "base":
             ratio = Quantity.from_dict(figures["ratio_to_base"])
-            row["building"]["break_even_tokens"] = break_even(built, _of_base(per_token, ratio), ratio).as_dict()
+            evaluated = Quantity.from_dict(row["building"]["evaluate_energy_j"])
+            paid = total([built, evaluated]) if evaluated.value is not None else built
+            row["building"]["break_even_tokens"] = break_even(paid, _of_base(per_token, ratio), ratio).as_dict()
 
     # ----------------------------------------------------------------------------------------------------- loading
 

@@ -22,8 +22,9 @@ class MeasureOptions(Options):
     repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant")
     window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long; at least "
                                                    "100 updates of a hardware counter, whatever is given")
-    sensor: Literal["auto", "nvml", "rapl", "codecarbon", "declared", "none"] = Field(
-        "auto", description="auto: NVML counter, RAPL, declared watts where given, then CodeCarbon's estimate")
+    sensor: Literal["auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none"] = Field(
+        "auto", description="auto: NVML counter, RAPL, Zeus (AMD, Apple, Jetson), declared watts where given, then "
+                            "CodeCarbon's estimate")
     watts: float | None = Field(None, gt=0, description="declared power of the machine, for sensor: declared or auto")
     zone: str | None = Field(None, pattern=ZONE, description="the grid: ISO 3166 alpha-3 code, as FRA; with "
                                                              "`intensity`, a zone of that file")
@@ -34,7 +35,8 @@ class MeasureOptions(Options):
     lifetime_years: float = Field(4.0, gt=0, description="years over which embodied_kg is spread")
     exclusive: bool = Field(False, description="refuse to measure while another llmops measures on this machine, or "
                                                "others use the GPU. Changes no score")
-    idle_s: float = Field(0.0, ge=0, description="seconds of idle power read before and after")
+    idle_s: float | None = Field(None, ge=0, description="seconds of idle power read before and after; default: 10 "
+                                                         "with a hardware counter, else none")
 
     @field_validator("batch_sizes")
     @classmethod

@@ -23,7 +23,8 @@ size, V the vocabulary, L the layers kept.
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
                     of which no more than a chunk is held at once (a distillation holds all of them)
-    tokens          rows x epochs, or steps x batch, x max_length (an upper bound: rows are padded to their batch's longest, or cut)
+    tokens          rows x epochs, or steps x batch, x max_length (an upper bound: rows are padded to their batch's
+                    longest, or cut)
 """
 
 from __future__ import annotations
