@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from llmops.methods.prune.options.shared import MeasuredMasks
 
 __all__ = ["Wanda"]
@@ -13,3 +15,5 @@ class Wanda(MeasuredMasks):
     """Zero the weights with the smallest |weight| x activation norm, row by row (Sun et al. 2023)."""
 
     method: Literal["wanda"]
+    sequential: bool = Field(True, description="measure each layer of a block with those before it pruned; false: all "
+                                               "of a block at once, as the paper does")
