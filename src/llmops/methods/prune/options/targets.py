@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llmops.options import Options
 
@@ -21,7 +21,9 @@ def _share(value: Any) -> Any:
     return value
 
 
-Share = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_share)]
+_SCHEMA = {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                     {"type": "string", "pattern": r"^0?\.[0-9]+x$"}, {"type": "null"}]}
+Share = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_share), WithJsonSchema(_SCHEMA)]
 
 
 class Targets(Options):
