@@ -191,7 +191,8 @@ CASES = [
      ["given 0", "above 0"]),
     ("pattern and scope", {"variants": variants("a: {prune: {method: magnitude, pattern: 2:4, scope: §global}}")},
      ["given global with pattern 2:4", "scope: layer"]),
-    ("pattern and ratios", {"variants": variants("a: {prune: {method: wanda, pattern: 4:8, ratios: §owl, data: calib}}")},
+    ("pattern and ratios", {"variants": variants(
+        "a: {prune: {method: wanda, pattern: 4:8, ratios: §owl, data: calib}}")},
      ["given owl with pattern 4:8", "ratios: uniform"]),
     ("reach without ratios", {"variants": variants("a: {prune: {method: wanda, §reach: 0.1, data: calib}}")},
      ["given reach with ratios: uniform", "owl or sensitivity"]),
@@ -211,18 +212,18 @@ CASES = [
      ["given 3 heads in 2 KV groups", "multiple of 2"]),
     ("too many heads a group", {"variants": variants("a: {prune: {method: width, data: calib, kv_heads: §1}}")},
      ["given 4 heads in 1 KV groups, 4 each", "at most 2 each"]),
-    ("axes of a shape", {"variants": variants("a: {prune: {method: width, data: calib, hidden: 128, §axes: [hidden]}}")},
+    ("axes of a shape", {"variants": variants(
+        "a: {prune: {method: width, data: calib, hidden: 128, §axes: [hidden]}}")},
      ["given axes", "nothing to search"]),
     ("groups after a narrow parent", {"variants": variants(
         "a: {prune: {method: width, data: calib, hidden: 96}}",
-        "b: {from: a, quantize: {method: rtn, scheme: w4a16, §group_size: 128}}").replace("§group_size: ",
-                                                                                          "group_size: §")},
+        "b: {from: a, quantize: {method: rtn, scheme: w4a16, group_size: §128}}")},
      ["given 128", "96 inputs"]),
     ("more layers than a short parent has", {"variants": variants(
         "a: {prune: {method: depth, layers: 2}}",
         "b: {from: a, prune: {method: depth, layers: §3, choose: perplexity, data: calib}}")}, ["from 1 to 2"]),
-    ("sparsegpt on integers", {"variants": variants(Q, "a: {§from: q, prune: {method: sparsegpt, data: calib}}").replace(
-        "§from: ", "from: §")}, ["a quantized variant", "quantize the result"]),
+    ("sparsegpt on integers", {"variants": variants(
+        Q, "a: {from: §q, prune: {method: sparsegpt, data: calib}}")}, ["a quantized variant", "quantize the result"]),
     ("depth too many", {"variants": variants("a: {prune: {method: depth, layers: §7}}")}, ["given 7", "from 1 to 6"]),
     ("depth zero", {"variants": variants("a: {prune: {method: depth, layers: §0}}")}, ["given 0", "from 1 to 6"]),
     ("depth twice as many", {"variants": variants("a: {prune: {method: depth, layers: 3}}",

@@ -73,8 +73,9 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
     elif other := _beyond_integers(variants[made_by]):
         problems.add(trail, f"given {shown(variant.parent)}, {other}, whose rounding cannot be "
                             f"{'trained' if trains else 'pruned'}; expected "
-                            "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or "
-                            f"{'train' if trains else 'prune'} {shown(variants[made_by].parent)} and quantize the result")
+                            "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or to "
+                            f"{'train' if trains else 'prune'} {shown(variants[made_by].parent)} and quantize the "
+                            "result")
         return
     if variant.method == "lora":
         _check_adapters(problems, ("variants", variant.name, variant.kind), variant.options, variant.parent)
