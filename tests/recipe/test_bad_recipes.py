@@ -245,8 +245,9 @@ CASES = [
      ['did you mean "down_proj"']),
     ("four bits after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: qlora, data: train}}")},
      ["quantized variant", "merge: false", 'method: qlora from "tuned"']),
-    ("pairs after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: dpo, data: train}}")},
-     ["quantized variant", "reference", 'dpo from "tuned" and quantize the result']),
+    ("pairs after quantized", {"variants": variants(
+        Q, "a: {from: q, finetune: {method: dpo, data: train, dropout: §0.1}}")},
+     ["0.1", "weights are integers", "merge: false"]),
     ("pruned after healed", {"variants": variants(Q, HEALED, "a: {from: §h, prune: {method: sparsegpt, data: calib}}")},
      ['given "h", a quantized variant', 'prune from "tuned" and quantize the result']),
     ("quantized after healed", {"variants": variants(
@@ -256,8 +257,8 @@ CASES = [
                            "a: {from: §q, finetune: {method: full, data: train}}")},
      ['"q", in fp8, whose rounding cannot be trained', 'train "tuned" and quantize the result']),
     ("dora after quantized", {"variants": variants(
-        Q, "a: {from: q, finetune: {method: lora, data: train, dora: §true}}")},
-     ['after "q"', "rslora can stay"]),
+        Q, "a: {from: q, finetune: {method: lora, data: train, merge: false, dora: §true}}")},
+     ['after "q"', "merge: true, or rslora"]),
     ("dropout after quantized", {"variants": variants(
         Q, "a: {from: q, finetune: {method: lora, data: train, dropout: §0.1}}")},
      ['after "q"', "expected 0, or merge"]),
@@ -339,6 +340,22 @@ CASES = [
      ["exact_match:test, exact_match:train"]),
     ("goal not scored", {"name": "name: trial\ngoals: {exact_match: {max_drop: 0.1, against: §tuned}}",
                          "variants": "variants:\n  tuned: {score: false, prune: {method: magnitude}}"}, ["score: f"]),
+    ("goal noninferior of nothing", {"name": "name: trial\ngoals: {exact_match: {noninferior: §0}}"},
+     ["above 0"]),
+    ("goal noninferior of all", {"name": "name: trial\ngoals: {exact_match: {noninferior: §2}}"}, ["share below 1"]),
+    ("goal noninferior of a cost", {"name": "name: trial\ngoals: {disk_bytes: {noninferior: §0.1}}"},
+     ["of a score", "max_ratio"]),
+    ("goal gap without groups", {"name": "name: trial\ngoals: {exact_match: {max_gap: §0.1}}"},
+     ["no groups", "slices"]),
+    ("slice unknown", {"evaluate": "evaluate:\n  - exact_match: {data: test, slices: §[promt]}"},
+     ['"test" does not have', "prompt, completion", 'did you mean "prompt"']),
+    ("slice of builtin", {"evaluate": "evaluate:\n  - exact_match: {data: facts, slices: §[atribute]}",
+                          "data": data("facts: {source: builtin:facts}")}, ['did you mean "attribute"']),
+    ("slice twice", {"evaluate": "evaluate:\n  - exact_match: {data: test, slices: §[prompt, prompt]}"},
+     ["each column"]),
+    ("slices of windows", {"evaluate": "evaluate:\n  - perplexity: {data: test, §slices: [prompt]}"}, ["slices"]),
+    ("cluster unknown", {"evaluate": "evaluate:\n  - exact_match: {data: test, cluster: §document}"},
+     ["does not have", "prompt, completion"]),
     ("prefer unknown", {"name": "name: trial\ngoals: {prefer: §joule_per_token}"}, ['did you mean "joules_per_token"']),
 ]
 

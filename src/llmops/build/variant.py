@@ -25,6 +25,7 @@ from llmops.build.cutting import depth_step, width_step
 from llmops.build.distilling import logits_step
 from llmops.build.embedding import joined, prepared
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
+from llmops.build.healing_preferences import heal_dpo_step
 from llmops.build.job import Job, Work
 from llmops.build.kv_cache import kv_cache_step, with_kv_cache
 from llmops.build.lora import lora_step, qlora_step
@@ -76,7 +77,8 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
 CUTTING = (("prune", "depth"), ("prune", "width"))
 #: The steps that a quantized parent can take; the others would change integers, or round them once more.
 ON_QUANTIZED: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
-    ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("distill", "logits"): heal_logits_step}
+    ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("finetune", "dpo"): heal_dpo_step,
+    ("distill", "logits"): heal_logits_step}
 
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmops.models.arch import PRODUCERS, linear_layers
 
-__all__ = ["Link", "after_norms", "between_linears", "find_links", "fold", "is_norm", "norm_offset"]
+__all__ = ["Link", "after_norms", "between_linears", "find_links", "find_norm", "fold", "is_norm", "norm_offset"]
 
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 _TOLERANCE = 1e-2  # of what the factors would change were they folded into one side alone
@@ -74,6 +74,16 @@ def find_links(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
             if said is not None:  # else the output does not depend on it: perhaps an expert that no token reached
                 answers[kind] = said
     return [link for link in candidates if answers.get(_EXPERT.sub("experts.*.", link.source))]
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def find_norm(model: nn.Module, name: str, run: Callable[[], Tensor]) -> Link | None:
+    """The norm that the layer `name` of `model` reads as it is and alone, confirmed by what `run` gives; None where
+    there is none."""
+    links = [link for link in after_norms(model, run) if name in link.targets]
+    if len(links) != 1 or links[0].targets != (name,):
+        return None
+    return links[0] if _confirmed(model, links[0], run, run()) else None
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -87,14 +87,12 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
             check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, whole))
+            _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
         if method == "hqq":
             _check_hqq(problems, trail, options)
         if getattr(options, "kv_cache", None) is not None:
             _check_kv_cache(problems, (*trail, "dtype" if method == "kv_cache" else "kv_cache"),
                             options.kv_cache, dims)
-        if method in ("awq", "autoround", "smoothquant") and not _ignored("lm_head", options.ignore):
-            problems.add((*trail, "ignore"), f"given no lm_head, which {method} cannot quantize; expected "
-                         "lm_head in `ignore`, or method: gptq", key=True)
         if getattr(options, "embeddings", False) and options.rotations:
             problems.add((*trail, "embeddings"), "given true with rotate, which changes the embedding after it was "
                          "rounded; expected one of the two: leave embeddings in 16 bit, or rotate out")
@@ -209,7 +207,7 @@ def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightO
                      key=options.group_size is None)
 
 
-def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly, pruned: str | None,
+def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly | Auto, pruned: str | None,
                     dims: Dims | None) -> None:
     given = shown(options.rotate)
     if options.rotate is None:

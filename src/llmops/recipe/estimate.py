@@ -17,7 +17,8 @@ size, V the vocabulary, L the layers kept.
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
-      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq
+      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq; with rotate or
+                    factors 2 for a copy
       autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -117,6 +118,7 @@ def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int,
     if getattr(scheme, "method", None) == "auto":
         linear = layers * dims.linear_parameters
         rest = width * (dims.parameters(layers) - linear)
+        rest += width * dims.vocab * dims.hidden if "r1" in scheme.rotations and dims.tied else 0
         each = (scheme.bits or 0) / 8 if scheme.bytes is None else (scheme.bytes - rest) / linear
         return [(dims.linear_parameters, each * dims.linear_parameters)]
     found = []
@@ -187,6 +189,7 @@ def _solving(options: Any, dims: Dims) -> float:
         return float(20 * dims.linear_parameters + 2 * 34 * dims.hidden * options.batch_size * length)
     if options.method == "auto":
         held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
+        held += 2.0 if options.rotations or options.factors else 0.0  # the copy that costs are measured on
         return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
                                                                         dims.linear_shapes().values()) ** 2
     if options.method in ("gptq", "awq", "smoothquant"):

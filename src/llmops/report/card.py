@@ -16,6 +16,7 @@ from typing import Any
 from llmops.report.building import merge_cells
 from llmops.report.details import nulls, quantities
 from llmops.report.figures import number, show, told
+from llmops.report.groups import worst_lines
 from llmops.report.markup import UNSEEN
 from llmops.report.reading import (
     Row,
@@ -226,7 +227,8 @@ def _scores(row: Row) -> str:
     "(parent)",
     "against base"],
     lines),
-     "Differences are paired: the same items, answered by both.")
+     "Differences are paired: the same items, answered by both.",
+     "\n".join(f"- Worst group of {_safe(line)}" for line in worst_lines(row)))
 
 
 def _sizes(row: Row) -> str:

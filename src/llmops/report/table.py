@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmops.report.columns import Cell, Column, columns
+from llmops.report.groups import name_and_lines
 from llmops.report.pareto import chosen, mark
 from llmops.report.reading import (
     Row,
@@ -160,7 +161,8 @@ def _caption(rows: Sequence[Row], shown: Sequence[Column]) -> Text:
     from rich.text import Text
 
     lines = [("; ".join(legend(rows, shown)), "dim"), *((line, "red") for line in failures(rows)),
-             *((line, "bold" if not place else "") for place, line in enumerate(goal_lines(rows)))]
+             *((line, "bold" if not place else "") for place, line in enumerate(goal_lines(rows))),
+             *((_short(line, 2 * REASON), "") for line in name_and_lines(rows))]
     return Text("\n").join(Text(text, style=style) for text, style in lines if text)
 
 
