@@ -21,9 +21,9 @@ def _share(value: Any) -> Any:
     return value
 
 
-_SCHEMA = {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                     {"type": "string", "pattern": r"^0?\.[0-9]+x$"}, {"type": "null"}]}
-Share = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_share), WithJsonSchema(_SCHEMA)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+_Times = Annotated[str, Field(pattern=r"^0?\.\d*[1-9]\d*x$")]
+Share = Annotated[_Fraction | None, BeforeValidator(_share, json_schema_input_type=_Fraction | _Times | None)]
 
 
 class Targets(Options):
