@@ -110,8 +110,8 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
         return weight
 
     compute = torch.float32 if job.model.device.type == "cpu" else None
-    calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True, compute=compute,
-                   progress=bar(job), routing=routing)
+    calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=options.sequential,
+                   compute=compute, progress=bar(job), routing=routing)
     events = [calibrated(tokens), *ratios.events, *_troubles(solved), *routing.events(BY_SIZE)]
     return _pruned(job, options, events, tokens, ratios)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from llmops.methods.prune.options.shared import MeasuredMasks
 
 __all__ = ["Wanda"]
@@ -15,5 +13,3 @@ class Wanda(MeasuredMasks):
     """Zero the weights with the smallest |weight| x activation norm, row by row (Sun et al. 2023)."""
 
     method: Literal["wanda"]
-    sequential: bool = Field(True, description="measure each layer of a block with those before it pruned; false: all "
-                                               "of a block at once, as the paper does")
