@@ -2,10 +2,11 @@
 
     python benchmarks/bench_statistics.py [--runs 2000] [--json FILE]
 
-Coverage: how often a 95 % interval holds the true difference (aim: 93 to 97 %). False claims: how often a difference, a
-saving or non-inferiority is "shown" where there is none (aim: at most 5 %, for the one-sided ones 2.5 %). Every figure is of
-`--runs` simulated comparisons, so it has a standard error of its own, which is printed. Accuracy goes through
-`llmops.evaluate.statistics.compare`, energy through `llmops.measure.intervals.log_ratio`: the functions that fill a row.
+Coverage: how often a 95 % interval holds the true difference (aim: 93 to 97 %). False claims: how often a difference,
+a saving or non-inferiority is "shown" where there is none (aim: at most 5 %, for non-inferiority 2.5 % and a point for
+the chance of the simulation). Every figure is of `--runs` simulated comparisons, so it has a standard error of its own,
+which is printed. Accuracy goes through `llmops.evaluate.statistics.compare`, energy through
+`llmops.measure.intervals.log_ratio`: the functions that fill a row.
 """
 
 from __future__ import annotations
