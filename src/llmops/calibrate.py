@@ -22,6 +22,9 @@ Experts (`models/experts.py`) see only the tokens that were sent to them, or all
 one turn, as far as their statistics fit into `AT_ONCE` bytes. An expert that saw too few is given to the update without
 a statistic.
 
+An untied head behind the blocks has the last turn (`models/tail.py`): it is measured like any layer, and methods that
+look at blocks are given it in `tail`.
+
 A method that looks at a whole block (its output, the norms between its layers) takes `walk_blocks` instead: the same
 walk, with the block itself in place of its layers. Either walk hands each block to `prepare` first, if given: whatever
 changes the weights and not what the block computes (a rotation, factors moved between layers) happens there, once the
@@ -36,7 +39,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -45,17 +48,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmops.block_stream import Stream, finite, instead, lent, passing
+from llmops.block_stream import Stream, finite, lent
 from llmops.errors import LlmopsError, StepError, unknown
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, covered
+from llmops.models.tail import Tail, lent_tail, through
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
 Update = Callable[[str, nn.Linear, Tensor | None], Tensor | None]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
+TailUpdate = Callable[[Tail], None]
 Named = Sequence[tuple[str, nn.Linear]]
 Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
 
@@ -148,7 +153,7 @@ class _Gather:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
-         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None,
+         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None, tail: TailUpdate | None = None,
          progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
@@ -160,6 +165,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     sequential: whether the layers of a block take turns, as the module's docstring says
     compute:    dtype in which a block computes and update sees its weights; as stored by default
     prepare:    called with every block before its layers are measured
+    tail:       called with a head outside the blocks before it is measured, where data is run
     progress:   called with (blocks done, blocks in all)
     routing:    how experts are measured; it is told how many tokens each saw. Those with too few get no statistic
 
@@ -190,28 +196,33 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
         if progress is not None:
             progress(index + 1, len(blocks))
     outside = [(name, layer) for name, layer in todo.items() if not name.startswith(f"{path}.")]
-    gathered = _measure_outside(stream, outside, make) if stream and make and outside else {}
     for name, layer in outside:
-        _replace(name, layer, update, gathered.get(name))
+        if stream is None:
+            _replace(name, layer, update, None)
+            continue
+        with _tail(stream, name, layer, compute) as end:
+            if tail is not None:
+                tail(end)
+            _replace(name, layer, update, end.measure(statistic))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore: Sequence[str] = (),
                 batch_size: int = 8, device: str | torch.device | None = None, compute: torch.dtype | None = None,
-                targets: bool = False, prepare: BlockUpdate | None = None, progress: Progress | None = None,
-                routing: Routing | None = None) -> None:
+                targets: bool = False, prepare: BlockUpdate | None = None, tail: TailUpdate | None = None,
+                progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every decoder block to `update`, which may change it as it likes. Later blocks see what it became.
 
     targets: whether `Block.targets` holds what the block makes of the activations of the unchanged model; that is a
-    second set of hidden states and one more forward pass. Everything else, and what is raised, as `walk`. An untied
-    head outside the blocks is not for this walk: LlmopsError unless it is ignored.
+    second set of hidden states and one more forward pass. tail: is given an untied head outside the blocks; without it
+    such a head is an LlmopsError unless it is ignored. Everything else, and what is raised, as `walk`.
     """
     if tokens.numel() == 0:
         raise LlmopsError("no calibration tokens; expected (samples, length)")
     path, blocks = decoder_layers(model)
     todo = _targets(model, path, blocks, ignore)
     outside = [name for name in todo if not name.startswith(f"{path}.")]
-    if outside:
+    if outside and tail is None:
         raise LlmopsError(f"{outside[0]} stands outside the decoder blocks, where this method has nothing to compare "
                           f"with; expected ignore to list it")
     stream = Stream(model, blocks, tokens, batch_size, device, compute)
@@ -231,6 +242,10 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
             stream.advance(index, name)
         if progress is not None:
             progress(index + 1, len(blocks))
+    if tail is not None:
+        for name in outside:
+            with _tail(stream, name, todo[name], compute) as end:
+                tail(end)
 
 
 @dataclass(frozen=True)
@@ -443,16 +458,22 @@ def _measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any],
     return found
 
 
-def _measure_outside(stream: Stream, layers: Named,
-                     make: Callable[[], Any]) -> dict[str, Tensor]:
-    """Statistics of layers after the blocks (an untied head): the model's own forward, fed the last block's output."""
-    gathers = [_Gather(name, layer, make) for name, layer in layers]
-    try:
-        for batch, hidden in enumerate(stream.hidden):
-            with passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
-                stream.model(input_ids=stream.tokens[batch], use_cache=False)
-        found = {gather.name: gather.result(Routing()) for gather in gathers}
-        return {name: result for name, result in found.items() if result is not None}
-    finally:
-        for gather in gathers:
+def _tail(stream: Stream, name: str, head: nn.Linear,
+          compute: torch.dtype | None) -> AbstractContextManager[Tail]:
+    """The head behind the blocks, to be measured by the model's own forward, fed the last block's output."""
+
+    def measure(statistic: str, dtype: torch.dtype) -> Tensor:
+        make = _statistic(statistic)
+        assert make is not None
+        gather = _Gather(name, head, make, stop=True)
+        try:
+            for batch in range(len(stream.hidden)):
+                with suppress(_Reached):
+                    through(stream, dtype, batch)
+            found = gather.result(Routing())
+        finally:
             gather.handle.remove()
+        assert found is not None  # a head is no expert
+        return found
+
+    return lent_tail(stream, name, head, compute, measure)

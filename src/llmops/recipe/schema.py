@@ -26,7 +26,8 @@ Kind = Literal["finetune", "prune", "quantize", "distill"]
 STEPS = {
     "finetune": Models("llmops.methods.finetune.options", {"lora": "Lora", "qlora": "Qlora", "full": "Full",
                                                            "dpo": "Dpo"}),
-    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda", "depth": "Depth"}),
+    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda",
+                                                     "sparsegpt": "Sparsegpt", "depth": "Depth", "width": "Width"}),
     "quantize": Models("llmops.methods.quantize.options", {
         "rtn": "Rtn", "gptq": "Gptq", "awq": "Awq", "hqq": "Hqq", "autoround": "Autoround", "auto": "Auto",
         "smoothquant": "Smoothquant", "kv_cache": "KvCache"}),
@@ -62,8 +63,9 @@ class Runtime(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: that of the model; on a CPU without instructions for it, float32")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto: the first GPU, else the CPU")
-    kernel: Literal["auto", "torch", "reference", "triton"] = Field("auto", description="which kernels compressed "
-                                                                                        "weights run on")
+    kernel: Literal["auto", "torch", "reference", "triton", "ops"] = Field(
+        "auto", description="which kernels compressed weights run on; ops: those of llmops_kernels, on a CPU what they "
+                            "are checked against")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: those of torch")
     checkpoint_s: float = Field(60.0, gt=0, description="seconds between two checkpoints of a training; the first "
                                                         "follows the first step. Changes no result")
@@ -130,6 +132,7 @@ class Variant:
     kind: Kind
     options: Any
     score: bool = True
+    writers: tuple[str, ...] = ()  # variants that write data which the step reads
 
     @property
     def method(self) -> str:
@@ -140,8 +143,9 @@ class Variant:
         return getattr(self.options, "teacher", None)
 
     def parents(self) -> list[str]:
-        """The variants that must be built first: the parent, then a teacher if there is one."""
-        return [self.parent, *([self.teacher] if self.teacher else [])]
+        """The variants that must be built first: the parent, a teacher if there is one, then those who write data."""
+        first = [self.parent, *([self.teacher] if self.teacher else [])]
+        return [*first, *(name for name in dict.fromkeys(self.writers) if name not in first)]
 
     def data_names(self) -> list[str]:
         """The data that the step reads: what it trains or calibrates on, then what it holds out."""

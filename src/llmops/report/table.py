@@ -100,7 +100,8 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
     if {"speed", "energy"} & ids:
         found.append(f"speed and energy at batch {batch_of(rows)}")
     if any("†" in cell.text for _, _, cell in cells):
-        found.append("† zeros in dense tensors: no time saved, bytes only when compressed")
+        found.append("† zeros in dense tensors: no time saved (N:M only where a kernel for it runs), bytes only when "
+                     "compressed on disk")
     if any(group(row, "transform").get("simulated") for row in rows):
         found.append("simulated: compression is imitated in full precision; its size, speed and energy are not those "
                      "of the real thing")
