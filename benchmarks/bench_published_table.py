@@ -89,7 +89,7 @@ def verdict(row: dict[str, float], published: dict[str, dict[str, float]]) -> tu
     """(whether the order is that of every published row, what to say of order and shares)."""
     differ = [name for name, other in published.items() if order(other) != order(row)]
     said = ["the order of the columns is that of every published row" if not differ else
-            f"the order is {' < '.join(order(row))}; of {', '.join(differ)} it is another"]
+            f"the order is {' < '.join(order(row))}; another than that of {'; '.join(differ)}"]
     for bits, share in shares(row).items():
         known = [shares(other)[bits] for other in published.values()]
         said.append(f"{bits}: GPTQ wins back {share:.0%} of RTN's loss; published {min(known):.0%} to {max(known):.0%}")
