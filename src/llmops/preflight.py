@@ -122,6 +122,10 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
         if kinds is not None and rows(name).kind not in kinds:
             raise DataError(f'{entry.id}: data "{name}" holds rows of kind {rows(name).kind}; {entry.metric} needs '
                             f"{' or '.join(kinds)}; rename its columns with `columns:`, or name other data")
+        if getattr(entry.options, "slices", None) or getattr(entry.options, "cluster", None):
+            from llmops.evaluate.slices import labels
+
+            labels(rows(name).rows, entry.options.slices, entry.options.cluster, f"{entry.id} (data {name})")
     uses = _uses(recipe, variants)
     if not uses:
         return []

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
 from llmops.errors import LlmopsError, StoreError
+from llmops.explain import explained, origin
 from llmops.ledger import SCHEMA, Ledger
+from llmops.pairing import completed, references
 from llmops.planner import as_recipe, plan
 from llmops.processes import join, terminable
 from llmops.progress import Watcher, log
@@ -41,7 +43,7 @@ __all__ = ["Result", "plan", "publish", "run"]
 
 POLL_S = 0.5  # between two looks at a lock that another process has
 #: what a manifest says of how a training went, for the report
-TRAINED = ("looks", "attempts", "merge", "trace", "allocation")
+TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search")
 
 
 @dataclass
@@ -88,14 +90,15 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     folder = store.folder(parsed.name)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "recipe.yaml", parsed.text)
+    replace_file(folder / "origin.json", json.dumps(origin(parsed), indent=1))
     with _log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
             from llmops.trackers import check_trackers
 
             check_trackers(parsed)
-            for line in preflight(walk.plan):
-                log.info("%s", line)
+            for line in (*walk.plan.advice, *preflight(walk.plan)):
+                watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
         walk.all()
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
 
@@ -107,7 +110,7 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
     rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
     ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
     folder = store.folder(name)
-    html.write_html(ordered, folder / "report.html", title=name)
+    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
     replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
     for row in ordered:
         build = store.build(row["identity"]["key"])
@@ -156,7 +159,7 @@ class _Walk:
     def _advance(self, stage: Stage, number: int) -> str:
         """Take a stage as far as it goes: "done" with its row written, "built", "busy" elsewhere, or "early"."""
         if self._kept(stage):
-            if self.store.work(stage.key).exists():
+            if self.store.work(stage.key).exists() or self.store.scoring(stage.score_key).exists():
                 self._tidied(stage)
             return "done"
         if not (self._can_build(stage) or self._can_end(stage)):
@@ -224,7 +227,11 @@ class _Walk:
         found = self.ledger.find(stage.score_key)
         if found is None or found["status"]["state"] != "ok" or not self._present(stage):
             return False
-        self._append(stage, {**found, "verdict": {"warnings": found["verdict"].get("warnings", [])}},
+        quality = completed(found.get("quality") or {}, self.ledger, found["row_id"],
+                            references(stage.variant, stage.parents, self.plan.recipe), self.rows,
+                            self.plan.recipe.seed)
+        self._append(stage, {**found, "quality": quality,
+                             "verdict": {"warnings": found["verdict"].get("warnings", [])}},
                      {score: self.ledger.items(found["row_id"], score) for score in found.get("quality") or {}})
         return True
 
@@ -233,6 +240,7 @@ class _Walk:
         if lock is not None:
             with lock:
                 self.store.tidy(stage.key)
+                self.store.scored(stage.score_key)
 
     def _present(self, stage: Stage) -> bool:
         return stage.variant == "base" or (self.store.build(stage.key) / "llmops.json").exists()
@@ -272,6 +280,7 @@ class _Walk:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
+        self.store.scored(stage.score_key)
         return row
 
     def _workbench(self) -> tuple[Any, Scorer]:
@@ -399,9 +408,7 @@ def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
 
 def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """How the weights lie on disk, and what their zeros are worth."""
-    chain = manifest.get("chain", [])
-    sparse = any(step in ("prune:magnitude", "prune:wanda") for step in chain)
-    found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
+    found: dict[str, Any] = {"sparsity_saves": _zeros_save(manifest, folder)}
     config = folder / "config.json"
     if config.exists():
         from llmops.models.embeddings import without_group
@@ -421,6 +428,20 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if below.startswith("int"):
             found["storage_dtype"] = f"adapter on {below}"
     return found
+
+
+def _zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
+    """What the single zeros of a variant are worth, those of its ancestors among them; None where there are none."""
+    from llmops.methods.prune.options import MASKING
+
+    while manifest:
+        if manifest.get("kind") == "prune" and manifest.get("method") in MASKING:
+            pattern = manifest.get("options", {}).get("pattern", "unstructured")
+            return ("bytes only when compressed on disk, no time" if pattern == "unstructured" else
+                    f"bytes only when compressed on disk, time only where a kernel for {pattern} runs it")
+        record = folder.parent / str(manifest.get("parent_key")) / "llmops.json"
+        manifest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return None
 
 
 def _named(error: Exception) -> str:

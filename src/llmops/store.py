@@ -42,6 +42,16 @@ class Store:
         """Where a build that is under way keeps checkpoints and notes; gone once the build is whole."""
         return self.builds / f"{key}.work"
 
+    def scoring(self, score_key: str) -> Path:
+        """Where the scores of a variant wait, entry by entry, until its row is written."""
+        return self.runs / "scoring" / score_key
+
+    def scored(self, score_key: str) -> None:
+        """The row is written: what waited for it goes."""
+        import shutil
+
+        shutil.rmtree(self.scoring(score_key), ignore_errors=True)
+
     def measured(self, key: str) -> Path:
         """What was measured of a parent for builds that differ in their budget alone."""
         return self.runs / "measured" / f"{key}.json"

@@ -41,6 +41,7 @@ from llmops.models.fake_quant import (
 from llmops.models.quantized import save_quantized
 from llmops.models.save import save_adapter
 from llmops.models.token_loss import next_token_loss
+from llmops.models.zeros import keep_masks
 from llmops.train import Loss
 
 __all__ = ["hardened", "heal_full_step", "heal_logits_step", "heal_lora_step", "learn_scales", "softened"]
@@ -137,7 +138,9 @@ def softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
     else:
         events.append("latent weights begin anywhere in their cells: what was quantized "
                       + ("is not there" if before is None else "has other weights around it"))
-    if job.keeps_zeros and before is not None:
+    if job.zeros is not None:
+        keep = keep_masks(job.zeros, {name: (layer.out_features, layer.in_features) for name, layer in packed.items()})
+    elif job.keeps_zeros and before is not None:
         keep = zero_masks(before)
     elif job.keeps_zeros:
         keep = {name: layer.dequantized() != 0 for name, layer in packed.items()}

@@ -13,6 +13,8 @@ from torch import Tensor
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens
 from llmops.data.sources import Rows
+from llmops.measure.meter import Meter
+from llmops.methods.prune.options import MASKING as METHODS
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.models import parity
 from llmops.quantity import Quantity
@@ -20,7 +22,7 @@ from llmops.train import Checkpoints, Progress
 
 __all__ = ["MASKING", "Job", "Work", "bar", "calibrated", "calibration"]
 
-MASKING = ("prune:magnitude", "prune:wanda")  # steps whose zeros every later training has to keep
+MASKING = tuple(f"prune:{method}" for method in METHODS)  # steps whose zeros every later training has to keep
 
 
 @dataclass
@@ -54,11 +56,13 @@ class Job:
     spent: Callable[[], float | None] = lambda: None
     memory: Path | None = None
     log: Callable[[int, Mapping[str, float]], None] | None = None
+    meter: Meter | None = None
+    zeros: Mapping[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def keeps_zeros(self) -> bool:
-        return any(step in MASKING for step in self.chain)
+        return bool(self.zeros) or any(step in MASKING for step in self.chain)
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Work:
     """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost.
 
     merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each;
-    allocation: what each choice of bits was found to cost each group of layers, and what was chosen.
+    allocation: what each choice of bits was found to cost each group of layers, and what was chosen; search: the same
+    of sparsities by block, and of shapes.
     """
 
     model: Any
@@ -81,6 +86,7 @@ class Work:
     packed: dict[str, AnyWeight] = field(default_factory=dict)
     merge: list[dict[str, Any]] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:

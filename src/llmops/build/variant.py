@@ -10,6 +10,7 @@ it comes from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from llmops.build.allocating import auto_step
 from llmops.build.attempts import Attempts
-from llmops.build.compressing import depth_step, magnitude_step, wanda_step
+from llmops.build.cutting import depth_step, width_step
 from llmops.build.distilling import logits_step
 from llmops.build.embedding import joined, prepared
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
@@ -28,6 +29,7 @@ from llmops.build.healing_preferences import heal_dpo_step
 from llmops.build.job import Job, Work
 from llmops.build.kv_cache import kv_cache_step, with_kv_cache
 from llmops.build.lora import lora_step, qlora_step
+from llmops.build.masking import magnitude_step, sparsegpt_step, wanda_step
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
 from llmops.build.trace import Trace
@@ -45,6 +47,7 @@ from llmops.models.fake_quant import is_packed
 from llmops.models.kv_cache import attached
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
+from llmops.models.zeros import zero_bits
 from llmops.options import Options
 from llmops.quantity import Quantity
 from llmops.recipe.keys import key_of
@@ -61,13 +64,16 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): lora_step, ("finetune", "qlora"): qlora_step, ("finetune", "full"): full_step,
     ("finetune", "dpo"): dpo_step,
     ("distill", "logits"): logits_step,
-    ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
+    ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "sparsegpt"): sparsegpt_step,
+    ("prune", "depth"): depth_step, ("prune", "width"): width_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
     ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
     ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step,
     ("quantize", "kv_cache"): kv_cache_step}
 
 
+#: The steps that leave weights out: what is left are the parent's own.
+CUTTING = (("prune", "depth"), ("prune", "width"))
 #: The steps that a quantized parent can take; the others would change integers, or round them once more.
 ON_QUANTIZED: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("finetune", "dpo"): heal_dpo_step,
@@ -83,7 +89,24 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
                           f"and then be lost; expected a model in 16 bit: take {KV_RECORD} out of its config.json, and "
                           f"set kv_cache: {rounded} in the last step")
     taken = kind, str(options.method)  # type: ignore[attr-defined]
-    compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), ("prune", "depth"))
+    held = held_zeros(job) if job.keeps_zeros and taken not in CUTTING else None
+    work = _taken(taken, job, options)
+    if held:
+        work.expected = replace(work.expected, zeros=held)
+    return work
+
+
+def held_zeros(job: Job) -> Mapping[str, Tensor]:
+    """The zeros that a step has to keep: of what was pruned, where that is known; else all there are."""
+    if job.zeros is not None:
+        return job.zeros
+    before = job.unrounded() if is_packed(job.model) and job.unrounded is not None else None
+    return zero_bits(job.model if before is None else before)
+
+
+def _taken(taken: tuple[str, str], job: Job, options: Options) -> Work:
+    kind = taken[0]
+    compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), *CUTTING)
     if compressing or not is_packed(job.model):
         work = (_compressed if compressing else _plainly)(taken, job, options)
         dtype = getattr(options, "kv_cache", None)
@@ -149,7 +172,7 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
     assert stage.key is not None
     with meter.window(stage.variant) as window, Attempts(store.work(stage.key), window) as attempts:
         trace = Trace(store.work(stage.key) / "trace.json", log)
-        take = partial(_take, stage, recipe, store, attempts.watching(progress), attempts.joules, trace.log)
+        take = partial(_take, stage, recipe, store, attempts.watching(progress), attempts.joules, trace.log, meter)
         if isinstance(variant.options, Training):
             tell(stage.variant)
             job, work = together(take)
@@ -169,7 +192,7 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
             "looks": work.looks, "merge": work.merge, "allocation": work.allocation,
-            "trace": trace.as_dict(), "attempts": spent.attempts,
+            "search": work.search, "trace": trace.as_dict(), "attempts": spent.attempts,
             "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
                      "flops": work.flops.as_dict(),
                      "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
@@ -188,11 +211,12 @@ def assist(variant: str, plan: Plan, store: Store) -> None:
 
 
 def _take(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None,
-          spent: Callable[[], float | None], log: Log | None = None) -> tuple[Job, Work]:
+          spent: Callable[[], float | None], log: Log | None = None,
+          meter: Meter | None = None) -> tuple[Job, Work]:
     """Take the step of `stage` in memory, from its last checkpoint where there is one."""
     variant = recipe.variants[stage.variant]
     job = _job(stage, recipe, store, progress)
-    job.spent, job.log = spent, log
+    job.spent, job.log, job.meter = spent, log, meter
     job.memory = store.measured(key_of({name: part for name, part in stage.key_parts.items()
                                         if name not in ("option.bits", "option.bytes")}))
     job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)

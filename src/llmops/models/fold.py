@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmops.models.arch import PRODUCERS, linear_layers
 
-__all__ = ["Link", "after_norms", "between_linears", "find_links", "find_norm", "fold", "is_norm"]
+__all__ = ["Link", "after_norms", "between_linears", "find_links", "find_norm", "fold", "is_norm", "norm_offset"]
 
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 _TOLERANCE = 1e-2  # of what the factors would change were they folded into one side alone
@@ -153,7 +153,7 @@ def after_norms(block: nn.Module, run: Callable[[], Any]) -> list[Link]:
         targets = tuple(layer for layer, x in read.items() if x.data_ptr() == out.data_ptr()
                         and x.numel() == out.numel())
         if targets:
-            links.append(Link(name, targets, offset=_offset(block.get_submodule(name))))
+            links.append(Link(name, targets, offset=norm_offset(block.get_submodule(name))))
     return links
 
 
@@ -163,7 +163,7 @@ def is_norm(module: nn.Module) -> bool:
     return weight is not None and weight.dim() == 1
 
 
-def _offset(norm: nn.Module) -> float:
+def norm_offset(norm: nn.Module) -> float:
     """0 when a norm with a weight of zero gives nothing, 1 when it still passes its input on."""
     parameters = list(norm.parameters(recurse=False))
     saved = [parameter.clone() for parameter in parameters]

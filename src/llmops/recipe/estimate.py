@@ -42,6 +42,7 @@ from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import Dims, bytes_per_weight
+from llmops.recipe.pruning_checks import dims_after, layers_after
 from llmops.recipe.schema import Recipe, Variant
 
 if TYPE_CHECKING:
@@ -76,26 +77,22 @@ def estimate(recipe: Recipe, name: str, dims: Dims | None, reason: str) -> Estim
     tokens = _tokens(recipe, variant, dims)
     if dims is None:
         return Estimate(Quantity.null("1", reason), Quantity.null("B", reason), Quantity.null("B", reason), tokens)
-    layers = _layers(recipe, name, dims)
-    before = _layers(recipe, variant.parent, dims) if variant is not None else layers
-    count = dims.parameters(layers)
-    how = f"config.json: {layers} layers of {dims.linear_parameters + dims.other_parameters:,}"
+    before = layers_after(recipe.variants, variant.parent, dims) if variant is not None else dims.layers
+    layers, after = layers_after(recipe.variants, name, dims), dims_after(recipe.variants, name, dims)
+    below = after if variant is None else dims_after(recipe.variants, variant.parent, dims)
+    if layers is None or before is None or after is None or below is None:
+        why = "how small it gets is searched for when it is built"
+        return Estimate(Quantity.null("1", why), Quantity.null("B", why), Quantity.null("B", why), tokens)
+    count = after.parameters(layers)
+    how = f"config.json: {layers} layers of {after.linear_parameters + after.other_parameters:,}"
     return Estimate(Quantity(float(count), "1", "estimated", how),
-                    _estimated(_disk(recipe, variant, dims, layers), "parameters x bytes of their storage"),
-                    _estimated(_memory(recipe, variant, dims, before), "weights, gradients, optimizer, activations"),
+                    _estimated(_disk(recipe, variant, after, layers), "parameters x bytes of their storage"),
+                    _estimated(_memory(recipe, variant, below, before), "weights, gradients, optimizer, activations"),
                     tokens)
 
 
 def _estimated(value: float, how: str) -> Quantity:
     return Quantity(float(round(value)), "B", "estimated", how)
-
-
-def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
-    for variant in reversed(recipe.chain(name)):
-        if variant.method == "depth":
-            kept = variant.options.layers
-            return kept if isinstance(kept, int) else len(kept)
-    return dims.layers
 
 
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
@@ -203,7 +200,7 @@ def _solving(options: Any, dims: Dims) -> float:
 def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:
     """Peak bytes of a training step with `tokens` tokens in a forward pass."""
     options = variant.options
-    layers = _layers(recipe, variant.parent, dims)
+    layers = layers_after(recipe.variants, variant.parent, dims) or dims.layers
     count = dims.parameters(layers)
     made_by = quantized_by(recipe.variants, variant.parent)
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
@@ -217,7 +214,8 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
         return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
     if options.method == "logits":
-        teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
+        read = dims.parameters(layers_after(recipe.variants, options.teacher, dims))
+        teacher = 4.0 * read + 12.0 * tokens * dims.vocab
     seen = 4.0 * layers * dims.linear_parameters if made_by is not None else 0.0
     return 16.0 * count + seen + activations + teacher
 

@@ -6,7 +6,7 @@ files (manifests, config.json) and hashes; loads no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order of building; the first is base."""
+    """Stages in the order of building; the first is base. advice: whether the goals' margins can be shown."""
 
     stages: list[Stage]
     recipe: Recipe
     store: Path
+    advice: tuple[str, ...] = ()
 
     @property
     def keys(self) -> dict[str, str]:
@@ -95,7 +96,7 @@ class Plan:
                 "seed": self.recipe.seed, "recipe_sha256": self.recipe.sha256, "store": str(self.store),
                 "to_build": sum(not stage.built for stage in self.stages),
                 "to_score": sum(stage.scored_here and not stage.scored for stage in self.stages),
-                "stages": [stage.as_json() for stage in self.stages]}
+                "advice": list(self.advice), "stages": [stage.as_json() for stage in self.stages]}
 
 
 def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[str, Any]] = ()) -> Plan:
@@ -103,8 +104,8 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
 
     Raises DataError when data cannot be read for its fingerprint.
     """
-    store = Path(store)
-    scored = {(row["identity"].get("key"), row["identity"].get("score_key")) for row in ledger_rows
+    store, known = Path(store), list(ledger_rows)
+    scored = {(row["identity"].get("key"), row["identity"].get("score_key")) for row in known
               if row.get("status", {}).get("state") in _SCORED}
     prints = k.fingerprints(recipe, k.names_of_data(recipe))
     dims, reason = read_dims(recipe.model, recipe.base_dir)
@@ -116,7 +117,15 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
         parts = k.build_parts(recipe, variant, keys, prints)
         keys[name] = k.key_of(parts)
         stages.append(_stage(recipe, name, keys, parts, prints, store, scored, estimate(recipe, name, dims, reason)))
-    return Plan(stages, recipe, store)
+    return Plan(stages, recipe, store, _advice(recipe, known))
+
+
+def _advice(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    if not any(goal.noninferior or goal.max_drop for goal in recipe.goals.quality.values()):
+        return ()
+    from llmops.recipe.sample_size import advice
+
+    return advice(recipe, rows)
 
 
 def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, str], prints: Mapping[str, str],
@@ -152,8 +161,8 @@ def _summary(recipe: Recipe, name: str) -> str:
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
-    if hasattr(options, "layers"):
-        words.append(f"{options.layers if isinstance(options.layers, int) else len(options.layers)} layers")
+    if variant.method in ("depth", "width"):
+        words += _size_words(options)
     if hasattr(options, "rank"):
         words += _adapter_words(options)
     if hasattr(options, "epochs"):
@@ -162,6 +171,16 @@ def _summary(recipe: Recipe, name: str) -> str:
     if variant.kind != "quantize" and quantized_by(recipe.variants, name) is not None:
         words.append("qat")  # trained through the rounding of its parent, and stored in its bits
     return " ".join(words)
+
+
+def _size_words(options: Any) -> list[str]:
+    """What a structural step leaves, or what share it is to reach."""
+    layers = getattr(options, "layers", None)
+    words = [f"{layers if isinstance(layers, int) else len(layers)} layers"] if layers is not None else []
+    words += [f"{name} {getattr(options, name)}" for name in ("hidden", "intermediate", "heads", "kv_heads")
+              if getattr(options, name, None) is not None]
+    return words + [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
+                    if getattr(options, name) is not None]
 
 
 def _adapter_words(options: Any) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from llmops.report.building import merge_cells
 from llmops.report.details import nulls, quantities
 from llmops.report.figures import number, show, told
+from llmops.report.groups import worst_lines
 from llmops.report.markup import UNSEEN
 from llmops.report.reading import (
     Row,
@@ -197,7 +198,7 @@ def _making(row: Row, rows: Sequence[Row]) -> str:
     stored = [f"Stored as {_safe(transform['storage_dtype'])}" if transform.get("storage_dtype") else "",
               f"computes in {_safe(transform['compute_dtype'])}" if transform.get("compute_dtype") else "",
               f"kernel {_safe(transform['kernel'])}" if transform.get("kernel") else ""]
-    zeros = ("Its zeros lie in dense tensors: no time is saved, bytes only when the file is compressed."
+    zeros = (f"Its zeros lie in dense tensors and save {_safe(transform['sparsity_saves'])}."
              if transform.get("sparsity_saves") else "")
     said = "; ".join(part for part in stored if part)
     made = "\n".join(steps) or "It is the model as it came."
@@ -226,7 +227,8 @@ def _scores(row: Row) -> str:
     "(parent)",
     "against base"],
     lines),
-     "Differences are paired: the same items, answered by both.")
+     "Differences are paired: the same items, answered by both.",
+     "\n".join(f"- Worst group of {_safe(line)}" for line in worst_lines(row)))
 
 
 def _sizes(row: Row) -> str:
