@@ -36,8 +36,8 @@ over the ratios of the same windows. Peers' cells may be of an earlier run than 
 machine's load); times are not compared here.
 
 Of `tiny` read 3 and 2 bits. It was tuned on questions and is scored here on prose, some of which it has forgotten:
-rounding that moves it back a little can *lower* its perplexity (cells below the float32 model's), so differences of a
-few per cent at 4 and 8 bits say how the dice fell, not who rounds better."""
+rounding that moves it back a little can *lower* its perplexity (cells below the float32 model's). So differences of a
+few per cent at 4 and 8 bits are in part the chance of one rounding, which an interval over windows does not hold."""
 
 
 def lost(verdicts: Sequence[dict[str, Any]]) -> list[str]:
