@@ -43,7 +43,7 @@ __all__ = ["Result", "plan", "publish", "run"]
 
 POLL_S = 0.5  # between two looks at a lock that another process has
 #: what a manifest says of how a training went, for the report
-TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search")
+TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search", "teaching", "shared")
 
 
 @dataclass
@@ -117,6 +117,9 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
         if build.is_dir():
             store.link(name, row["identity"]["variant"], row["identity"]["key"])
             replace_file(build / "README.md", card.card(row, ordered))
+        for entry in row["building"].get("shared") or []:
+            if entry["what"].startswith("data "):
+                store.link_written(name, entry["what"].removeprefix("data "), entry["key"])
     return Result(name, folder, ordered)
 
 
@@ -279,6 +282,7 @@ class _Walk:
         if stage.scored_here:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
+                self._beside_teacher(stage, row)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
         self.store.scored(stage.score_key)
         return row
@@ -320,20 +324,65 @@ class _Walk:
                            "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            **{key: manifest[key] for key in TRAINED if manifest.get(key)},
-                           "chain_energy_j": self._chain_energy(stage).as_dict()}
+                           **self._charged(manifest), "chain_energy_j": self._chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
         return row
 
-    def _chain_energy(self, stage: Stage) -> Quantity:
-        """Energy of building this variant and everything it stands on, each build once, the teacher's included."""
-        parts, seen, open_keys = [], set(), [stage.key] if stage.variant != "base" else []
+    def _beside_teacher(self, stage: Stage, row: dict[str, Any]) -> None:
+        """After how many tokens a student has paid for itself, its teacher standing there anyway."""
+        teacher = self.rows.get(stage.teacher or "")
+        if teacher is None or not stage.scored_here or self.plan.recipe.measure is None:
+            return
+        from llmops.measure.cost import break_even_beside
+
+        assert stage.teacher is not None
+        built = self._chain_energy(stage, without=self._line(self.plan.stage(stage.teacher)))
+        batch = str(min(self.plan.recipe.measure.batch_sizes))
+        row["building"]["break_even_to_teacher_tokens"] = break_even_beside(
+            built, row["energy"].get(batch) or {}, (teacher.get("energy") or {}).get(batch) or {},
+            teacher_is_base=stage.teacher == "base").as_dict()
+
+    def _line(self, stage: Stage) -> list[str]:
+        """Keys of a variant's build and of all that it stands on."""
+        keys = [stage.key]
+        for name in stage.parents:
+            keys += self._line(self.plan.stage(name))
+        return keys
+
+    def _charged(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Its energy with its part of what it shares, and what of that is the teacher's."""
+        if not manifest:
+            return {}
+        from llmops.measure.sharing import charged, teacher_cost
+
+        found = {"energy_j": charged(manifest, self._users).as_dict()}
+        taught = teacher_cost(manifest, self._users)
+        if taught is not None:
+            found["teacher_energy_j"] = taught.as_dict()
+        return found
+
+    def _users(self, key: str) -> int:
+        """How many builds share what lies under that key: those of the plan, and others that have used it."""
+        users = {stage.key for stage in self.plan.stages if key in stage.shares}
+        for folder in (self.store.signals(key), self.store.written(key)):
+            users |= {path.name for path in (folder / "users").glob("*")}
+        return len(users)
+
+    def _chain_energy(self, stage: Stage, without: Sequence[str] = ()) -> Quantity:
+        """Energy of building this variant and everything it stands on, each build once, the teacher's included.
+
+        without: keys of builds that are not counted, nor what only they stand on.
+        """
+        from llmops.measure.sharing import charged
+
+        parts, seen, open_keys = [], set(without), [stage.key] if stage.variant != "base" else []
         while open_keys:
             key = open_keys.pop()
             if key in seen or not (self.store.build(key) / "llmops.json").exists():
                 continue
             seen.add(key)
             manifest = self.store.manifest(key)
-            parts.append(Quantity.from_dict(manifest["cost"]["energy_j"]))
+            parts.append(charged(manifest, self._users))
             open_keys += manifest["parent_keys"]
         if not parts:
             return Quantity(0.0, "J", "constant", "nothing is built: this is the model as it came")
@@ -369,7 +418,7 @@ class _Walk:
 
     def _append(self, stage: Stage, row: dict[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         recipe = self.plan.recipe
-        teacher = stage.parents[1] if len(stage.parents) > 1 else None
+        teacher = stage.teacher
         row = {**row, "goals": goals_body(recipe), "identity": {
             **row["identity"], "run": recipe.name, "run_id": self.run_id, "variant": stage.variant,
             "parent": stage.parents[0] if stage.parents else None, "teacher": teacher, "key": stage.key,

@@ -28,6 +28,12 @@ def data(*lines: str) -> str:
     return "\n".join([makers.HEAD["data"], *(f"  {line}" for line in lines)])
 
 
+def taught(options: str, before: str = "", place: str = "") -> str:
+    """A student of `tuned`; place: marks its `distill`."""
+    return variants("half: {from: tuned, prune: {method: depth, layers: 3}}",
+                    f"s: {{{before}{place}distill: {{method: logits, teacher: tuned, data: train, {options}}}}}")
+
+
 Q = "q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}"
 HEALED = "h: {from: q, finetune: {method: full, data: train}}"
 
@@ -271,6 +277,53 @@ CASES = [
      ['did you mean "tuned"']),
     ("teacher circle", {"variants": variants("a: {distill: {method: logits, teacher: §b, data: train}}",
                                              "b: {from: a, prune: {method: magnitude}}")}, ["a -> b -> a"]),
+    # ---------------------------------------------------------------------------------------------- distillation
+    ("student with a parent", {"variants": taught("student: {config: {hidden_size: 64}}", "from: §half, ")},
+     ["takes none of those", "no `from`"]),
+    ("student of both kinds", {"variants": taught("student: §{config: {hidden_size: 64}, model: small}")},
+     ["both of config and model", "expected one"]),
+    ("student of neither kind", {"variants": taught("student: §{}")}, ["neither of config and model"]),
+    ("student key", {"variants": taught("student: {config: {§num_hiden_layers: 2}}")},
+     ['did you mean "num_hidden_layers"']),
+    ("student vocabulary", {"variants": taught("student: {config: {vocab_size: §500}}")}, ["expected 1000"]),
+    ("student layers", {"variants": taught("student: {config: {num_hidden_layers: §0}}")}, ["at least 1"]),
+    ("student heads", {"variants": taught("student: {§config: {num_attention_heads: 3}}")},
+     ["3 attention heads for 2", "a multiple"]),
+    ("student model", {"variants": taught("student: {model: §./smal}")}, ["not there", 'did you mean "small"']),
+    ("student folder", {"variants": taught("student: {model: §bare}")}, ["without config.json"]),
+    ("student builtin", {"variants": taught("student: {model: §builtin:tinny}")}, ['did you mean "builtin:tiny"']),
+    ("student revision", {"variants": taught("student: §{config: {hidden_size: 64}, revision: main}")},
+     ["revision without a model"]),
+    ("loss unknown", {"variants": taught("loss: §foward_kl", "from: half, ")}, ['did you mean "forward_kl"']),
+    ("beta without its loss", {"variants": taught("beta: 0.2", "from: half, ", "§")}, ["loss: jensen_shannon"]),
+    ("beta at its end", {"variants": taught("loss: jensen_shannon, beta: §1.0", "from: half, ")}, ["below 1"]),
+    ("skew without its loss", {"variants": taught("skew: 0.2", "from: half, ", "§")}, ["skewed_reverse_kl"]),
+    ("top k of too few", {"variants": taught("top_k: §2000", "from: half, ")}, ["vocabulary of 1,000"]),
+    ("offline k of too few", {"variants": taught("offline: {k: §2000}", "from: half, ")}, ["vocabulary of 1,000"]),
+    ("offline without signals", {"variants": taught("offline: {cache: §nowhere}", "from: half, ")},
+     ["no finished signals", "no `cache`"]),
+    ("offline and on-policy", {"variants": taught("offline: {}, on_policy: {}", "from: half, ", "§")},
+     ["nobody can know beforehand", "one of the two"]),
+    ("offline with states", {"variants": taught("offline: {}, hidden_weight: 1.0", "from: half, ", "§")},
+     ["not its states", "no hidden_weight"]),
+    ("offline with top k", {"variants": taught("offline: {}, top_k: 8", "from: half, ", "§")}, ["{k: 8} alone"]),
+    ("fraction of none", {"variants": taught("on_policy: {fraction: §0.0}", "from: half, ")}, ["above 0"]),
+    ("written by nobody", {"data": data("w: {synthesize: {teacher: §tund, prompts: train}}")},
+     ['did you mean "tuned"']),
+    ("written of nothing", {"data": data("w: {synthesize: {teacher: tuned, prompts: §trian}}")},
+     ['did you mean "train"']),
+    ("written in a circle", {"data": data("w: {synthesize: {teacher: tuned, prompts: §w}}")}, ["w -> w"]),
+    ("written by its own student", {"data": data("w: {synthesize: {teacher: a, prompts: train}}"),
+                                    "variants": variants("a: {finetune: {method: lora, data: §w}}")}, ["a -> a"]),
+    ("scored against a teacher", {"data": data("w: {synthesize: {teacher: tuned, prompts: train}}"),
+                                  "evaluate": "evaluate:\n  - exact_match: {data: §w}"}, ["which tuned writes"]),
+    ("many answers and one greedy", {"data": data("w: {synthesize: §{teacher: tuned, prompts: train, answers: 3}}")},
+     ["all the same", "temperature"]),
+    ("shorter than the shortest",
+     {"data": data("w: {synthesize: §{teacher: tuned, prompts: train, min_tokens: 9, max_new_tokens: 8}}")},
+     ["min_tokens 9 above max_new_tokens 8"]),
+    ("written and a file", {"data": data("§w: {source: train.jsonl, synthesize: {teacher: tuned, prompts: train}}")},
+     ["not both"]),
     # ------------------------------------------------------------------------------------------------------ matrix
     ("matrix is a list", {"variants": variants("a: {prune: {method: magnitude}, §matrix: [1]}")}, ["option: list"]),
     ("matrix value", {"variants": variants("a: {prune: {method: magnitude}, matrix: {sparsity: §0.5}}")}, ["[0.5]"]),

@@ -191,9 +191,15 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]
         yield order[start:start + size]
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 def greedy(model: Any, prompts: Sequence[Sequence[int]], *, stops: set[int], pad: int, max_new_tokens: int,
-           ) -> list[list[int]]:
+           choose: Callable[[Tensor], Tensor] = _likeliest) -> list[list[int]]:
     """The argmax continuation of each prompt, with its stop token where one came within `max_new_tokens`.
+
+    choose: another choice of the next tokens (B,) than the likeliest, from their logits (B, V).
 
     One batch with a KV cache; B: rows still being written, T: longest prompt. Call it under `scoring(model)`.
     """
@@ -206,7 +212,7 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], *, stops: set[int], pad
     for step in range(max_new_tokens):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                     **extra)
-        cache, token = out.past_key_values, out.logits[:, -1].argmax(-1)  # (B,)
+        cache, token = out.past_key_values, choose(out.logits[:, -1])  # (B,)
         for row, chosen in zip(rows, token.tolist(), strict=True):
             if not written[row] or written[row][-1] not in stops:
                 written[row].append(chosen)

@@ -17,6 +17,7 @@ from llmops.recipe.number_checks import check_number_format
 from llmops.recipe.pruning_checks import check_depth, check_masks, check_width, dims_after, layers_after
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
+from llmops.recipe.students import dims_below
 from llmops.recipe.tree import cycle
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ def check_links(problems: Problems, variants: Mapping[str, Variant], names: Sequ
         elif teacher is not None and not refer(problems, ("variants", name, variant.kind, "teacher"), teacher, known,
                                                "a variant", matrices):
             sound = False
-        graph[name] = [parent for parent in variant.parents() if parent != name or parent == variant.parent]
+        graph[name] = [parent for parent in variant.parents() if parent != name or parent in (variant.parent,
+                                                                                              *variant.writers)]
+        sound &= all(writer in known for writer in variant.writers)
     while found := cycle(graph):
         first, second = found[0], found[1]
-        key: Trail = ("from",) if variants[first].parent == second else (variants[first].kind, "teacher")
+        key: Trail = (("from",) if variants[first].parent == second else
+                      (variants[first].kind, "teacher" if variants[first].teacher == second else "data"))
         problems.add(("variants", first, *key), f"given a circle: {' -> '.join(found)}; expected every line to end at "
                                                 "base: let one of them start from base")
         graph[first] = [parent for parent in graph[first] if parent != second]
@@ -62,7 +66,7 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
     whole = dims
     for name, variant in variants.items():
         trail: Trail = ("variants", name, variant.kind)
-        dims = dims_after(variants, variant.parent, whole)
+        dims = dims_after(variants, variant.parent, dims_below(variants, variant.parent, whole))
         stop = getattr(variant.options, "stop", None)
         _check_data(problems, trail, variant, data_names)
         if stop is not None and stop.data is not None:
@@ -262,7 +266,7 @@ def _ignored(full: str, ignore: Sequence[str]) -> bool:
 
 def _check_teacher(problems: Problems, trail: Trail, variant: Variant) -> None:
     options = variant.options
-    if options.teacher == variant.parent and options.hard_weight == 0:
+    if options.teacher == variant.parent and options.hard_weight == 0 and options.student is None:
         problems.add((*trail, "teacher"), f"given {shown(options.teacher)}, the very weights that the student starts "
                                           "with: the loss is 0 from the first step; expected another variant, or a "
                                           "hard_weight above 0")

@@ -80,7 +80,14 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
                            ({"bits": 3.5, "rotate": "hadamard", **_GROUPS}, "")),
     ("quantize", "smoothquant"): (({"scheme": "w8a16", **_GROUPS}, "Xiao et al. 2022, arXiv 2211.10438"),),
     ("quantize", "kv_cache"): (({"dtype": "int8"}, ""), ({"dtype": "fp8"}, ""), ({"dtype": "int4"}, "")),
-    ("distill", "logits"): (({}, "Hinton et al. 2015, arXiv 1503.02531"),),
+    ("distill", "logits"): (
+        ({}, "Hinton et al. 2015, arXiv 1503.02531"), ({"loss": "reverse_kl"}, "Gu et al. 2023, arXiv 2306.08543"),
+        ({"loss": "jensen_shannon"}, "Agarwal et al. 2024, arXiv 2306.13649"),
+        ({"loss": "skewed_kl"}, "Ko et al. 2024, arXiv 2402.03898"),
+        ({"hidden_weight": 1.0}, "Jiao et al. 2019, arXiv 1909.10351"),
+        ({"attention_weight": 1.0}, "Wang et al. 2020, arXiv 2002.10957"), ({"offline": {}}, ""),
+        ({"on_policy": {}}, "Agarwal et al. 2024, arXiv 2306.13649"),
+        ({"student": {"config": {"num_hidden_layers": 2}}}, "")),
 }
 
 

@@ -22,7 +22,7 @@ from llmops.recipe.tree import cycle
 if TYPE_CHECKING:
     from llmops.evaluate.options import Harness
 
-__all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "is_local", "near_files"]
+__all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "check_written", "is_local", "near_files"]
 
 _OTHER_SUFFIXES = (".xlsx", ".xls", ".arrow", ".pkl", ".pickle", ".pt", ".zip", ".gz", ".zst", ".tar",
                    ".md", ".docx", ".pdf", ".yaml", ".yml", ".xml", ".html", ".db")
@@ -54,6 +54,25 @@ def check_data(problems: Problems, data: Mapping[str, DataSource], names: Sequen
         problems.add(("data", found[0], "from"), f"given a circle: {' -> '.join(found)}; expected `from` to end at "
                                                  "data with a source: give one of them a source")
         del graph[found[0]]
+
+
+def check_written(problems: Problems, data: Mapping[str, DataSource], names: Sequence[str] | None,
+                  variants: Sequence[str], matrices: dict[str, list[str]]) -> None:
+    """Data that a variant writes: a variant that is there, and prompts that do not lead back to the data itself."""
+    graph: dict[str, list[str]] = {}
+    for name, source in data.items():
+        trail: Trail = ("data", name, "synthesize")
+        if source.synthesize is not None:
+            refer(problems, (*trail, "teacher"), source.synthesize.teacher, variants, "a variant", matrices)
+            refer(problems, (*trail, "prompts"), source.synthesize.prompts, names, "data")
+        asked = source.from_ if source.synthesize is None else source.synthesize.prompts
+        graph[name] = [asked] if asked is not None else []
+    while found := cycle(graph):
+        inside = next((name for name in found if data[name].synthesize is not None), None)
+        if inside is not None:  # a circle of `from` alone has been told
+            problems.add(("data", inside, "synthesize", "prompts"),
+                         f"given a circle: {' -> '.join(found)}; expected prompts that end at data with a source")
+        graph[found[0]] = []
 
 
 def _check_source(problems: Problems, trail: Trail, source: str, base_dir: Path) -> None:
@@ -142,6 +161,11 @@ def _check_kind(problems: Problems, trail: Trail, entry: Evaluation, data: Mappi
     root, hops = data.get(entry.options.data), 0
     while root is not None and root.from_ is not None and hops < len(data):
         root, hops = data.get(root.from_), hops + 1
+    if root is not None and root.synthesize is not None:
+        problems.add((*trail, "data"), f"given {shown(entry.options.data)}, which {root.synthesize.teacher} writes: a "
+                     "score against a teacher's own words says nothing of what is right; expected data with answers of "
+                     "its own")
+        return
     source = root.source if root is not None else None
     if source not in BUILTIN:
         return

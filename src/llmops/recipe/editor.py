@@ -39,7 +39,9 @@ def json_schema() -> dict[str, Any]:
                       "allOf": [_when_method(name, _ref(model)) for name, model in methods.items()]}
         defs[f"{kind}-matrix"] = {
             "type": "object", "anyOf": [_relaxed(defs[model.__name__]) for model in methods.values()]}
-    defs["DataSource"]["oneOf"] = [{"required": ["source"]}, {"required": ["from"]}]
+    defs["DataSource"]["oneOf"] = [{"required": [origin]} for origin in ("source", "from", "synthesize")]
+    defs["Student"] |= {"oneOf": [{"required": ["config"]}, {"required": ["model"]}],
+                        "dependencies": {"revision": ["model"]}}
     defs["Goal"]["anyOf"] = [{"required": [bound]} for bound in BOUNDS]
     defs["Variant"] = _variant()
     return {"$schema": _DRAFT, "title": "llmops recipe", "type": "object", "additionalProperties": False,

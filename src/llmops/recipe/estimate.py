@@ -41,9 +41,10 @@ from llmops.errors import DataError
 from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
-from llmops.recipe.model import Dims, bytes_per_weight
+from llmops.recipe.model import Dims, bytes_per_weight, read_dims
 from llmops.recipe.pruning_checks import dims_after, layers_after
 from llmops.recipe.schema import Recipe, Variant
+from llmops.recipe.students import after_students
 
 if TYPE_CHECKING:
     from llmops.methods.finetune.options import Dpo, Lora, Qlora
@@ -75,11 +76,15 @@ def estimate(recipe: Recipe, name: str, dims: Dims | None, reason: str) -> Estim
     """The figures of the variant `name` (or "base"). reason: why `dims` is None."""
     variant = recipe.variants.get(name)
     tokens = _tokens(recipe, variant, dims)
+    if variant is not None:
+        dims, reason = after_students(recipe, name, dims, reason)
     if dims is None:
         return Estimate(Quantity.null("1", reason), Quantity.null("B", reason), Quantity.null("B", reason), tokens)
-    before = layers_after(recipe.variants, variant.parent, dims) if variant is not None else dims.layers
+    student = getattr(variant.options, "student", None) if variant is not None else None
+    above = variant.parent if variant is not None and student is None else name
+    before = layers_after(recipe.variants, above, dims) if variant is not None else dims.layers
     layers, after = layers_after(recipe.variants, name, dims), dims_after(recipe.variants, name, dims)
-    below = after if variant is None else dims_after(recipe.variants, variant.parent, dims)
+    below = after if variant is None else dims_after(recipe.variants, above, dims)
     if layers is None or before is None or after is None or below is None:
         why = "how small it gets is searched for when it is built"
         return Estimate(Quantity.null("1", why), Quantity.null("B", why), Quantity.null("B", why), tokens)
@@ -200,7 +205,8 @@ def _solving(options: Any, dims: Dims) -> float:
 def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:
     """Peak bytes of a training step with `tokens` tokens in a forward pass."""
     options = variant.options
-    layers = layers_after(recipe.variants, variant.parent, dims) or dims.layers
+    above = variant.name if getattr(options, "student", None) is not None else variant.parent
+    layers = layers_after(recipe.variants, above, dims) or dims.layers
     count = dims.parameters(layers)
     made_by = quantized_by(recipe.variants, variant.parent)
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
@@ -214,10 +220,19 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
         return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
     if options.method == "logits":
-        read = dims.parameters(layers_after(recipe.variants, options.teacher, dims))
-        teacher = 4.0 * read + 12.0 * tokens * dims.vocab
+        teacher = _teacher(recipe, options, dims) + 12.0 * tokens * dims.vocab
     seen = 4.0 * layers * dims.linear_parameters if made_by is not None else 0.0
     return 16.0 * count + seen + activations + teacher
+
+
+def _teacher(recipe: Recipe, options: Any, dims: Dims) -> float:
+    """Bytes of the teacher in float32; of signals from the disk, none."""
+    if options.offline is not None:
+        return 0.0
+    if options.student is not None:
+        dims = read_dims(recipe.model, recipe.base_dir)[0] or dims
+    narrow = dims_after(recipe.variants, options.teacher, dims) or dims
+    return 4.0 * narrow.parameters(layers_after(recipe.variants, options.teacher, dims))
 
 
 def _on_integers(scheme: Any, dims: Dims, layers: int, width: int, apart: bool) -> float:
@@ -279,7 +294,11 @@ def row_count(name: str, sources: Mapping[str, DataSource], base_dir: Path) -> t
     """(rows of a data source at most, "") or (None, why they are not known). Reads no row, only counts lines."""
     try:
         *derived, root = named(name, sources)
-        rows, reason = _rows_of(root, base_dir)
+        if root.synthesize is not None:
+            rows, reason = row_count(root.synthesize.prompts, sources, base_dir)
+            rows = rows * root.synthesize.answers if rows is not None else None
+        else:
+            rows, reason = _rows_of(root, base_dir)
     except (DataError, OSError) as error:
         return None, str(error)
     if rows is None:

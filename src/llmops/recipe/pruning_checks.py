@@ -48,6 +48,8 @@ def _above(variants: Mapping[str, Variant], name: str, method: str) -> list[Any]
     seen: set[str] = set()
     while name != BASE and name in variants and name not in seen:
         seen.add(name)
+        if getattr(variants[name].options, "student", None) is not None:
+            break  # whose weights are others; `dims` are its own
         if variants[name].method == method:
             found.append(variants[name].options)
         name = variants[name].parent

@@ -132,6 +132,7 @@ class Variant:
     kind: Kind
     options: Any
     score: bool = True
+    writers: tuple[str, ...] = ()  # variants that write data which the step reads
 
     @property
     def method(self) -> str:
@@ -142,8 +143,9 @@ class Variant:
         return getattr(self.options, "teacher", None)
 
     def parents(self) -> list[str]:
-        """The variants that must be built first: the parent, then a teacher if there is one."""
-        return [self.parent, *([self.teacher] if self.teacher else [])]
+        """The variants that must be built first: the parent, a teacher if there is one, then those who write data."""
+        first = [self.parent, *([self.teacher] if self.teacher else [])]
+        return [*first, *(name for name in dict.fromkeys(self.writers) if name not in first)]
 
     def data_names(self) -> list[str]:
         """The data that the step reads: what it trains or calibrates on, then what it holds out."""

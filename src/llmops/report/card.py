@@ -43,6 +43,7 @@ from llmops.report.reading import (
     versus,
     what,
 )
+from llmops.report.teaching import shared_words
 
 __all__ = ["card", "front_matter"]
 
@@ -55,7 +56,9 @@ COSTS_OF_BUILDING = {
     "time": "wall_s",
     "tokens": "tokens",
     "training compute": "flops",
-     "pays for itself after": "break_even_tokens"}
+    "of it the teacher's": "teacher_energy_j",
+    "pays for itself after": "break_even_tokens",
+    "pays for itself against its teacher after": "break_even_to_teacher_tokens"}
 SPEEDS = {
     "decoding": "decode_tokens_per_s",
     "prefill": "prefill_tokens_per_s",
@@ -251,7 +254,8 @@ def _energy(row: Row) -> str:
 
 
 def _built(row: Row) -> str:
-    entries = [(label, ("building", name)) for label, name in COSTS_OF_BUILDING.items()]
+    entries = [(label, ("building", name)) for label, name in COSTS_OF_BUILDING.items()
+               if name in group(row, "building") or "teacher" not in name]
     entries += [("carbon of building", ("carbon", "building_g")),
                 ("carbon per 1,000 output tokens", ("carbon", "per_1k_tokens_g")), ("grid", ("carbon", "intensity"))]
     spent, count = joules_per_trained_token(row), attempts(row)
@@ -259,6 +263,8 @@ def _built(row: Row) -> str:
         if spent.value is not None else []
     if count and count > 1:
         lines.append(f"It took {count} attempts; what those that were cut off spent is counted.")
+    lines += [f"Shared with other builds, its cost split among them: {_safe(shared_words(entry))}."
+              for entry in group(row, "building").get("shared") or []]
     return _section("What building it cost", _figures(row, entries) if group(row, "building") else "", *lines)
 
 

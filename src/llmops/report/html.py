@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import StoreError
-from llmops.report import bits, building, details, sections, slices, why
+from llmops.report import bits, building, details, sections, slices, teaching, why
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
@@ -33,6 +33,7 @@ CONTENTS = {
     "slices": "Groups",
     "why": "Changed answers",
     "building": "Building",
+    "teaching": "Teachers",
     "loss": "Loss",
     "bits": "Bits by layer",
     "details": "Every figure",
@@ -68,9 +69,9 @@ def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
     """The page as text."""
     seen = Page(rows)
     body = [sections.outcome(seen), sections.family(seen), sections.charted(seen), sections.tabled(seen),
-            slices.section(seen), why.section(seen, explained), building.building(seen), building.curves(seen),
-            bits.bits(seen), details.every_figure(seen), details.method(seen), details.environment(seen),
-            details.logged(log or [])] if rows else [
+            slices.section(seen), why.section(seen, explained), building.building(seen), teaching.teaching(seen),
+            building.curves(seen), bits.bits(seen), details.every_figure(seen), details.method(seen),
+            details.environment(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     found = [anchor for anchor in CONTENTS if any(f'id="{anchor}"' in part for part in body)]
     contents = tag("nav", [tag("a", CONTENTS[anchor], href=f"#{anchor}") for anchor in found], aria_label="Contents")
