@@ -28,16 +28,23 @@ PRUNED = "llmops_zeros"  # of a model in memory: the zeros to keep, None for all
 SPARSE = 0.05  # share of zeros from which on a model that came from elsewhere counts as pruned
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", kernel: str = "auto") -> tuple[Any, Any]:
+def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", kernel: str = "auto",
+         fast: bool | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a variant's folder, a hub id or builtin:tiny, ready to generate.
 
-    Packed weights stay packed: an int4 folder takes int4 memory. kernel: "auto", "torch", "reference" or "triton".
-    Raises ModelError when there is no such model.
+    Packed weights stay packed: an int4 folder takes int4 memory. kernel: "auto", "torch", "reference", "triton", or
+    "ops", what the kernels are checked against. fast: layers that read one input run as one, the cache is static and
+    decode is recorded as a CUDA graph (`models/serving.py`); by default on a GPU. Such a model generates; to train,
+    save or change it, load it with fast=False. Raises ModelError when there is no such model.
     """
     model, tokenizer = load_model(folder, dtype=dtype, device=device, kernel=kernel)
     record = Path(folder) / "llmops.json"
     if record.is_file() and set(json.loads(record.read_text(encoding="utf-8")).get("chain", [])) & set(MASKING):
         setattr(model, PRUNED, None)  # zeros to keep: those there are, found when they are asked for
+    if model.device.type == "cuda" if fast is None else fast:
+        from llmops.models.serving import serve
+
+        serve(model)
     return model, tokenizer
 
 
@@ -53,6 +60,9 @@ def apply(model: Any, tokenizer: Any, step: Mapping[str, Mapping[str, Any]],
     step is wrong, StepError when it breaks, or cannot keep them.
     """
     kind, options = _parsed(step)
+    if any(type(module).__name__ == "Joined" for module in model.modules()):
+        raise LlmopsError("given a model whose layers are joined to generate fast; expected the layers of its "
+                          "checkpoint: load it with llmops.load(..., fast=False)")
     named = dict(data) if isinstance(data, Mapping) else {getattr(options, "data", None) or "data": data}
 
     def rows(name: str) -> Rows:

@@ -30,6 +30,7 @@ from llmops.measure.carbon import carbon
 from llmops.measure.cost import break_even
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
+from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attached
 from llmops.models.load import load
 from llmops.models.parity import count_parameters, sparsity
@@ -230,6 +231,8 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
     kernels = sorted({module.kernel for module in model.modules() if hasattr(module, "packed_tensors")
                       and hasattr(module, "kernel")})
     row["transform"]["kernel"] = ", ".join(kernels) or "torch"
+    if tiles := tiles_used(model):
+        row["transform"]["kernel_tiles"] = tiles
 
 
 def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:

@@ -63,8 +63,9 @@ class Runtime(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: that of the model; on a CPU without instructions for it, float32")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto: the first GPU, else the CPU")
-    kernel: Literal["auto", "torch", "reference", "triton"] = Field("auto", description="which kernels compressed "
-                                                                                        "weights run on")
+    kernel: Literal["auto", "torch", "reference", "triton", "ops"] = Field(
+        "auto", description="which kernels compressed weights run on; ops: those of llmops_kernels, on a CPU what they "
+                            "are checked against")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: those of torch")
     checkpoint_s: float = Field(60.0, gt=0, description="seconds between two checkpoints of a training; the first "
                                                         "follows the first step. Changes no result")

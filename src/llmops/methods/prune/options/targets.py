@@ -21,7 +21,9 @@ def _share(value: Any) -> Any:
     return value
 
 
-Share = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_share)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+_Times = Annotated[str, Field(pattern=r"^0?\.\d*[1-9]\d*x$")]
+Share = Annotated[_Fraction | None, BeforeValidator(_share, json_schema_input_type=_Fraction | _Times | None)]
 
 
 class Targets(Options):
