@@ -34,114 +34,24 @@ silent zero.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmops.block_stream import Stream, finite, instead, lent, passing
-from llmops.errors import LlmopsError, StepError, unknown
+from llmops.block_stream import Stream, finite, lent
+from llmops.errors import LlmopsError
+from llmops.gathering import STATISTICS, Turn, measure, measure_outside, statistic_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
-from llmops.models.expert_names import expert_of
-from llmops.models.experts import Routing, covered
+from llmops.models.experts import Routing
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
 Update = Callable[[str, nn.Linear, Tensor | None], Tensor | None]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
-Named = Sequence[tuple[str, nn.Linear]]
-Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
-
-
-# ---------------------------------------------------------------------------------------------------- statistics
-class _Norm:
-    """(in,) L2 norm of each input feature over all tokens."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        self.total = self.total + x.float().square().sum(0).double()
-
-    def result(self, tokens: int) -> Tensor:
-        return torch.as_tensor(self.total).sqrt().float()
-
-
-class _AbsMax:
-    """(in,) largest |x| of each input feature."""
-
-    def __init__(self) -> None:
-        self.peak: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        peak = x.abs().amax(0).float()
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
-
-    def result(self, tokens: int) -> Tensor:
-        assert self.peak is not None
-        return self.peak
-
-
-class _Hessian:
-    """(in, in) H = 2/N sum_t x_t x_t^T, float32: the Hessian of the layer's squared output error (GPTQ, OBS)."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        wide = x.float()
-        if self.total is None:
-            self.total = wide.t() @ wide
-        else:
-            self.total.addmm_(wide.t(), wide)
-
-    def result(self, tokens: int) -> Tensor:
-        assert self.total is not None
-        return self.total.mul_(2.0 / tokens)  # the only one: it is in^2
-
-
-STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm, "x_absmax": _AbsMax,
-                                                   "hessian": _Hessian}
-
-
-AT_ONCE = 2 << 30  # bytes that the statistics of one turn of experts may take
-
-
-class _Reached(Exception):
-    """Ends a forward pass of which the rest is not needed."""
-
-
-class _Gather:
-    """Adds up one linear layer's statistic through a forward hook; with `stop`, the pass ends there."""
-
-    def __init__(self, name: str, layer: nn.Linear, make: Callable[[], Any], stop: bool = False) -> None:
-        self.name, self.tokens, self.statistic, self.stop = name, 0, make(), stop
-        self.handle = layer.register_forward_pre_hook(self.hook)
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2)
-        self.tokens += x.shape[0]
-        self.statistic.add(x)
-        if self.stop:
-            raise _Reached
-
-    def result(self, routing: Routing) -> Tensor | None:
-        """The statistic; None for the layer of an expert that saw too few tokens."""
-        self.handle.remove()
-        if not routing.enough(self.name, self.tokens):
-            return None
-        if not self.tokens:
-            raise StepError(f"{self.name}: no calibration token reached this layer; expected every linear layer to be "
-                            f"used. Give more data, or name the layer in ignore")
-        value: Tensor = self.statistic.result(self.tokens)
-        return finite(value, f"{self.name}: the input activations hold")
 
 
 # ---------------------------------------------------------------------------------------------------- the walk
@@ -165,7 +75,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
 
     Raises LlmopsError for a wrong call, StepError naming the layer when a weight or an activation is NaN or infinite.
     """
-    make = _statistic(statistic)
+    make = statistic_of(statistic)
     if make is not None and (tokens is None or tokens.numel() == 0):
         raise LlmopsError(f'statistic "{statistic}" needs calibration tokens (samples, length); none were given')
     path, blocks = decoder_layers(model)
@@ -181,8 +91,8 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
                     finite(layer.weight, f"{name}: the weight holds")
                 prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index, routing))
             alone: list[Turn] = [[[layer] for layer in layers]]
-            for turn in _turns(stream, index, layers) if stream and sequential else alone:
-                gathered = _measure(stream, index, turn, make, routing) if stream and make and turn else {}
+            for turn in turns_of(stream, index, layers) if stream and sequential else alone:
+                gathered = measure(stream, index, turn, make, routing) if stream and make and turn else {}
                 for name, layer in chain.from_iterable(turn):
                     _replace(name, layer, update, gathered.get(name))
             if stream:
@@ -190,7 +100,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
         if progress is not None:
             progress(index + 1, len(blocks))
     outside = [(name, layer) for name, layer in todo.items() if not name.startswith(f"{path}.")]
-    gathered = _measure_outside(stream, outside, make) if stream and make and outside else {}
+    gathered = measure_outside(stream, outside, make) if stream and make and outside else {}
     for name, layer in outside:
         _replace(name, layer, update, gathered.get(name))
 
@@ -266,14 +176,14 @@ class Block:
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""
         layers = [(f"{self.name}.{name}", layer) for name, layer in linear_layers(self.module)]
-        return [[name for name, _ in group] for turn in _turns(self.flow, self.index, layers) for group in turn]
+        return [[name for name, _ in group] for turn in turns_of(self.flow, self.index, layers) for group in turn]
 
     def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor | None]:
         """The statistic of the layers `names` (full), each on its own; None for experts that saw too little."""
-        make = _statistic(statistic)
+        make = statistic_of(statistic)
         assert make is not None
         layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
-        return _measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
+        return measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
 
     def put(self, name: str, weight: Tensor) -> None:
         """Put a new weight into the layer of a full name."""
@@ -314,12 +224,6 @@ def block_influence(model: nn.Module, tokens: Tensor, *, batch_size: int = 8, de
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
-def _statistic(name: str) -> Callable[[], Any] | None:
-    if name not in STATISTICS:
-        raise LlmopsError(unknown("statistic", name, STATISTICS))
-    return STATISTICS[name]
-
-
 def _inside(todo: Mapping[str, nn.Linear], block: str) -> list[tuple[str, nn.Linear]]:
     return [(name, layer) for name, layer in todo.items() if name.startswith(f"{block}.")]
 
@@ -328,52 +232,6 @@ def _begun(routing: Routing | None, tokens: Tensor | None) -> Routing:
     routing = Routing() if routing is None else routing
     routing.tokens = 0 if tokens is None else tokens.numel()
     return routing
-
-
-def _turns(stream: Stream, index: int, layers: Named) -> list[Turn]:
-    """The layers in the order in which they run; those that see the very same tensor in one group, one group a turn.
-
-    The experts of a layer that do the same take a turn together; one that no token reached is a group of its own there.
-    """
-    groups: list[tuple[Tensor, int, list[tuple[str, nn.Linear]]]] = []  # tensors are held, so none is another's heir
-    left = dict(layers)
-
-    def note(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if name not in left:
-            return
-        for other, version, group in groups:
-            if other.data_ptr() == x.data_ptr() and other.shape == x.shape and version == x._version:
-                group.append((name, left.pop(name)))
-                return
-        groups.append((x, x._version, [(name, left.pop(name))]))
-
-    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers]
-    try:
-        for batch in range(len(stream.hidden)):
-            if left:
-                stream.run(index, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _experts_together([*(group for _, _, group in groups), *([layer] for layer in left.items())])
-
-
-def _experts_together(groups: Sequence[Named]) -> list[Turn]:
-    """Groups in turns: one a turn, but experts that do the same together, up to AT_ONCE bytes of Hessians."""
-    turns: list[tuple[int, list[Named]]] = []  # (bytes, groups)
-    open_turn: dict[str, int] = {}  # what the layers of an expert are called, without its number -> its turn so far
-    for group in groups:
-        name, layer = group[0]
-        same = [re.sub(r"\.experts\.\d+\.", ".experts.*.", each) for each, _ in group]
-        place = open_turn.get(same[0]) if expert_of(name) else None
-        size = 4 * layer.in_features ** 2
-        if place is not None and turns[place][0] + size <= AT_ONCE:
-            turns[place] = (turns[place][0] + size, [*turns[place][1], group])
-        else:
-            open_turn.update(dict.fromkeys(same, len(turns)))
-            turns.append((size, [group]))
-    return [turn for _, turn in turns]
 
 
 def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequence[str]) -> dict[str, nn.Linear]:
@@ -422,37 +280,3 @@ def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | No
     layer.weight.data = new.to(layer.weight)  # not copied into the old one: written to, a mapped file's pages are kept
 
 
-def _measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any],
-             routing: Routing) -> dict[str, Tensor | None]:
-    """The statistic of every layer; the first one's of a group is everybody's there. A turn of one group ends there."""
-    gathers = [_Gather(*group[0], make, stop=len(turn) == 1) for group in turn]
-    found: dict[str, Tensor | None] = {}
-    try:
-        with covered(stream.blocks[index], routing.everything):
-            for batch in range(len(stream.hidden)):
-                with suppress(_Reached):
-                    stream.run(index, batch)
-        for gather, group in zip(gathers, turn, strict=True):
-            result = gather.result(routing)
-            for name, _ in group:
-                routing.enough(name, gather.tokens)
-                found[name] = result
-    finally:
-        for gather in gathers:
-            gather.handle.remove()
-    return found
-
-
-def _measure_outside(stream: Stream, layers: Named,
-                     make: Callable[[], Any]) -> dict[str, Tensor]:
-    """Statistics of layers after the blocks (an untied head): the model's own forward, fed the last block's output."""
-    gathers = [_Gather(name, layer, make) for name, layer in layers]
-    try:
-        for batch, hidden in enumerate(stream.hidden):
-            with passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
-                stream.model(input_ids=stream.tokens[batch], use_cache=False)
-        found = {gather.name: gather.result(Routing()) for gather in gathers}
-        return {name: result for name, result in found.items() if result is not None}
-    finally:
-        for gather in gathers:
-            gather.handle.remove()
