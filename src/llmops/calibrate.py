@@ -16,7 +16,9 @@ Only one block is on the accelerator; activations wait on the model's own device
 
 With `sequential` the layers of a block take turns in the order in which they run, those that see the very same tensor
 (q, k and v; gate and up) together, and every turn measures with the earlier ones already updated ("true-sequential").
-A turn's statistic is gathered once, whatever the number of its layers, and its forward pass ends at its last layer.
+Where the calibration set is small (`WHOLE`), all of it is one batch, and one forward pass of the block does everything:
+each layer is measured and updated just before it runs (`InPassing`). Else every turn is a pass, which ends at the
+turn's last layer.
 
 Experts (`models/experts.py`) see only the tokens that were sent to them, or all, as `Routing` says; all of a layer take
 one turn, as far as their statistics fit into `AT_ONCE` bytes. An expert that saw too few is given to the update without
@@ -36,29 +38,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmops.block_stream import Stream, finite, lent
 from llmops.errors import LlmopsError
-from llmops.gathering import STATISTICS, Turn, measure, measure_outside, statistic_of, turns_of
+from llmops.gathering import STATISTICS, InPassing, Turn, measure, measure_outside, statistic_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
-Update = Callable[[str, nn.Linear, Tensor | None], Tensor | None]
+Update = Callable[[str, nn.Linear, Any], Tensor | None]
+Once = Callable[[Tensor], Any]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
+
+#: Bytes that the activations of one block may take (all of them, as if none was freed) for one pass on all samples.
+WHOLE = 1 << 29
 
 
 # ---------------------------------------------------------------------------------------------------- the walk
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
-         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None,
+         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None, once: Once | None = None,
          progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
@@ -70,6 +78,8 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     sequential: whether the layers of a block take turns, as the module's docstring says
     compute:    dtype in which a block computes and update sees its weights; as stored by default
     prepare:    called with every block before its layers are measured
+    once:       makes of a statistic what update gets in its place, once for the layers of a turn that share an input;
+                nobody else looks at the statistic after that, so it may take its memory
     progress:   called with (blocks done, blocks in all)
     routing:    how experts are measured; it is told how many tokens each saw. Those with too few get no statistic
 
@@ -80,29 +90,33 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
         raise LlmopsError(f'statistic "{statistic}" needs calibration tokens (samples, length); none were given')
     path, blocks = decoder_layers(model)
     todo = _targets(model, path, blocks, ignore)
-    stream = Stream(model, blocks, tokens, batch_size, device, compute) \
+    stream = Stream(model, blocks, tokens, _batch(blocks, todo, tokens, batch_size, sequential), device, compute) \
         if make is not None and tokens is not None else None
     routing = _begun(routing, tokens)
     for index, block in enumerate(blocks):
-        layers = _inside(todo, f"{path}.{index}")
+        name = f"{path}.{index}"
+        layers = _inside(todo, name)
         with lent(block, stream.device if stream else device, compute):
             if prepare is not None:
-                for name, layer in layers:
-                    finite(layer.weight, f"{name}: the weight holds")
-                prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index, routing))
-            alone: list[Turn] = [[[layer] for layer in layers]]
-            for turn in turns_of(stream, index, layers) if stream and sequential else alone:
-                gathered = measure(stream, index, turn, make, routing) if stream and make and turn else {}
-                for name, layer in chain.from_iterable(turn):
-                    _replace(name, layer, update, gathered.get(name))
-            if stream:
-                stream.advance(index, f"{path}.{index}")
+                for full, layer in layers:
+                    finite(layer.weight, f"{full}: the weight holds")
+                prepare(Block(name, block, dict(layers), [], stream, index, routing))
+            if stream and make and sequential and len(stream.hidden) == 1 and not any(map(expert_of, dict(layers))):
+                with InPassing(layers, make, partial(_made, once), partial(_replace, update)) as passing:
+                    stream.advance(index, name)
+                passing.check()
+            else:
+                alone: list[Turn] = [[[layer] for layer in layers]]
+                for turn in turns_of(stream, index, layers) if stream and sequential else alone:
+                    found = measure(stream, index, turn, make, routing) if stream and make and turn else None
+                    _updated(turn, found, update, once)
+                if stream:
+                    stream.advance(index, name)
         if progress is not None:
             progress(index + 1, len(blocks))
-    outside = [(name, layer) for name, layer in todo.items() if not name.startswith(f"{path}.")]
-    gathered = measure_outside(stream, outside, make) if stream and make and outside else {}
-    for name, layer in outside:
-        _replace(name, layer, update, gathered.get(name))
+    outside = [(full, layer) for full, layer in todo.items() if not full.startswith(f"{path}.")]
+    _updated([[each] for each in outside], measure_outside(stream, outside, make) if stream and make and outside
+             else None, update, once)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -183,11 +197,12 @@ class Block:
         make = statistic_of(statistic)
         assert make is not None
         layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
-        return measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
+        found = measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
+        return dict(zip(names, found, strict=True))
 
     def put(self, name: str, weight: Tensor) -> None:
         """Put a new weight into the layer of a full name."""
-        _replace(name, self.layers[name], lambda *_: weight, None)
+        _replace(lambda *_: weight, name, self.layers[name], None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -266,7 +281,33 @@ def _is_tied(model: nn.Module, head: nn.Linear) -> bool:
     return embedding is not None and getattr(embedding, "weight", None) is head.weight
 
 
-def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | None) -> None:
+def _batch(blocks: nn.ModuleList, todo: Mapping[str, nn.Linear], tokens: Tensor, batch_size: int,
+           sequential: bool) -> int:
+    """Samples of a batch: all of them where layers take turns and what a block makes of all fits into `WHOLE` bytes."""
+    if not sequential or any(map(expert_of, todo)):
+        return batch_size
+    width = max(sum(layer.in_features + layer.out_features for _, layer in linear_layers(block)) for block in blocks)
+    return len(tokens) if 4 * width * tokens.numel() <= WHOLE else batch_size
+
+
+def _updated(turn: Turn, found: list[Tensor | None] | None, update: Update, once: Once | None) -> None:
+    """Update all layers of a turn. found: the statistic of each group, taken out one by one."""
+    for group in turn:
+        made = _made(once, group[0][0], found.pop(0) if found is not None else None)
+        for name, layer in group:
+            _replace(update, name, layer, made)
+
+
+def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
+    if once is None or statistic is None:
+        return statistic
+    try:
+        return once(statistic)
+    except LlmopsError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _replace(update: Update, name: str, layer: nn.Linear, statistic: Any) -> None:
     finite(layer.weight, f"{name}: the weight holds")
     try:
         weight = update(name, layer, statistic)

@@ -20,7 +20,8 @@ from llmops.errors import LlmopsError, StepError, unknown
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, covered
 
-__all__ = ["AT_ONCE", "STATISTICS", "Named", "Turn", "measure", "measure_outside", "statistic_of", "turns_of"]
+__all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "measure_outside", "statistic_of",
+           "turns_of"]
 
 Named = Sequence[tuple[str, nn.Linear]]
 Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
@@ -55,7 +56,10 @@ class _AbsMax:
 
 
 class _Hessian:
-    """(in, in) H = 2/N sum_t x_t x_t^T, float32: the Hessian of the layer's squared output error (GPTQ, OBS)."""
+    """(in, in) H = 2/N sum_t x_t x_t^T, float32: the Hessian of the layer's squared output error (GPTQ, OBS).
+
+    H is symmetric: blocks of rows are summed from the diagonal on, and mirrored at the end.
+    """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -63,20 +67,28 @@ class _Hessian:
     def add(self, x: Tensor) -> None:
         wide = x.float()
         if self.total is None:
-            self.total = wide.t() @ wide
-        else:
-            self.total.addmm_(wide.t(), wide)
+            self.total = wide.new_zeros(wide.shape[1], wide.shape[1])
+        for first in range(0, len(self.total), _ROWS):
+            self.total[first:first + _ROWS, first:].addmm_(wide[:, first:first + _ROWS].t(), wide[:, first:])
 
     def result(self, tokens: int) -> Tensor:
         assert self.total is not None
-        return self.total.mul_(2.0 / tokens)  # the only one: it is in^2
+        H = self.total.mul_(2.0 / tokens)  # the only one: it is in^2
+        for first in range(0, len(H), _ROWS):
+            H[first + _ROWS:, first:first + _ROWS] = H[first:first + _ROWS, first + _ROWS:].t()
+        return H
 
 
+_ROWS = 128  # of a Hessian that are summed together
 STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm, "x_absmax": _AbsMax,
                                                    "hessian": _Hessian}
 
 
 AT_ONCE = 2 << 30  # bytes that the statistics of one turn of experts may take
+
+
+UNREACHED = ("{}: no calibration token reached this layer; expected every linear layer to be used. Give more data, or "
+             "name the layer in ignore")
 
 
 class _Reached(Exception):
@@ -103,8 +115,7 @@ class _Gather:
         if not routing.enough(self.name, self.tokens):
             return None
         if not self.tokens:
-            raise StepError(f"{self.name}: no calibration token reached this layer; expected every linear layer to be "
-                            f"used. Give more data, or name the layer in ignore")
+            raise StepError(UNREACHED.format(self.name))
         value: Tensor = self.statistic.result(self.tokens)
         return finite(value, f"{self.name}: the input activations hold")
 
@@ -128,7 +139,7 @@ def turns_of(stream: Stream, index: int, layers: Named) -> list[Turn]:
         if name not in left:
             return
         for other, version, group in groups:
-            if other.data_ptr() == x.data_ptr() and other.shape == x.shape and version == x._version:
+            if _same(other, version, x):
                 group.append((name, left.pop(name)))
                 return
         groups.append((x, x._version, [(name, left.pop(name))]))
@@ -161,37 +172,81 @@ def _experts_together(groups: Sequence[Named]) -> list[Turn]:
     return [turn for _, turn in turns]
 
 
-def measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any],
-             routing: Routing) -> dict[str, Tensor | None]:
-    """The statistic of every layer; the first one's of a group is everybody's there. A turn of one group ends there."""
+def measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any], routing: Routing) -> list[Tensor | None]:
+    """The statistic of every group; the first layer's is everybody's there. A turn of one group ends there."""
     gathers = [_Gather(*group[0], make, stop=len(turn) == 1) for group in turn]
-    found: dict[str, Tensor | None] = {}
+    found: list[Tensor | None] = []
     try:
         with covered(stream.blocks[index], routing.everything):
             for batch in range(len(stream.hidden)):
                 with suppress(_Reached):
                     stream.run(index, batch)
         for gather, group in zip(gathers, turn, strict=True):
-            result = gather.result(routing)
+            found.append(gather.result(routing))
             for name, _ in group:
                 routing.enough(name, gather.tokens)
-                found[name] = result
     finally:
         for gather in gathers:
             gather.handle.remove()
     return found
 
 
-def measure_outside(stream: Stream, layers: Named,
-                     make: Callable[[], Any]) -> dict[str, Tensor]:
+def measure_outside(stream: Stream, layers: Named, make: Callable[[], Any]) -> list[Tensor | None]:
     """Statistics of layers after the blocks (an untied head): the model's own forward, fed the last block's output."""
-    gathers = [_Gather(name, layer, make) for name, layer in layers]
+    gathers = [_Gather(name, layer, make, stop=len(layers) == 1) for name, layer in layers]
     try:
         for batch, hidden in enumerate(stream.hidden):
-            with passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
+            with suppress(_Reached), passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
                 stream.model(input_ids=stream.tokens[batch], use_cache=False)
-        found = {gather.name: gather.result(Routing()) for gather in gathers}
-        return {name: result for name, result in found.items() if result is not None}
+        return [gather.result(Routing()) for gather in gathers]
     finally:
         for gather in gathers:
             gather.handle.remove()
+
+
+class InPassing:
+    """One forward pass of a block on a single batch, in which every layer is measured and updated just before it runs.
+
+    The pass that measures a layer is then the one that shows the others what it became: nothing is run twice. `reached`
+    gets the layers that see the very same tensor one after the other, with the statistic it made of it for the first.
+    """
+
+    def __init__(self, layers: Named, make: Callable[[], Any], once: Callable[[str, Tensor], Any],
+                 reached: Callable[[str, nn.Linear, Any], None]) -> None:
+        self.left, self.make, self.once, self.reached = dict(layers), make, once, reached
+        self.seen: tuple[Tensor, int, Any] | None = None  # an input, held so that none is its heir; what once made
+
+    def __enter__(self) -> InPassing:
+        self.handles = [layer.register_forward_pre_hook(partial(self.hook, name)) for name, layer in self.left.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seen = None
+        for handle in self.handles:
+            handle.remove()
+
+    def hook(self, name: str, layer: nn.Linear, args: tuple[Any, ...]) -> None:
+        if self.left.pop(name, None) is None:
+            return
+        x = args[0]
+        if self.seen is None or not _same(self.seen[0], self.seen[1], x):
+            self.seen = None  # the statistic of the one before goes first
+            self.seen = (x, x._version, self.once(name, self.statistic(name, x)))
+        self.reached(name, layer, self.seen[2])
+
+    def statistic(self, name: str, x: Tensor) -> Tensor:
+        summed = self.make()
+        flat = x.detach().flatten(0, -2)
+        summed.add(flat)
+        value: Tensor = summed.result(len(flat))
+        return finite(value, f"{name}: the input activations hold")
+
+    def check(self) -> None:
+        """Raises StepError when a layer was not run."""
+        for name in self.left:
+            raise StepError(UNREACHED.format(name))
+
+
+def _same(other: Tensor, version: int, x: Tensor) -> bool:
+    """Whether x is the very tensor that `other` was when its version was that."""
+    return bool(other.data_ptr() == x.data_ptr() and other.shape == x.shape and version == x._version)
