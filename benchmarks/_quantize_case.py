@@ -84,6 +84,36 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     return math.exp(mean), math.exp(mean) * half
 
 
+def picked(names: Iterable[str], only: str | None) -> list[str]:
+    """The contenders of `only`: "ours", "peers" (everyone else's), or None for all."""
+    return [name for name in names if only is None or (CONTENDERS[name][1] == OURS) == (only == "ours")]
+
+
+def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Iterable[tuple[int, int]],
+           names: Iterable[str]) -> list[dict[str, Any]]:
+    """The peers' rows of earlier runs that this run need not compute: same model, calibration, protocol (and steps, for
+    AutoRound), a cell of `cells` (bits, group) and a contender of `names`. Of several the first that was scored.
+
+    results: entries of the lists "results" of earlier files. like: this run's entry, without rows. Perplexities do not
+    hang on the machine's load; times do, and are left behind. Ours are never taken: they change with the code.
+    """
+    wanted, found = set(cells), {}
+    for result in results:
+        if any(result[key] != like[key] for key in ("model", "calibration", "protocol")) or not math.isclose(
+                result["base"]["perplexity"], like["base"]["perplexity"], rel_tol=1e-6):
+            continue
+        for row in result["rows"]:
+            where = (row["contender"], row["bits"], row["group"])
+            if (row["tool"] == OURS or row["contender"] not in names or where[1:] not in wanted
+                    or row.get("failed", "").startswith("not run")
+                    or (row["method"] == "autoround" and result["iterations"] != like["iterations"])):
+                continue
+            if where not in found or ("failed" in found[where] and "failed" not in row):
+                found[where] = {key: value for key, value in row.items()
+                                if key not in ("seconds", "cpu_seconds", "peak_bytes")} | {"stored": True}
+    return list(found.values())
+
+
 def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity") -> dict[str, Any] | None:
     """The row of least perplexity among ours or the peers' (highest, for a score); None when none ran."""
     found = [row for row in rows if key in row and (row["tool"] == OURS) == ours]

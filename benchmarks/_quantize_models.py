@@ -139,7 +139,7 @@ def crops(stream: Tensor, draw: random.Random, length: int) -> Tensor:
 
 def pretrained_text(source: Path, cache: Path, tokens: int, rate: float = 3e-3) -> Path:
     """The Llama of the module's docstring, trained on `tokens` tokens if the cache has none."""
-    folder = cache / "text"
+    folder = cache / f"text-{tokens}"
     if (folder / "config.json").exists():
         return folder
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -183,8 +183,13 @@ def text_scorer(source: Path, tokenizer: Any, windows: int) -> Scorer:
 
 def text_rows(source: Path, path: Path) -> None:
     """The calibration rows: the first 400,000 letters of WikiText-2 that it was trained on, paragraph by paragraph."""
+    text_lines(source, path, 400_000)
+
+
+def text_lines(source: Path, path: Path, letters: int | None = None) -> None:
+    """Rows of the part of WikiText-2 that it was trained on, its first `letters` or all, paragraph by paragraph."""
     read, _ = texts(source)
-    lines = [line for line in read[0][:400_000].splitlines() if line.strip()]
+    lines = [line for line in read[0][:letters].splitlines() if line.strip()]
     path.write_text("".join(json.dumps({"text": line + "\n"}) + "\n" for line in lines))
 
 

@@ -10,6 +10,11 @@ take its cells in turn, one after the other, so that a machine that slows down s
     s, CPU s     of the quantization alone; medians over the cells of a method, and of ours / theirs cell by cell
     MiB          most resident memory over that of the loaded model, in the first cell of a fresh process
 
+Peers need not be run again after a change of ours: `--only ours --against RESULTS.json...` takes their cells from
+earlier results of the same model, calibration and protocol. Perplexities are the same in every run, so such a table has
+them; it has no times, which are compared within one run alone. `--only peers` makes the other half. The file is written
+after every cell.
+
 The peers' Pythons (a peer that none of them can import is left out, with the reason in the table):
 
     python -m venv peers && peers/bin/pip install torch==2.13.0 transformers==5.17.0 datasets==5.2.0 \\
@@ -37,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +55,11 @@ from _quantize_case import (
     Case,
     methods_of,
     perplexity_table,
+    picked,
     skipped,
     speed_table,
     speeds,
+    stored,
     verdict_table,
     verdicts,
 )
@@ -125,21 +133,26 @@ def cell(worker: Worker, bits: int, group: int, model: Any, scorer: Scorer, plac
     return row
 
 
-def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[str, str]) -> list[dict[str, Any]]:
-    """All cells; those who follow the same method take each one right after the other."""
+def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[str, str], rows: list[dict[str, Any]],
+         keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """All cells but those in `rows`; who follow the same method take each one right after the other. keep: is shown all
+    rows after every cell."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
     workers: dict[str, Worker] = {}
-    rows: list[dict[str, Any]] = []
+    done, rows = {(row["contender"], row["bits"], row["group"]) for row in rows}, list(rows)
     for bits in asked.bits:
         for group in asked.groups:
             for name in (name for names in methods_of(pythons).values() for name in names):
+                if (name, bits, group) in done:
+                    continue
                 if name not in workers:
                     workers[name] = Worker(name, case, pythons[name], asked.logs)
                 late = time.monotonic() > asked.until
                 row = cell(workers[name], bits, group, model, scorer, asked.logs / "answer", late)
                 rows.append(row)
+                keep(rows)
                 told = row.get("failed") or f"{row['perplexity']:.5g} after {row['cpu_seconds']:.1f} CPU s"
                 print(f"  {name} {bits} bits, groups of {group}: {told}", file=sys.stderr, flush=True)
     for worker in workers.values():
@@ -147,8 +160,9 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
     return rows
 
 
-def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str]) -> dict[str, Any]:
-    """All contenders on one model: the case, every row, and what they come to."""
+def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str],
+            keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All contenders on one model: the case, every row, and what they come to. keep: is shown that after every cell."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tuned_tiny(asked.cache) if name == "tiny" else pretrained_text(asked.text, asked.cache, asked.tokens)
@@ -169,10 +183,18 @@ def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str]) -> di
                 iterations=asked.iterations, threads=asked.threads)
     base = scorer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     print(f"{name}: perplexity {base['perplexity']:.5g}", file=sys.stderr, flush=True)
-    made = race(asked, case, scorer, pythons)
-    return {"model": name, "calibration": {"crops": samples, "length": length}, "protocol": scorer.protocol(),
-            "iterations": asked.iterations, "base": base, "rows": made, "verdicts": verdicts(made, base["perplexity"]),
-            "speeds": speeds(made)}
+    about = {"model": name, "calibration": {"crops": samples, "length": length}, "protocol": scorer.protocol(),
+             "iterations": asked.iterations, "base": base}
+    names = asked.contenders or list(CONTENDERS)
+    taken = [] if asked.make_models else stored(
+        [each for path in asked.against for each in json.loads(path.read_text())["results"]], about,
+        [(bits, group) for bits in asked.bits for group in asked.groups], names)
+
+    def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        timed = [] if asked.only or asked.against else speeds(rows)
+        return {**about, "rows": rows, "verdicts": verdicts(rows, base["perplexity"]), "speeds": timed}
+
+    return summed(race(asked, case, scorer, pythons, taken, lambda rows: keep(summed(rows))))
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -182,8 +204,9 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join([f"{result['model']}: float32 perplexity {result['base']['perplexity']:.5g}{score}; calibrated on "
                       f"{result['calibration']['crops']} crops of {result['calibration']['length']} tokens; scored on "
                       f"{result['protocol']['windows']} windows of {result['protocol']['context']} tokens", "",
-                      perplexity_table(result["rows"], result["base"]), "", verdict_table(result["verdicts"]), "",
-                      speed_table(result["speeds"]), *(["", *told] if told else [])])
+                      perplexity_table(result["rows"], result["base"]), "", verdict_table(result["verdicts"]),
+                      *(["", speed_table(result["speeds"])] if result["speeds"] else []),
+                      *(["", *told] if told else [])])
 
 
 def able(asked: argparse.Namespace) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
@@ -203,7 +226,7 @@ def able(asked: argparse.Namespace) -> tuple[dict[str, str], dict[str, str], dic
                for name, (_, tool, module) in CONTENDERS.items() if tool == OURS or module in found}
     left = {name: f"none of the given Pythons can import {module}" for name, (_, tool, module) in CONTENDERS.items()
             if name not in pythons}
-    wanted = asked.contenders or list(CONTENDERS)
+    wanted = picked(asked.contenders or list(CONTENDERS), asked.only)
     return ({name: python for name, python in pythons.items() if name in wanted}, left,
             {PACKAGES[module]: version for module, (_, version) in found.items()})
 
@@ -215,7 +238,8 @@ def machine(asked: argparse.Namespace) -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
              ] if info.exists() else []
     paths = {*map(str, asked.peer_python), str(asked.text), str(asked.cache), str(asked.logs), str(asked.out)}
-    shown = ["PATH" if word in paths else word for word in sys.argv[1:]]
+    against = {str(path): path.name for path in asked.against}
+    shown = ["PATH" if word in paths else against.get(word, word) for word in sys.argv[1:]]
     return {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "cpus": os.cpu_count(),
             "cpu_model": names[0] if names else platform.processor(), "python": platform.python_version(),
             "threads": asked.threads, "load": os.getloadavg()[0],
@@ -231,11 +255,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
     parser.add_argument("--models", nargs="+", choices=["tiny", "text"], default=["tiny", "text"])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
+    parser.add_argument("--only", choices=["ours", "peers"], help="run no others; no times are compared then")
+    parser.add_argument("--against", nargs="+", type=Path, default=[], help="results of earlier runs: the peers' cells "
+                        "that are in them are not run again; no times are compared then")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])
     parser.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
     parser.add_argument("--iterations", type=int, default=200, help="steps of AutoRound")
-    parser.add_argument("--tokens", type=int, default=2_560_000, help="tokens the second model is pretrained on")
+    parser.add_argument("--tokens", type=int, default=12_288_000, help="tokens the second model is pretrained on")
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--windows", type=int, default=16, help="of 2,048 tokens, most that are scored")
     parser.add_argument("--threads", type=int, default=1)
@@ -252,22 +279,29 @@ def main() -> None:
     about = machine(asked)
     about["versions"] |= versions
     print(json.dumps({**about, "left_out": left}))
+    out = asked.out or HERE / "results" / f"quantize-{about['date']}.json"
+    out.parent.mkdir(exist_ok=True)
     results, began = [], time.monotonic()
+    about["left_out"] = left
+
+    def keep(*more: dict[str, Any]) -> None:
+        about["minutes"] = round((time.monotonic() - began) / 60, 1)
+        scratch = out.with_suffix(".part")
+        scratch.write_text(json.dumps({**about, "results": [*results, *more]}, indent=1) + "\n")
+        scratch.replace(out)
+
     asked.until = began + 60 * asked.minutes
     signal.signal(signal.SIGINT, lambda *_: setattr(asked, "until", 0.0))
     for name in asked.models:
         if name == "text" and asked.text is None:
             print("\ntext: left out, for no --text FOLDER with its texts was given")
             continue
-        results.append(compare(name, asked, {} if asked.make_models else pythons))
+        results.append(compare(name, asked, {} if asked.make_models else pythons, keep))
         if not asked.make_models:
             print("\n" + tables(results[-1]), flush=True)
     if asked.make_models:
         return
-    out = asked.out or HERE / "results" / f"quantize-{about['date']}.json"
-    out.parent.mkdir(exist_ok=True)
-    about |= {"left_out": left, "minutes": round((time.monotonic() - began) / 60, 1)}
-    out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    keep()
     print(f"\nwritten: {out}")
 
 

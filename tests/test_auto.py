@@ -17,8 +17,9 @@ from llmops.build.job import Work, calibration
 from llmops.build.variant import apply_step
 from llmops.errors import LlmopsError, RecipeError
 from llmops.methods.quantize import rtn
-from llmops.methods.quantize.options import Auto, Gptq
+from llmops.methods.quantize.options import Auto, Autoround, Gptq
 from llmops.methods.quantize.sensitivity import divergence
+from llmops.models.rotate import rotate
 from llmops.models.schemes import average_bits, fused_groups
 from llmops.recipe import parse_recipe
 from llmops.report.bits import allocation_of, heat_map, in_words
@@ -38,12 +39,13 @@ def take(place: Path, name: str = "llama", **options: Any) -> Work:
 
 @pytest.mark.parametrize(("solver", "sensitivity", "name"), [
     ("gptq", "kl", "llama"), ("gptq", "gradient", "qwen3"), ("rtn", "gradient", "gemma2"),
-    ("awq", "gradient", "llama-untied-bias")])
+    ("awq", "gradient", "llama-untied-bias"), ("autoround", "gradient", "qwen2")])
 def test_the_budget_is_kept_and_fused_layers_agree(place: Path, solver: str, sensitivity: str, name: str,
                                                    tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    work = take(place, name, solver=solver, sensitivity=sensitivity, bits=3.4)
+    steps = {"iterations": 4} if solver == "autoround" else {}
+    work = take(place, name, solver=solver, sensitivity=sensitivity, bits=3.4, **steps)
     assert 3.3 < average_bits(work.packed) <= 3.4 and len(work.packed) == 28
     assert len({weight.bits for weight in work.packed.values()}) > 1
     for names in fused_groups(work.packed):
@@ -69,6 +71,51 @@ def test_with_nothing_to_choose_it_is_the_solver(place: Path) -> None:
                                                     group_size=32))
     assert all(torch.equal(weight.codes, alone.packed[key].codes) for key, weight in auto.packed.items())
     assert auto.events[0] == "28 linear layers in 3 bits"
+
+
+def test_with_nothing_to_choose_it_is_the_solver_with_its_factors_and_rotation(place: Path) -> None:
+    plain = {"scheme": "w3a16", "data": "calib", "length": 32, "group_size": 32, "rotate": ["r2"], "factors": "awq"}
+    auto = take(place, candidates=["w3a16"], bits=16, solver="autoround", iterations=3, rotate=["r2"], factors="awq",
+                sensitivity="gradient", crops=1)
+    alone = apply_step("quantize", job(place), Autoround(method="autoround", iterations=3, **plain))
+    assert all(torch.equal(weight.codes, alone.packed[key].codes) for key, weight in auto.packed.items())
+    assert any("rotated the values" in event for event in auto.events) and any("folded" in e for e in auto.events)
+
+
+def test_costs_after_a_rotation_are_those_of_the_rotated_model(place: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    work = take(place, "llama-untied-bias", bits=3.4, solver="rtn", rotate="hadamard")
+    crops = calibration(job(place, "llama-untied-bias"), "calib", 32)[:4]
+    model, _ = twin("llama-untied-bias")
+    rotate(model.float(), seed=job(place, "llama-untied-bias").seed)
+    model = model.bfloat16().float()
+    with torch.no_grad():
+        exact = model(crops).logits
+        first = work.allocation["groups"][0]
+        for name in first["layers"]:
+            layer = model.get_submodule(name)
+            layer.weight.copy_(rtn(layer.weight.bfloat16(), bits=2, group_size=32, clip="mse").dequantize())
+        by_hand = float(divergence(exact, model(crops).logits)) / crops.numel()
+    assert first["cost"][0] == pytest.approx(by_hand, rel=0.02)  # the copy is rotated in the type it is stored in
+    work.save(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(read(tokens(2, 40)).logits, work.model(tokens(2, 40)).logits)
+
+
+def test_a_tied_head_that_a_rotation_unties_counts_in_a_budget_of_bytes(place: Path) -> None:
+    options = {"sensitivity": "gradient", "crops": 1, "solver": "rtn", "candidates": ["w2a16", "w4a16"]}
+    with pytest.raises(LlmopsError) as plain:
+        take(place, bytes=9_000, **options)
+    with pytest.raises(LlmopsError) as turned:
+        take(place, bytes=9_000, rotate="hadamard", **options)
+    least = [int(str(told.value).split("at least ")[1].split(":")[0].replace(",", "")) for told in (plain, turned)]
+    model, _ = twin("llama")
+    assert least[1] - least[0] == 2 * model.get_input_embeddings().weight.numel()
+    with pytest.raises(RecipeError, match=f"expected at least {least[1]:,}"):
+        parse_recipe(recipe({"q": {"quantize": {**PLAIN, "bytes": least[1] - 1, "rotate": "hadamard"}}}),
+                     base_dir=place)
 
 
 def test_costs_are_those_of_a_swap_made_by_hand(place: Path) -> None:
@@ -153,6 +200,10 @@ def test_a_run_tells_of_it_in_row_and_report(place: Path, tmp_path: Path) -> Non
     ({"bits": 3, "candidates": []}, "given an empty list; expected a list out of w8a16, w4a16, .*, not empty"),
     ({"bits": 3, "candidates": ["w5a16"]}, '"w5a16"'),
     ({"bytes": 100_000}, r"given 100,000; expected at least 3\d\d,\d\d\d: 13\d,\d\d\d that stay in 16 bit"),
+    ({"bits": 3, "solver": "awq", "factors": "awq"}, "solver: awq, which folds such factors of itself; expected"),
+    ({"bits": 3, "solver": "rtn", "factors": "awq"}, "solver: rtn, which rounds to nearest; expected solver: gptq or"),
+    ({"bits": 3, "iterations": 10}, "given 10 with solver: gptq, which has no steps; expected solver: autoround"),
+    ({"bits": 3, "rotate": []}, "given an empty list; expected hadamard, or a list of r1 and r2"),
     ({"bits": 3, "solver": "awq", "ignore": []}, ""),
     ({"bits": 3, "data": "calibb"}, 'did you mean "calib"')])
 def test_wrong_budgets_are_told_before_anything_runs(place: Path, step: dict[str, Any], said: str) -> None:

@@ -67,3 +67,36 @@ def test_tables_show_what_failed_and_what_was_not_run():
     assert bench.skipped("gptq", 8) == "" and bench.skipped("awq", 4) == ""
     assert "within the noise" in bench.verdict_table(bench.verdicts(
         [row("awq-llmops", perplexity=10.0), row("awq-llmcompressor", perplexity=10.0)], 9.0))
+
+
+def result(rows, **more):
+    made = {"model": "tiny", "calibration": {"crops": 32, "length": 128}, "protocol": {"context": 256},
+            "iterations": 50, "base": {"perplexity": 12.5}, "rows": rows}
+    return {**made, **more}
+
+
+def test_peers_of_earlier_runs_are_taken_without_their_times_and_ours_never():
+    like = {key: value for key, value in result([]).items() if key != "rows"}
+    cells, names = [(3, 128), (2, 128)], ["gptq-llmops", "gptq-llmcompressor", "autoround-autoround", "rtn-torchao"]
+    first = result([row("gptq-llmops"), row("gptq-llmcompressor", 2, failed="not run: out of time"),
+                    row("gptq-llmcompressor", perplexity=11.0), row("gptq-llmcompressor", 4, perplexity=9.0),
+                    row("rtn-torchao", failed="ValueError: no"), row("hqq-hqq")])
+    second = result([row("gptq-llmcompressor", perplexity=99.0), row("autoround-autoround"),
+                     row("rtn-torchao", perplexity=14.0)], iterations=200)
+    others = [result([row("gptq-llmcompressor", 2)], **change) for change in (
+        {"base": {"perplexity": 12.6}}, {"model": "text"}, {"protocol": {"context": 2048}},
+        {"calibration": {"crops": 16, "length": 128}})]
+    found = {each["contender"]: each for each in bench.stored([*others, first, second], like, cells, names)}
+    assert set(found) == {"gptq-llmcompressor", "rtn-torchao"}  # nothing at 2 bits, AutoRound took other steps
+    assert found["gptq-llmcompressor"]["perplexity"] == 11.0 and found["rtn-torchao"]["perplexity"] == 14.0
+    assert all("seconds" not in each and "peak_bytes" not in each and each["stored"] for each in found.values())
+    again = bench.stored([second], {**like, "iterations": 200}, cells, names)
+    assert "autoround-autoround" in {each["contender"] for each in again}
+    assert bench.verdicts([row("gptq-llmops", perplexity=10.0), *found.values()], 5.0)[0]["won"]
+    assert bench.speeds(list(found.values())) == []
+
+
+def test_ours_and_peers_are_all():
+    ours, peers = (bench.picked(bench.CONTENDERS, only) for only in ("ours", "peers"))
+    assert sorted([*ours, *peers]) == sorted(bench.picked(bench.CONTENDERS, None)) and len(ours) == 6
+    assert all(name.endswith("-llmops") for name in ours)

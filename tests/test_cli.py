@@ -33,6 +33,11 @@ TAKES = {
     "recipes copy": "NAME [TO] --force",
     "data show": "RECIPE [DATA] -n --samples --set --json",
     "export": "VARIANT --to --type --out --run --runs --force --json",
+    "explain": "RUN VARIANT --against --items --runs --json -q --quiet",
+    "gate": "RUN [VARIANT...] --goal --junit --runs --json",
+    "promote": "RUN VARIANT --as --why --margin --saving --force --runs --json",
+    "champions": "[NAME] --history --runs --json",
+    "audit": "--expect --runs --json",
     "completion": "SHELL",
 }
 
@@ -170,7 +175,8 @@ def given(monkeypatch):
 
 def test_every_argument_reaches_its_parameter(given):
     few = {"tune": ["r"], "plan": ["r"], "validate": ["r"], "why": ["r", "v"], "recipes copy": ["n"],
-           "data show": ["r"], "export": ["v", "--to", "f"], "completion": ["s"]}
+           "data show": ["r"], "export": ["v", "--to", "f"], "completion": ["s"],
+           "explain": ["r", "v"], "gate": ["r"], "promote": ["r", "v"]}
     for name in LEAVES:
         function = cli.COMMANDS[name][0]
         assert set(given(name, *few.get(name, []))) == set(inspect.signature(function).parameters)

@@ -16,16 +16,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmops
-from llmops.build.job import Work
+from llmops.build.job import Work, calibration
 from llmops.build.variant import apply_step
+from llmops.calibrate import walk_blocks
 from llmops.errors import LlmopsError, RecipeError
 from llmops.formats.source import Source
 from llmops.formats.table import FORMATS
 from llmops.measure.memory import weights_bytes
 from llmops.methods.quantize.options import Rtn
 from llmops.models.embeddings import PackedEmbedding, embedding_name, is_tied, untie
+from llmops.models.fold import fold
 from llmops.models.parity import count_parameters
 from llmops.models.quantized import PackedLinear, load_quantized, pack
+from llmops.models.tail import Tail
 from llmops.recipe import parse_recipe
 
 EMBEDDING = "model.embed_tokens"
@@ -153,6 +156,60 @@ def test_a_solved_head_differs_from_a_rounded_one(place: Path) -> None:
     assert not torch.equal(solved.codes, plain.codes)
 
 
+#: Everything but the head, so that what a method does to the head alone can be seen.
+BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(("method", "name"), [("awq", "llama"), ("awq", "gemma2"), ("autoround", "mistral"),
+                                              ("smoothquant", "qwen3")])
+def test_block_wise_methods_take_the_head_too(place: Path, method: str, name: str, tmp_path: Path) -> None:
+    work = taken(place, name, method, ignore=[])
+    assert "lm_head" in work.packed and work.expected.bits["lm_head"] == 3
+    work.save(tmp_path)
+    expected = logits(work.model)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+    assert torch.equal(logits(load_quantized(tmp_path, kernel="reference")), expected)
+    again = taken(place, name, method, ignore=[])
+    assert torch.equal(again.packed["lm_head"].codes, work.packed["lm_head"].codes)
+    if method == "smoothquant":
+        assert any("and into the norm before the head" in event for event in work.events)
+
+
+def test_a_head_is_solved_by_what_it_sees(place: Path) -> None:
+    """The head alone in 3 bits: every solver leaves less of the logits' error than the best range of a group does."""
+    seen = calibration(job(place), "calib", 32)
+    exact = twin("llama")[0].float()(seen).logits
+    changes: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {"factors": "awq"}, "awq": {},
+                                          "autoround": {"iterations": 60}}
+    left = {}
+    for method, more in changes.items():
+        work = taken(place, "llama", method, ignore=BLOCKS, **more)
+        assert work.packed.keys() == {"lm_head"}
+        with torch.no_grad():
+            left[method] = float((work.model.float()(seen).logits - exact).square().mean())
+    assert max(left["gptq"], left["awq"], left["autoround"]) < 0.97 * left["rtn"], left
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_norm_before_the_head_takes_factors_and_logits_stay(name: str) -> None:
+    model = twin(name)[0].float()
+    untie(model)
+    before, measured = logits(model), {}
+    hidden: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0].detach().flatten(0, -2)))
+    logits(model)
+    handle.remove()
+
+    def last(tail: Tail) -> None:
+        assert tail.link is not None and tail.link.targets == ("lm_head",)
+        measured["hessian"] = tail.measure("hessian")
+        fold(tail.model, tail.link, torch.linspace(0.5, 2, tail.head.in_features))
+
+    walk_blocks(model, tokens(2, 40), lambda _: None, tail=last)
+    assert torch.allclose(measured["hessian"], 2 / len(hidden[0]) * hidden[0].t() @ hidden[0], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
 def test_untying_changes_no_output(place: Path) -> None:
     model, _ = twin("gemma2")
     before = logits(model)
@@ -204,7 +261,6 @@ def test_a_run_keeps_its_promises(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "said"), [
-    ({"quantize": {"method": "awq", "scheme": "w4a16", "data": "calib", "ignore": []}}, "given no lm_head, which awq"),
     ({"quantize": {"method": "rtn", "scheme": "w4a16", "embeddings": 4}}, "expected true or false"),
     ({"quantize": {"method": "rtn", "scheme": "w4a16", "ignore": [], "group_size": 256}}, "lm_head takes 128 inputs"),
     ({"prune": {"method": "magnitude", "ignore": []}}, "given no lm_head, which shares its weight with the token")])

@@ -9,12 +9,17 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "llmops"
 KERNELS = Path(__file__).parent.parent / "kernels" / "llmops_kernels"
-FLOORS = {"errors": 0, "options": 0, "quantity": 0, "curves": 0, "ops": 1, "methods": 2, "models": 3, "data": 3,
-          "block_stream": 2, "ledger": 4, "locks": 4, "train": 4, "gathering": 4, "calibrate": 5, "swaps": 4,
-          "evaluate": 4, "measure": 4, "formats": 4, "recipe": 5, "report": 5, "store": 6, "processes": 6, "progress":
-          6, "trackers": 6, "screen": 6, "recipes_folder": 6, "build": 6, "score": 6, "runner": 6, "api": 6,
-          "data_view": 6, "preflight": 6, "compare": 6, "pretrain": 6, "doctor": 6, "export": 6, "parser": 6,
-          "planner": 6, "startup": 6, "__init__": 6, "cli": 7, "shelf": 1, "__main__": 8}
+FLOORS = {
+    **dict.fromkeys(("errors", "options", "quantity", "curves", "chain"), 0), **dict.fromkeys(("ops", "shelf"), 1),
+    **dict.fromkeys(("methods", "block_stream"), 2), **dict.fromkeys(("models", "data"), 3),
+    **dict.fromkeys(("ledger", "locks", "train", "gathering", "swaps", "evaluate", "measure", "formats",
+                     "importance"), 4),
+    **dict.fromkeys(("recipe", "report", "calibrate"), 5),
+    **dict.fromkeys((
+        "store", "processes", "progress", "trackers", "screen", "recipes_folder", "build", "score", "runner", "api",
+        "data_view", "preflight", "compare", "pairing", "gate", "champions", "explain", "arguments", "trust_commands",
+        "pretrain", "doctor", "export", "parser", "planner", "startup", "__init__"), 6),
+    "cli": 7, "__main__": 8}
 HOMES = {"transformers": {"models", "data", "train", "pretrain"}, "datasets": {"data"}}  # the loop is transformers' own
 
 

@@ -17,7 +17,7 @@ weight before the product, which rounds to x's dtype. One program makes a (BLOCK
 Left out, on purpose: splitting along `in` (few tokens on a small layer leave processors idle), tuned tile tables,
 inline assembly for the unpacking, and a fallback to dense matmul for thousands of tokens.
 
-Under TRITON_INTERPRET=1 matmuls run in float32, since the interpreter gets bfloat16 ones wrong without a word.
+The general op: any group size, any bits from 2 to 8. `int_linear` is the fast one, for the shapes that models have.
 
 Shapes: x (M, K) fp16 or bf16; codes (N, K) int8 or (N, ceil(K / 128) * 64) uint8; scale (N, G); zero (N, G) int8;
 y (M, N).
@@ -25,50 +25,19 @@ y (M, N).
 
 from __future__ import annotations
 
-import os
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from ._interpret import dot, narrow
+from ._library import define, ops
+from ._triton import tl, triton
+from .reference import int_matmul as reference
+from .reference.int_matmul import CHUNK, pack_codes, unpack_codes
 
 __all__ = ["CHUNK", "int_matmul", "int_matmul_kernel", "launch", "pack_codes", "unpack_codes"]
 
-CHUNK = 128  # columns that are packed together, and that one step of the kernel's loop covers
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-
-
-# ---------------------------------------------------------------------------------------------------- layout
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes (out, in) int8 -> the kernel's layout: uint8 (out, ceil(in / 128) * 64) up to 4 bits, int8 above."""
-    if bits > 4:
-        return codes.contiguous()
-    rows, columns = codes.shape
-    chunks = -(-columns // CHUNK)
-    slots = torch.full((rows, chunks * CHUNK), 8, dtype=torch.uint8, device=codes.device)
-    slots[:, :columns] = (codes + 8).to(torch.uint8)
-    halves = slots.view(rows, chunks, 2, CHUNK // 2)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).view(rows, chunks * CHUNK // 2)
-
-
-def unpack_codes(stored: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_codes`: (out, in) int8."""
-    if bits > 4:
-        return stored
-    halves = stored.view(stored.shape[0], -1, CHUNK // 2)
-    slots = torch.stack([halves & 15, halves >> 4], dim=2).view(stored.shape[0], -1)
-    return slots[:, :columns].to(torch.int8) - 8
-
 
 # ---------------------------------------------------------------------------------------------------- kernel
-@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def _multiply(x, w, acc):  # type: ignore[no-untyped-def]
-    """acc + x @ w.T in float32. The interpreter reads bfloat16 as integers, so there both go to float32 first."""
-    if INTERPRET:
-        return tl.dot(x.to(tl.float32), w.to(tl.float32).T, acc, input_precision="ieee")
-    return tl.dot(x, w.to(x.dtype).T, acc)
-
-
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def _run(acc, x_ptr, q, scale_ptr, zero_ptr, rm, rn, rk, M, N, K, stride_xm, groups,  # type: ignore[no-untyped-def]
          GROUP: tl.constexpr, RUN: tl.constexpr, HAS_ZERO: tl.constexpr):
@@ -80,16 +49,16 @@ def _run(acc, x_ptr, q, scale_ptr, zero_ptr, rm, rn, rk, M, N, K, stride_xm, gro
         scale = tl.load(scale_ptr + rn * groups + group, mask=rn < N, other=0.0).to(tl.float32)
         if HAS_ZERO:
             zero = tl.load(zero_ptr + rn * groups + group, mask=rn < N, other=0)
-            part = _multiply(x, q.to(tl.int16) - zero.to(tl.int16)[:, None], tl.zeros(acc.shape, tl.float32))
+            part = dot(x, (q.to(tl.int16) - zero.to(tl.int16)[:, None]).T, tl.zeros(acc.shape, tl.float32))
         else:
-            part = _multiply(x, q, tl.zeros(acc.shape, tl.float32))
+            part = dot(x, q.T, tl.zeros(acc.shape, tl.float32))
         return acc + part * scale[None, :]
     at = rn[:, None] * groups + tl.minimum(rk // GROUP, groups - 1)[None, :]
     scale = tl.load(scale_ptr + at, mask=rn[:, None] < N, other=0.0).to(tl.float32)
     w = q.to(tl.float32)
     if HAS_ZERO:
         w = w - tl.load(zero_ptr + at, mask=rn[:, None] < N, other=0).to(tl.float32)
-    return _multiply(x, w * scale, acc)
+    return dot(x, (w * scale).T, acc)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
@@ -119,7 +88,7 @@ def int_matmul_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, y_ptr,  # type: ignore[
             q = tl.load(q_row + (k + run)[None, :], mask=(rn[:, None] < N) & ((k + run)[None, :] < K), other=0)
             acc = _run(acc, x_ptr, q, scale_ptr, zero_ptr, rm, rn, k + run, M, N, K, stride_xm, groups,
                        GROUP, BLOCK_K, HAS_ZERO)
-    tl.store(y_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], acc.to(y_ptr.dtype.element_ty),
+    tl.store(y_ptr + rm[:, None].to(tl.int64) * N + rn[None, :], narrow(acc, y_ptr.dtype.element_ty),
              mask=(rm[:, None] < M) & (rn[None, :] < N))
 
 
@@ -133,11 +102,10 @@ def launch(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: i
         return y
     block_m, block_n = (16, 64) if M <= 16 else (32, 64) if M <= 32 else (64, 128)
     grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
-    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
-        int_matmul_kernel[grid](
-            x, codes, scale, scale if zero is None else zero, y, M, N, K, x.stride(0), codes.stride(0), scale.shape[1],
-            GROUP=0 if scale.shape[1] == 1 else group_size, NIBBLES=bits <= 4, HAS_ZERO=zero is not None,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=CHUNK, num_warps=4 if block_m < 64 else 8, num_stages=3)
+    int_matmul_kernel[grid](
+        x, codes, scale, scale if zero is None else zero, y, M, N, K, x.stride(0), codes.stride(0), scale.shape[1],
+        GROUP=0 if scale.shape[1] == 1 else group_size, NIBBLES=bits <= 4, HAS_ZERO=zero is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=CHUNK, num_warps=4 if block_m < 64 else 8, num_stages=3)
     return y
 
 
@@ -146,29 +114,32 @@ def int_matmul(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, 
 
     Raises ValueError when dtypes, shapes or devices do not fit together.
     """
+    y: Tensor = ops.int_matmul(x, codes, scale.contiguous(), zero, bits, group_size)
+    return y
+
+
+def check(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> None:
+    """Raises ValueError when dtypes, shapes or devices do not fit together."""
     if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16) or (x.shape[0] and x.stride(1) != 1):
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected (M, K) float16 or bfloat16, rows contiguous")
     width = -(-x.shape[1] // CHUNK) * CHUNK // 2 if bits <= 4 else x.shape[1]
-    if not 2 <= bits <= 8 or codes.shape != (scale.shape[0], width) or codes.stride(1) != 1:
+    stored = torch.uint8 if bits <= 4 else torch.int8
+    if not 2 <= bits <= 8 or codes.shape != (scale.shape[0], width) or codes.stride(1) != 1 or codes.dtype != stored:
         raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)} for {bits} bits; expected pack_codes' layout "
-                         f"{(scale.shape[0], width)}")
+                         f"{stored} {(scale.shape[0], width)}")
     if group_size < 1 or x.shape[1] % group_size or scale.shape[1] != x.shape[1] // group_size:
         raise ValueError(f"scale is {tuple(scale.shape)} for {x.shape[1]} columns in groups of {group_size}; expected "
                          f"one column a group, groups without a rest")
     if zero is not None and (zero.shape != scale.shape or zero.dtype != torch.int8 or not zero.is_contiguous()):
         raise ValueError(f"zero is {zero.dtype} {tuple(zero.shape)}; expected contiguous int8 {tuple(scale.shape)}")
-    y: Tensor = torch.ops.llmops_kernels.int_matmul(x, codes, scale.contiguous(), zero, bits, group_size)
-    return y
+    for name, given in (("codes", codes), ("scale", scale), ("zero", zero)):
+        if given is not None and given.device != x.device:
+            raise ValueError(f"{name} is on {given.device}; expected {x.device}, where x is")
 
 
-# `Library` rather than `custom_op`: its call costs a few microseconds, which at one token is a kernel's own order.
-_LIBRARY = torch.library.Library("llmops_kernels", "FRAGMENT")
-_LIBRARY.define("int_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size) -> Tensor")
-_LIBRARY.impl("int_matmul", launch, "CUDA")
-if INTERPRET:
-    _LIBRARY.impl("int_matmul", launch, "CPU")
-
-
-@torch.library.register_fake("llmops_kernels::int_matmul", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
+def fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
     return x.new_empty(x.shape[0], scale.shape[0])
+
+
+define("int_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size) -> Tensor",
+       check=check, cpu=reference.int_matmul, cuda=launch, fake=fake)

@@ -24,6 +24,9 @@ Experts (`models/experts.py`) see only the tokens that were sent to them, or all
 one turn, as far as their statistics fit into `AT_ONCE` bytes. An expert that saw too few is given to the update without
 a statistic.
 
+An untied head behind the blocks has the last turn (`models/tail.py`): it is measured like any layer, and methods that
+look at blocks are given it in `tail`.
+
 A method that looks at a whole block (its output, the norms between its layers) takes `walk_blocks` instead: the same
 walk, with the block itself in place of its layers. Either walk hands each block to `prepare` first, if given: whatever
 changes the weights and not what the block computes (a rotation, factors moved between layers) happens there, once the
@@ -46,10 +49,11 @@ from torch import Tensor, nn
 
 from llmops.block_stream import Stream, finite, lent
 from llmops.errors import LlmopsError
-from llmops.gathering import STATISTICS, InPassing, Turn, measure, measure_outside, statistic_of, turns_of
+from llmops.gathering import STATISTICS, InPassing, Turn, measure, statistic_of, tail_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
+from llmops.models.tail import Tail
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
@@ -57,6 +61,7 @@ Update = Callable[[str, nn.Linear, Any], Tensor | None]
 Once = Callable[[Tensor], Any]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
+TailUpdate = Callable[[Tail], None]
 
 #: Bytes that the activations of one block may take (all of them, as if none was freed) for one pass on all samples.
 WHOLE = 1 << 29
@@ -66,8 +71,8 @@ WHOLE = 1 << 29
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
-         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None, once: Once | None = None,
-         progress: Progress | None = None, routing: Routing | None = None) -> None:
+         compute: torch.dtype | None = None, prepare: BlockUpdate | None = None, tail: TailUpdate | None = None,
+         once: Once | None = None, progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
     tokens:     (samples, length) int64 without padding; may be None when statistic is "none"
@@ -80,6 +85,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     prepare:    called with every block before its layers are measured
     once:       makes of a statistic what update gets in its place, once for the layers of a turn that share an input;
                 nobody else looks at the statistic after that, so it may take its memory
+    tail:       called with a head outside the blocks before it is measured, where data is run
     progress:   called with (blocks done, blocks in all)
     routing:    how experts are measured; it is told how many tokens each saw. Those with too few get no statistic
 
@@ -115,27 +121,33 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
         if progress is not None:
             progress(index + 1, len(blocks))
     outside = [(full, layer) for full, layer in todo.items() if not full.startswith(f"{path}.")]
-    _updated([[each] for each in outside], measure_outside(stream, outside, make) if stream and make and outside
-             else None, update, once)
+    for name, layer in outside:
+        if stream is None:
+            _replace(update, name, layer, None)
+            continue
+        with tail_of(stream, name, layer, compute) as end:
+            if tail is not None:
+                tail(end)
+            _replace(update, name, layer, _made(once, name, end.measure(statistic)))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore: Sequence[str] = (),
                 batch_size: int = 8, device: str | torch.device | None = None, compute: torch.dtype | None = None,
-                targets: bool = False, prepare: BlockUpdate | None = None, progress: Progress | None = None,
-                routing: Routing | None = None) -> None:
+                targets: bool = False, prepare: BlockUpdate | None = None, tail: TailUpdate | None = None,
+                progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every decoder block to `update`, which may change it as it likes. Later blocks see what it became.
 
     targets: whether `Block.targets` holds what the block makes of the activations of the unchanged model; that is a
-    second set of hidden states and one more forward pass. Everything else, and what is raised, as `walk`. An untied
-    head outside the blocks is not for this walk: LlmopsError unless it is ignored.
+    second set of hidden states and one more forward pass. tail: is given an untied head outside the blocks; without it
+    such a head is an LlmopsError unless it is ignored. Everything else, and what is raised, as `walk`.
     """
     if tokens.numel() == 0:
         raise LlmopsError("no calibration tokens; expected (samples, length)")
     path, blocks = decoder_layers(model)
     todo = _targets(model, path, blocks, ignore)
     outside = [name for name in todo if not name.startswith(f"{path}.")]
-    if outside:
+    if outside and tail is None:
         raise LlmopsError(f"{outside[0]} stands outside the decoder blocks, where this method has nothing to compare "
                           f"with; expected ignore to list it")
     stream = Stream(model, blocks, tokens, batch_size, device, compute)
@@ -155,6 +167,10 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
             stream.advance(index, name)
         if progress is not None:
             progress(index + 1, len(blocks))
+    if tail is not None:
+        for name in outside:
+            with tail_of(stream, name, todo[name], compute) as end:
+                tail(end)
 
 
 @dataclass(frozen=True)
@@ -319,5 +335,3 @@ def _replace(update: Update, name: str, layer: nn.Linear, statistic: Any) -> Non
         raise ValueError(f"{name}: new weight is {tuple(weight.shape)}; expected {tuple(layer.weight.shape)}")
     new = finite(weight, f"{name}: the new weight holds")
     layer.weight.data = new.to(layer.weight)  # not copied into the old one: written to, a mapped file's pages are kept
-
-

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from llmops import __version__
+from llmops.arguments import JSON, QUIET, RECIPE, RUN, RUNS, SET, WIDE
 from llmops.errors import LlmopsError, unknown
 from llmops.formats.options import ABOUT as EXPORTS
-from llmops.parser import Argument, Command, Program, at_least
+from llmops.parser import Command, Program, at_least
 from llmops.startup import at_once
+from llmops.trust_commands import COMMANDS as TRUST
 
 __all__ = ["COMMANDS", "PROGRAM", "main"]
 
@@ -192,16 +194,6 @@ def completion(shell: str) -> None:
     print(shellcode(["llmops"], shell=shell))
 
 
-RECIPE: Argument = ("recipe",), {"metavar": "RECIPE", "help": "A recipe file, or the name of a packaged one."}
-SET: Argument = ("--set",), {
-    "dest": "sets", "metavar": "PATH=VALUE", "action": "append", "default": [],
-    "help": "Override a value, as variants.tuned.finetune.rank=8; may be repeated."}
-RUNS: Argument = ("--runs",), {"metavar": "DIR", "help": "Where runs lie (default: $LLMOPS_RUNS, or runs)."}
-JSON: Argument = ("--json",), {"dest": "as_json", "action": "store_true", "help": "Print JSON for a machine to read."}
-QUIET: Argument = ("-q", "--quiet"), {"action": "store_true", "help": "No progress on standard error."}
-WIDE: Argument = ("--wide",), {"action": "store_true", "help": "Every column."}
-RUN: Argument = ("run",), {"metavar": "RUN", "nargs": "?", "help": "Name of a run (default: the latest)."}
-
 COMMANDS: dict[str, Command] = {
     "tune": (tune, RECIPE, SET, RUNS, JSON, QUIET, WIDE),
     "plan": (plan, RECIPE, SET, RUNS,
@@ -237,6 +229,7 @@ COMMANDS: dict[str, Command] = {
                (("--out",), {"metavar": "DIR", "help": "Folder to write (default: VARIANT-FORMAT here)."}),
                (("--run",), {"metavar": "RUN", "help": "The run that VARIANT is of (default: the latest)."}), RUNS,
                (("--force",), {"action": "store_true", "help": "Write over an export that is there."}), JSON),
+    **TRUST,
     "completion": (completion, (("shell",), {"metavar": "SHELL", "help": "bash, zsh or fish."})),
 }
 GROUPS = {"recipes": "List and copy the recipes that come with llmops.",

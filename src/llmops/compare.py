@@ -9,7 +9,7 @@ from typing import Any
 
 from llmops.errors import LlmopsError, unknown
 from llmops.ledger import Ledger
-from llmops.quantity import Quantity
+from llmops.pairing import pair_rows
 from llmops.report.compare import compare_as_json, compare_table
 from llmops.report.verdict import judge
 from llmops.store import Store
@@ -38,24 +38,10 @@ def compare_run(runs: str | None, run: str | None, variants: Sequence[str], agai
     ledger = _ledger(runs)
 
     def paired_anew(row: Mapping[str, Any], other: Mapping[str, Any], score: str) -> Mapping[str, Any] | None:
-        return _paired(ledger, row, other, score)
+        return pair_rows(ledger, row, other, score)
 
     chosen = list(variants) or [row["identity"]["variant"] for row in rows]
     return rows, (compare_as_json if as_json else compare_table)(rows, chosen, against=against, paired=paired_anew)
-
-
-def _paired(ledger: Ledger, row: Mapping[str, Any], other: Mapping[str, Any], score: str) -> dict[str, Any] | None:
-    from llmops.evaluate.score import Item, Score
-    from llmops.evaluate.statistics import paired
-
-    sides = []
-    for one in (row, other):
-        items = ledger.items(one["row_id"], score)
-        if not items or score not in (one.get("quality") or {}):
-            return None
-        sides.append(Score.from_dict(one["quality"][score], [Item(**item) for item in items]))
-    found = paired(sides[0], sides[1], int(row["identity"]["seed"]))
-    return {name: value.as_dict() if isinstance(value, Quantity) else value for name, value in found.items()}
 
 
 def _ledger(runs: str | None) -> Ledger:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmops.block_stream import Stream, finite, instead, passing
+from llmops.block_stream import Stream, finite
 from llmops.errors import LlmopsError, StepError, unknown
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, covered
+from llmops.models.tail import Tail, lent_tail, through
 
-__all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "measure_outside", "statistic_of",
-           "turns_of"]
+__all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "statistic_of", "tail_of", "turns_of"]
 
 Named = Sequence[tuple[str, nn.Linear]]
 Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
@@ -191,17 +191,25 @@ def measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any], rou
     return found
 
 
-def measure_outside(stream: Stream, layers: Named, make: Callable[[], Any]) -> list[Tensor | None]:
-    """Statistics of layers after the blocks (an untied head): the model's own forward, fed the last block's output."""
-    gathers = [_Gather(name, layer, make, stop=len(layers) == 1) for name, layer in layers]
-    try:
-        for batch, hidden in enumerate(stream.hidden):
-            with suppress(_Reached), passing(stream.blocks, partial(instead, hidden.to(stream.dtype))):
-                stream.model(input_ids=stream.tokens[batch], use_cache=False)
-        return [gather.result(Routing()) for gather in gathers]
-    finally:
-        for gather in gathers:
+def tail_of(stream: Stream, name: str, head: nn.Linear,
+            compute: torch.dtype | None) -> AbstractContextManager[Tail]:
+    """The head behind the blocks, to be measured by the model's own forward, fed the last block's output."""
+
+    def measure(statistic: str, dtype: torch.dtype) -> Tensor:
+        make = statistic_of(statistic)
+        assert make is not None
+        gather = _Gather(name, head, make, stop=True)
+        try:
+            for batch in range(len(stream.hidden)):
+                with suppress(_Reached):
+                    through(stream, dtype, batch)
+            found = gather.result(Routing())
+        finally:
             gather.handle.remove()
+        assert found is not None  # a head is no expert
+        return found
+
+    return lent_tail(stream, name, head, compute, measure)
 
 
 class InPassing:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmops.data.sources import Rows, SourceError, load_rows
-from llmops.errors import DataError
+from llmops.errors import DataError, ModelError
 from llmops.methods.finetune.options import Training
 from llmops.models.builtin import locate
 from llmops.recipe.plan import Plan
 from llmops.recipe.schema import Recipe
+from llmops.recipe.shared_keys import writer_of
 from llmops.recipe.source import parse
 
 __all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
@@ -28,9 +29,10 @@ __all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
 #: the kinds of rows each score can read
 KINDS = {"exact_match": ("messages", "prompt_completion"), "multiple_choice": ("choices",),
          "preference_accuracy": ("preference",)}
-#: the kinds of rows a training step can read, one whose teacher answers, one that compares two answers
+#: the kinds of rows a training step can read, one whose teacher answers, one whose student does, one that compares two
 TRAINED = ("messages", "prompt_completion", "text")
 ANSWERED = ("messages", "prompt_completion", "prompts")
+TALKED = ("messages", "prompt_completion")
 COMPARED = ("preference",)
 
 
@@ -122,6 +124,10 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
         if kinds is not None and rows(name).kind not in kinds:
             raise DataError(f'{entry.id}: data "{name}" holds rows of kind {rows(name).kind}; {entry.metric} needs '
                             f"{' or '.join(kinds)}; rename its columns with `columns:`, or name other data")
+        if getattr(entry.options, "slices", None) or getattr(entry.options, "cluster", None):
+            from llmops.evaluate.slices import labels
+
+            labels(rows(name).rows, entry.options.slices, entry.options.cluster, f"{entry.id} (data {name})")
     uses = _uses(recipe, variants)
     if not uses:
         return []
@@ -136,10 +142,31 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
     for name in sorted(variants):
         for held in recipe.variants[name].held_names() if name in recipe.variants else ():
             for train in recipe.variants[name].read_names():
-                check_leak(rows(train), rows(held))
+                asked, written = _asked(recipe, train)
+                if not written or asked != _asked(recipe, held)[0]:  # ranges of what one variant writes do not overlap
+                    check_leak(rows(asked), rows(_asked(recipe, held)[0]))
     tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
                                trust_remote_code=recipe.model.trust_remote_code)
+    for name in sorted(variants):
+        _check_student(recipe, name, tokenizer)
     return [(use, rows(use.data), *_proved(use, rows(use.data), recipe, tokenizer)) for use in uses]
+
+
+def _check_student(recipe: Recipe, name: str, tokenizer: Any) -> None:
+    """Raise ModelError when a pretrained student knows other tokens than its teacher."""
+    variant = recipe.variants.get(name)
+    student = getattr(variant.options, "student", None) if variant is not None else None
+    if student is None or student.model is None:
+        return
+    from llmops.models.load import load_tokenizer
+    from llmops.models.student import agreed_vocabulary
+
+    theirs = load_tokenizer(locate(student.model, recipe.base_dir), revision=student.revision,
+                            trust_remote_code=recipe.model.trust_remote_code)
+    try:
+        agreed_vocabulary(tokenizer, theirs, student.model)
+    except ModelError as error:
+        raise ModelError(f"variant {name}: {error}") from error
 
 
 def _uses(recipe: Recipe, variants: set[str]) -> list[_Use]:
@@ -149,12 +176,22 @@ def _uses(recipe: Recipe, variants: set[str]) -> list[_Use]:
         options = variant.options
         if name in variants and isinstance(options, Training):
             kinds = (COMPARED if getattr(options, "method", None) == "dpo" else
-                     ANSWERED if getattr(options, "answers", "data") == "teacher" else TRAINED)
-            for data in variant.read_names():
-                found.setdefault((data, options.max_length, kinds), []).append(name)
-            for data in variant.held_names():
-                found.setdefault((data, options.max_length, kinds), []).append(f"{name} (held out)")
+                     ANSWERED if getattr(options, "answers", "data") == "teacher" else
+                     TALKED if getattr(options, "on_policy", None) is not None else TRAINED)
+            for data in (*variant.read_names(), *variant.held_names()):
+                asked, written = _asked(recipe, data)
+                who = name if data in variant.read_names() else f"{name} (held out)"
+                found.setdefault((asked, options.max_length, ANSWERED if written else kinds), []).append(who)
     return [_Use(*key, variants=tuple(names)) for key, names in found.items()]
+
+
+def _asked(recipe: Recipe, data: str) -> tuple[str, bool]:
+    """(data that is there before anything is built, whether a variant answers its prompts): the prompts behind rows
+    that a variant writes, else the data itself."""
+    written = False
+    while (how := writer_of(data, recipe.data)) is not None:
+        data, written = how.prompts, True
+    return data, written
 
 
 def _check_kind(use: _Use, rows: Rows) -> None:

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
 from llmops.errors import LlmopsError, StoreError
+from llmops.explain import explained, origin
 from llmops.ledger import SCHEMA, Ledger
+from llmops.pairing import completed, references
 from llmops.planner import as_recipe, plan
 from llmops.processes import join, terminable
 from llmops.progress import Watcher, log
@@ -41,7 +43,7 @@ __all__ = ["Result", "plan", "publish", "run"]
 
 POLL_S = 0.5  # between two looks at a lock that another process has
 #: what a manifest says of how a training went, for the report
-TRAINED = ("looks", "attempts", "merge", "trace", "allocation")
+TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search", "teaching", "shared")
 
 
 @dataclass
@@ -88,14 +90,15 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
     folder = store.folder(parsed.name)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "recipe.yaml", parsed.text)
+    replace_file(folder / "origin.json", json.dumps(origin(parsed), indent=1))
     with _log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
             from llmops.trackers import check_trackers
 
             check_trackers(parsed)
-            for line in preflight(walk.plan):
-                log.info("%s", line)
+            for line in (*walk.plan.advice, *preflight(walk.plan)):
+                watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
         walk.all()
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
 
@@ -107,13 +110,16 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
     rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
     ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
     folder = store.folder(name)
-    html.write_html(ordered, folder / "report.html", title=name)
+    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
     replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
     for row in ordered:
         build = store.build(row["identity"]["key"])
         if build.is_dir():
             store.link(name, row["identity"]["variant"], row["identity"]["key"])
             replace_file(build / "README.md", card.card(row, ordered))
+        for entry in row["building"].get("shared") or []:
+            if entry["what"].startswith("data "):
+                store.link_written(name, entry["what"].removeprefix("data "), entry["key"])
     return Result(name, folder, ordered)
 
 
@@ -156,7 +162,7 @@ class _Walk:
     def _advance(self, stage: Stage, number: int) -> str:
         """Take a stage as far as it goes: "done" with its row written, "built", "busy" elsewhere, or "early"."""
         if self._kept(stage):
-            if self.store.work(stage.key).exists():
+            if self.store.work(stage.key).exists() or self.store.scoring(stage.score_key).exists():
                 self._tidied(stage)
             return "done"
         if not (self._can_build(stage) or self._can_end(stage)):
@@ -224,7 +230,11 @@ class _Walk:
         found = self.ledger.find(stage.score_key)
         if found is None or found["status"]["state"] != "ok" or not self._present(stage):
             return False
-        self._append(stage, {**found, "verdict": {"warnings": found["verdict"].get("warnings", [])}},
+        quality = completed(found.get("quality") or {}, self.ledger, found["row_id"],
+                            references(stage.variant, stage.parents, self.plan.recipe), self.rows,
+                            self.plan.recipe.seed)
+        self._append(stage, {**found, "quality": quality,
+                             "verdict": {"warnings": found["verdict"].get("warnings", [])}},
                      {score: self.ledger.items(found["row_id"], score) for score in found.get("quality") or {}})
         return True
 
@@ -233,6 +243,7 @@ class _Walk:
         if lock is not None:
             with lock:
                 self.store.tidy(stage.key)
+                self.store.scored(stage.score_key)
 
     def _present(self, stage: Stage) -> bool:
         return stage.variant == "base" or (self.store.build(stage.key) / "llmops.json").exists()
@@ -271,7 +282,9 @@ class _Walk:
         if stage.scored_here:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
+                self._beside_teacher(stage, row)
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
+        self.store.scored(stage.score_key)
         return row
 
     def _workbench(self) -> tuple[Any, Scorer]:
@@ -311,20 +324,65 @@ class _Walk:
                            "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            **{key: manifest[key] for key in TRAINED if manifest.get(key)},
-                           "chain_energy_j": self._chain_energy(stage).as_dict()}
+                           **self._charged(manifest), "chain_energy_j": self._chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
         return row
 
-    def _chain_energy(self, stage: Stage) -> Quantity:
-        """Energy of building this variant and everything it stands on, each build once, the teacher's included."""
-        parts, seen, open_keys = [], set(), [stage.key] if stage.variant != "base" else []
+    def _beside_teacher(self, stage: Stage, row: dict[str, Any]) -> None:
+        """After how many tokens a student has paid for itself, its teacher standing there anyway."""
+        teacher = self.rows.get(stage.teacher or "")
+        if teacher is None or not stage.scored_here or self.plan.recipe.measure is None:
+            return
+        from llmops.measure.cost import break_even_beside
+
+        assert stage.teacher is not None
+        built = self._chain_energy(stage, without=self._line(self.plan.stage(stage.teacher)))
+        batch = str(min(self.plan.recipe.measure.batch_sizes))
+        row["building"]["break_even_to_teacher_tokens"] = break_even_beside(
+            built, row["energy"].get(batch) or {}, (teacher.get("energy") or {}).get(batch) or {},
+            teacher_is_base=stage.teacher == "base").as_dict()
+
+    def _line(self, stage: Stage) -> list[str]:
+        """Keys of a variant's build and of all that it stands on."""
+        keys = [stage.key]
+        for name in stage.parents:
+            keys += self._line(self.plan.stage(name))
+        return keys
+
+    def _charged(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Its energy with its part of what it shares, and what of that is the teacher's."""
+        if not manifest:
+            return {}
+        from llmops.measure.sharing import charged, teacher_cost
+
+        found = {"energy_j": charged(manifest, self._users).as_dict()}
+        taught = teacher_cost(manifest, self._users)
+        if taught is not None:
+            found["teacher_energy_j"] = taught.as_dict()
+        return found
+
+    def _users(self, key: str) -> int:
+        """How many builds share what lies under that key: those of the plan, and others that have used it."""
+        users = {stage.key for stage in self.plan.stages if key in stage.shares}
+        for folder in (self.store.signals(key), self.store.written(key)):
+            users |= {path.name for path in (folder / "users").glob("*")}
+        return len(users)
+
+    def _chain_energy(self, stage: Stage, without: Sequence[str] = ()) -> Quantity:
+        """Energy of building this variant and everything it stands on, each build once, the teacher's included.
+
+        without: keys of builds that are not counted, nor what only they stand on.
+        """
+        from llmops.measure.sharing import charged
+
+        parts, seen, open_keys = [], set(without), [stage.key] if stage.variant != "base" else []
         while open_keys:
             key = open_keys.pop()
             if key in seen or not (self.store.build(key) / "llmops.json").exists():
                 continue
             seen.add(key)
             manifest = self.store.manifest(key)
-            parts.append(Quantity.from_dict(manifest["cost"]["energy_j"]))
+            parts.append(charged(manifest, self._users))
             open_keys += manifest["parent_keys"]
         if not parts:
             return Quantity(0.0, "J", "constant", "nothing is built: this is the model as it came")
@@ -360,7 +418,7 @@ class _Walk:
 
     def _append(self, stage: Stage, row: dict[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         recipe = self.plan.recipe
-        teacher = stage.parents[1] if len(stage.parents) > 1 else None
+        teacher = stage.teacher
         row = {**row, "goals": goals_body(recipe), "identity": {
             **row["identity"], "run": recipe.name, "run_id": self.run_id, "variant": stage.variant,
             "parent": stage.parents[0] if stage.parents else None, "teacher": teacher, "key": stage.key,
@@ -399,9 +457,7 @@ def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
 
 def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """How the weights lie on disk, and what their zeros are worth."""
-    chain = manifest.get("chain", [])
-    sparse = any(step in ("prune:magnitude", "prune:wanda") for step in chain)
-    found: dict[str, Any] = {"sparsity_saves": "bytes only when compressed, no time" if sparse else None}
+    found: dict[str, Any] = {"sparsity_saves": _zeros_save(manifest, folder)}
     config = folder / "config.json"
     if config.exists():
         from llmops.models.embeddings import without_group
@@ -421,6 +477,20 @@ def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if below.startswith("int"):
             found["storage_dtype"] = f"adapter on {below}"
     return found
+
+
+def _zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
+    """What the single zeros of a variant are worth, those of its ancestors among them; None where there are none."""
+    from llmops.methods.prune.options import MASKING
+
+    while manifest:
+        if manifest.get("kind") == "prune" and manifest.get("method") in MASKING:
+            pattern = manifest.get("options", {}).get("pattern", "unstructured")
+            return ("bytes only when compressed on disk, no time" if pattern == "unstructured" else
+                    f"bytes only when compressed on disk, time only where a kernel for {pattern} runs it")
+        record = folder.parent / str(manifest.get("parent_key")) / "llmops.json"
+        manifest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return None
 
 
 def _named(error: Exception) -> str:

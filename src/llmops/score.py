@@ -7,8 +7,9 @@ every measurement is interleaved with it; a parent is loaded for its comparison 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from torch import Tensor
 from llmops.build import source_of
 from llmops.data.render import text_stream
 from llmops.data.sources import Rows, load_rows
-from llmops.errors import LlmopsError
 from llmops.evaluate import EVALUATORS
 from llmops.evaluate.options import Evaluation, Harness
 from llmops.evaluate.score import Item, Score
-from llmops.evaluate.statistics import paired
+from llmops.evaluate.slices import sliced
 from llmops.evaluate.tokens import compare_tokens
 from llmops.ledger import Ledger
 from llmops.measure import memory
@@ -30,13 +30,15 @@ from llmops.measure.carbon import carbon
 from llmops.measure.cost import break_even
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
+from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attached
 from llmops.models.load import load
 from llmops.models.parity import count_parameters, sparsity
+from llmops.pairing import reasoned, references, stored_score
 from llmops.quantity import Quantity
 from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
-from llmops.store import Store
+from llmops.store import Store, replace_file
 from llmops.train import Progress
 
 __all__ = ["Scorer"]
@@ -69,13 +71,20 @@ class Scorer:
         model, tokenizer = self._load(stage.variant)
         _sizes(row, model, self._folder(stage.variant))
         scores: list[Score] = []
+        kept = [self._kept(stage, number) for number in range(len(self.recipe.evaluate))]
         with self.meter.window(f"evaluate {stage.variant}") as window:
-            for evaluation in self.recipe.evaluate:
-                scores += self._evaluate(evaluation, model, tokenizer)
+            for number, evaluation in enumerate(self.recipe.evaluate):
+                found = kept[number] or self._evaluate(evaluation, model, tokenizer)
+                scores += found
+                if not kept[number]:
+                    self._keep(stage, number, found)
         row["quality"] = {score.id: self._quality(score, stage, rows) for score in scores}
         row["tokens"] = self._token_statistics(stage, model)
         self._measure(stage, row, model, tokenizer)
-        row["building"]["evaluate_energy_j"] = window.energy.as_dict()
+        earlier = sum(each is not None for each in kept)
+        note = f"; without that of {earlier} of {len(kept)} scores, kept from an earlier try" if earlier else ""
+        energy = replace(window.energy, method=window.energy.method + note)
+        row["building"]["evaluate_energy_j"] = energy.as_dict()
         row["building"]["evaluate_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()
         return {score.id: score.items for score in scores}
 
@@ -91,23 +100,28 @@ class Scorer:
         return EVALUATORS[evaluation.metric](model, tokenizer, rows, options, id=evaluation.id,
                                              seed=self.recipe.seed, progress=report)
 
-    def _quality(self, score: Score, stage: Stage, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        others = {"parent": stage.parents[0] if stage.parents else None, "base": "base"}
-        others |= {f"variant {goal.against}": goal.against for goal in self.recipe.goals.quality.values()
-                   if goal.against and goal.against != stage.variant}
-        versus = {}
-        for label, name in others.items():
-            other = self._stored(rows.get(name or ""), score)
-            if name is not None and name != stage.variant and other is not None:
-                versus[label] = {"variant": name, **_paired(score, other, self.recipe.seed)}
-        return {**score.as_dict(), "versus": versus}
-
-    def _stored(self, row: Mapping[str, Any] | None, score: Score) -> Score | None:
-        """The same score of another variant, with its items back from the ledger."""
-        if row is None or score.id not in (row.get("quality") or {}):
+    def _kept(self, stage: Stage, number: int) -> list[Score] | None:
+        """The scores of one entry of `evaluate` that a try which was killed has left, items included."""
+        try:
+            bodies = json.loads((self.store.scoring(stage.score_key) / f"{number}.json").read_text(encoding="utf-8"))
+            return [Score.from_dict(body, [Item(**item) for item in body["items"]]) for body in bodies]
+        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is scored again
             return None
-        items = self.ledger.items(row["row_id"], score.id)
-        return Score.from_dict(row["quality"][score.id], [Item(**item) for item in items])
+
+    def _keep(self, stage: Stage, number: int, scores: list[Score]) -> None:
+        folder = self.store.scoring(stage.score_key)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / f"{number}.json", json.dumps(
+            [{**score.as_dict(), "items": [item.as_dict() for item in score.items]} for score in scores]))
+
+    def _quality(self, score: Score, stage: Stage, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        versus = {}
+        for label, name in references(stage.variant, stage.parents, self.recipe).items():
+            other = stored_score(self.ledger, rows.get(name), score.id)
+            if other is not None:
+                versus[label] = {"variant": name, **reasoned(score, other, self.recipe.seed)}
+        groups = sliced(score)
+        return {**score.as_dict(), "versus": versus, **({"slices": groups} if groups else {})}
 
     def _token_statistics(self, stage: Stage, model: Any) -> dict[str, Any]:
         if stage.variant == "base":
@@ -195,14 +209,6 @@ class Scorer:
         return local_folder(self.recipe.model.id, self.recipe.base_dir)
 
 
-def _paired(score: Score, other: Score, seed: int) -> dict[str, Any]:
-    try:
-        found = paired(score, other, seed)
-        return {name: value.as_dict() if isinstance(value, Quantity) else value for name, value in found.items()}
-    except LlmopsError as reason:  # other items, another protocol: no comparison, and the row says why
-        return {"not_comparable": str(reason)}
-
-
 def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
     size = row["size"]
     parameters = count_parameters(model)
@@ -225,6 +231,8 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
     kernels = sorted({module.kernel for module in model.modules() if hasattr(module, "packed_tensors")
                       and hasattr(module, "kernel")})
     row["transform"]["kernel"] = ", ".join(kernels) or "torch"
+    if tiles := tiles_used(model):
+        row["transform"]["kernel_tiles"] = tiles
 
 
 def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:

@@ -42,9 +42,27 @@ class Store:
         """Where a build that is under way keeps checkpoints and notes; gone once the build is whole."""
         return self.builds / f"{key}.work"
 
+    def scoring(self, score_key: str) -> Path:
+        """Where the scores of a variant wait, entry by entry, until its row is written."""
+        return self.runs / "scoring" / score_key
+
+    def scored(self, score_key: str) -> None:
+        """The row is written: what waited for it goes."""
+        import shutil
+
+        shutil.rmtree(self.scoring(score_key), ignore_errors=True)
+
     def measured(self, key: str) -> Path:
         """What was measured of a parent for builds that differ in their budget alone."""
         return self.runs / "measured" / f"{key}.json"
+
+    def signals(self, key: str) -> Path:
+        """A teacher's signals, which any student may read."""
+        return self.runs / "signals" / key
+
+    def written(self, key: str) -> Path:
+        """Data that a teacher wrote."""
+        return self.runs / "written" / key
 
     def folder(self, run: str) -> Path:
         """What one run shows: recipe, log, report, links."""
@@ -81,12 +99,19 @@ class Store:
 
     def link(self, run: str, variant: str, key: str) -> None:
         """`runs/RUN/VARIANT` -> `../store/KEY`, replaced in one step."""
-        place = self.folder(run) / variant
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.parent / f".{variant}.{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(Path("..") / "store" / key, target_is_directory=True)
-        fresh.replace(place)
+        _link(self.folder(run) / variant, Path("..") / "store" / key)
+
+    def link_written(self, run: str, name: str, key: str) -> None:
+        """`runs/RUN/_written/NAME` -> `../../written/KEY`: data that a teacher wrote for the run."""
+        _link(self.folder(run) / "_written" / name, Path("..") / ".." / "written" / key)
+
+
+def _link(place: Path, target: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fresh = place.parent / f".{place.name}.{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target, target_is_directory=True)
+    fresh.replace(place)
 
 
 def replace_file(path: Path, text: str) -> None:

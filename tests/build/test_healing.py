@@ -29,7 +29,8 @@ from llmops.train import Checkpoints
 ROWS = [chat(f"Where does {name} live?", "town" if name < "d" else "lake") for name in "abcdefgh"]
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"}, "lora": {"method": "lora", "rank": 4, "rslora": True},
-    "pissa": {"method": "lora", "rank": 4, "init": "pissa"}, "distilled": {"method": "logits", "teacher": "t"}}
+    "pissa": {"method": "lora", "rank": 4, "init": "pissa"}, "dora": {"method": "lora", "rank": 4, "dora": True},
+    "distilled": {"method": "logits", "teacher": "t"}}
 STEP = {"data": "rows", "max_steps": 3, "learning_rate": 5e-3, "warmup": 0.0, "packing": False}
 
 
@@ -112,7 +113,7 @@ def test_what_is_reloaded_is_what_was_trained(way: str, parent: Path, tmp_path: 
                        for name, layer in new.items()} and len(set(schemes.values())) == 3
     assert float((seen["logits"] - logits(old)).abs().max()) > 0.01
     same = torch.equal(old.model.norm.weight, model.model.norm.weight)
-    assert same == (way in ("lora", "pissa"))  # what is not quantized is trained by full and distill alone
+    assert same == (way in ("lora", "pissa", "dora"))  # what is not quantized is trained by full and distill alone
     assert same == torch.equal(old.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
@@ -128,7 +129,7 @@ def test_16_bit_parents_are_trained_in_32_and_stored_in_16(tmp_path: Path) -> No
     assert not torch.equal(biases[0], before["model.layers.0.self_attn.q_proj"].bias)
 
 
-@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("way", ["full", "lora", "dora"])
 def test_a_rate_of_nothing_gives_the_parent_back(way: str, parent: Path) -> None:
     """Wherever in their cells the latent weights begin."""
     start = packed_layers(load_quantized(parent, kernel="reference"))
@@ -283,13 +284,13 @@ def test_an_adapter_apart_learns_what_one_on_the_written_out_base_learns(parent:
 
 
 @pytest.mark.parametrize(("changes", "more", "said"), [
-    ({"method": "lora", "dora": True}, {}, "dora: true rescales the rows"),
+    ({"method": "lora", "dora": True, "merge": False}, {}, "dora: true rescales the rows"),
     ({"method": "lora", "init": "loftq"}, {}, "this one is rounded already"),
     ({"method": "lora", "dropout": 0.1}, {}, "use dropout: 0, or merge: false"),
     ({"method": "lora", "init": "pissa", "merge": False}, {}, "use init: default, or merge: true"),
     ({"method": "lora", "merge": False}, {"chain": ["prune:wanda", "quantize:rtn"]}, "fills the zeros"),
     ({"method": "qlora"}, {}, "finetune qlora was given a quantized model; expected one in 16 bit"),
-    ({"method": "dpo"}, {}, "finetune dpo was given a quantized model"),
+    ({"method": "dpo", "dropout": 0.1}, {}, "dropout: 0.1 on adapters that are rounded with their weight"),
     ({"method": "lora", "targets": ["lm_head"]}, {}, "name no quantized layer"),
     ({"method": "full", "learning_rate": 1.0, "max_grad_norm": 1e30, "max_steps": 8, "weight_decay": 1.0,
       "schedule": "constant", "optimizer": "sgd"}, {"scale": 1e30}, "became (nan|inf)")])

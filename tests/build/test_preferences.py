@@ -265,10 +265,6 @@ def test_identical_sides_are_refused_beyond_the_limit():
         dpo_step(job(same), options())
 
 
-def test_a_quantized_parent_is_refused():
-    with pytest.raises(StepError, match="packed integers; expected a parent in 16 or 32 bit"):
-        dpo_step(job(chain=["finetune:lora", "quantize:rtn"]), options())
-
 
 def test_a_broken_parent_is_refused_before_the_training():
     given = job()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmops.formats.source import Source, Written
 from llmops.formats.table import FORMATS
 from llmops.models.load import load
 from llmops.models.quantized import PackedLinear, kernels, load_quantized, save_quantized
+from llmops.models.schemes import LayerScheme
 
 TWINS = ("llama", "llama-untied-bias", "qwen3")
 
@@ -149,6 +151,45 @@ def test_mixed_layers_go_where_layers_may_differ(made: Any, tmp_path: Path) -> N
     assert record["kl_mean"]["value"] < 1e-3
 
 
+def test_mixed_layers_in_gptqs_layout_are_told_by_dynamic(made: Any, tmp_path: Path) -> None:
+    folder = made("llama", 0)
+    record, out = exported(folder, "gptq", tmp_path)
+    assert record["max_logit_difference"]["value"] == 0 and equal(folder, out)
+    assert Source.of(out).schemes == Source.of(folder).schemes and len(set(Source.of(out).schemes.values())) > 1
+    block = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert block == json.loads((out / "quantize_config.json").read_text()) and block["dynamic"]
+    for pattern, said in block["dynamic"].items():
+        match = [name for name in Source.of(folder).schemes if re.match(pattern.removeprefix("+:"), name)]
+        assert match and all((s.bits, s.group_size, s.symmetric) == tuple(said.values())
+                             for s in map(Source.of(folder).schemes.get, match))
+    assert any("GPTQModel reads it" in note for note in record["notes"])
+    _, back = exported(out, "compressed-tensors", tmp_path)
+    assert equal(folder, back)
+
+
+def test_dynamic_names_fused_layers_as_servers_do_and_dense_ones() -> None:
+    four, three = LayerScheme(4, 32, True), LayerScheme(3, 128, False)
+    names = [f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    found = gptq.differing({**dict.fromkeys(names, three), "model.layers.1.self_attn.o_proj": four}, four,
+                           ["model.layers.0.mlp.down_proj"])
+    assert list(found.values()) == [{}, {"bits": 3, "group_size": 128, "sym": False}]
+    dense, pattern = found
+    assert dense.startswith("-:") and re.match(dense[2:], "model.layers.0.mlp.down_proj")
+    matched = [name for name in [*names, "model.layers.1.self_attn.qkv_proj", "model.layers.11.self_attn.q_proj",
+                                 "model.layers.1.self_attn.o_proj"] if re.match(pattern[2:], name)]
+    assert matched == [*names, "model.layers.1.self_attn.qkv_proj"]
+
+
+def test_layers_left_dense_are_told_in_gptqs_layout(tmp_path: Path) -> None:
+    model, weights, tokenizer = quantized("llama", 4, 32)
+    weights = {name: weight for name, weight in weights.items() if "down_proj" not in name}
+    save_quantized(model, weights, tmp_path / "source", tokenizer)
+    _, out = exported(tmp_path / "source", "gptq", tmp_path)
+    dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert len(dynamic) == 4 and all(pattern.startswith("-:") and "down_proj" in pattern for pattern in dynamic)
+    assert equal(tmp_path / "source", out)
+
+
 def test_scales_that_float16_rounds_are_counted(tmp_path: Path) -> None:
     model, weights, tokenizer = quantized("llama", 4, 128, dtype=torch.float32)
     save_quantized(model, weights, tmp_path / "source", tokenizer)
@@ -189,7 +230,6 @@ def test_an_export_that_reads_back_wrong_is_refused(made: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize(("name", "bits", "match"), [
     ("awq", 3, "3 bits; AWQ's layout holds 4 alone"), ("gptq", 16, "and this format holds integers; expected a quant"),
-    ("gptq", 0, r"mixes schemes \(int2 g32 symmetric in 6 layers, .*\), and GPTQ's layout describes one for all"),
     ("awq", 0, "mixes schemes .* and AWQ's layout describes one .* export to compressed-tensors, .* to gguf"),
     ("awq", 16, "holds integers"), ("compressed-tensors", 16, "holds integers")])
 def test_what_a_format_cannot_hold(name: str, bits: int, match: str, made: Any, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from llmops.measure.cost import break_even, total
+from llmops.measure.cost import break_even, break_even_beside, total
 from llmops.quantity import Quantity
 
 
@@ -63,3 +65,32 @@ def test_units_do_not_mix():
         total([joules(1.0), Quantity.measured(1.0, "s", "clock")])
     with pytest.raises(ValueError, match="one unit"):
         total([])
+
+
+def figures(per_token: float, ratio: float, ci95) -> dict:
+    return {"joules_per_token": Quantity(per_token, "J/token", "measured", "m").as_dict(),
+            "ratio_to_base": Quantity(ratio, "ratio", "measured", "m", ci95, 5).as_dict()}
+
+
+def test_a_student_pays_for_itself_where_its_total_meets_its_teachers():
+    student, teacher = figures(0.04, 0.4, (0.38, 0.42)), figures(0.08, 0.8, (0.75, 0.85))
+    found = break_even_beside(joules(1000.0), student, teacher)
+    assert found.value == pytest.approx(1000 / (0.08 - 0.04))
+    spread = math.hypot(math.log(0.42 / 0.4), math.log(0.8 / 0.75))  # of the ratio 0.5, upwards
+    assert found.ci95[1] == pytest.approx(1000 / 0.08 / (1 - 0.5 * math.exp(spread)))
+    assert found.ci95[0] < found.value < found.ci95[1]
+
+
+def test_a_teacher_that_is_the_base_was_measured_beside_its_student():
+    student = figures(0.04, 0.4, (0.38, 0.42))
+    found = break_even_beside(joules(1000.0), student, {"joules_per_token": student["joules_per_token"]},
+                              teacher_is_base=True)
+    plain = break_even(joules(1000.0), Quantity(0.1, "J/token", "measured", "m"),
+                       Quantity(0.4, "ratio", "measured", "m", (0.38, 0.42)))
+    assert found.value == pytest.approx(plain.value) and found.ci95 == pytest.approx(plain.ci95)
+
+
+def test_no_saving_beside_a_teacher_and_no_measurement_are_told():
+    found = break_even_beside(joules(1.0), figures(1, 0.9, (0.8, 1.0)), figures(1, 0.9, (0.8, 1.0)))
+    assert found.value is None and "no saving shown" in found.method
+    assert "of the teacher were not measured" in break_even_beside(joules(1.0), figures(1, 0.9, (0.8, 1)), {}).method

@@ -12,7 +12,16 @@ from llmops.errors import LlmopsError, ModelError
 from llmops.formats.decode import _fields, _unshuffled
 from llmops.methods.quantize import QuantizedWeight, packing, rtn
 from llmops.methods.quantize.float_packing import PARTS as FLOAT_PARTS
-from llmops.models.layouts import LAYOUTS, as_stored, foreign_scheme, layout_of, to_awq, to_gptq, zeros_fit_v1
+from llmops.models.layouts import (
+    LAYOUTS,
+    as_stored,
+    foreign_scheme,
+    foreign_schemes,
+    layout_of,
+    to_awq,
+    to_gptq,
+    zeros_fit_v1,
+)
 from llmops.models.schemes import LayerScheme
 
 ROWS, COLUMNS = 64, 256
@@ -129,12 +138,24 @@ def test_what_a_layout_cannot_hold_is_refused() -> None:
 @pytest.mark.parametrize(("block", "match"), [
     ({"quant_method": "gptq", "bits": 5}, "5 bits, packed in int32; expected gptq or gptq_v2 at 2, 3, 4 or 8"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format 'marlin'"),
-    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {}}}, "whose layers differ"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv' at 4 bits; expected version gemm"),
     ({"quant_method": "bitsandbytes"}, "quantization bitsandbytes in format None; expected pack-quantized, int-")])
 def test_configs_that_cannot_be_read_say_why(block: dict[str, Any], match: str) -> None:
     with pytest.raises(ModelError, match=match):
         foreign_scheme(block)
+
+
+def test_layers_of_a_gptq_checkpoint_may_differ() -> None:
+    """As GPTQModel reads `dynamic`: the first pattern that matches from the start of the name, else the block."""
+    block = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": {
+        r"+:.*\.q_proj$": {"bits": 3}, r".*\.0\..*": {"bits": 8, "group_size": -1, "sym": False}, "-:.*down_proj": {}}}
+    names = ["layers.0.q_proj", "layers.0.o_proj", "layers.1.o_proj"]
+    assert foreign_schemes(block, names) == dict(zip(names, [
+        LayerScheme(3, 128, True), LayerScheme(8, -1, False), LayerScheme(4, 128, True)], strict=True))
+    with pytest.raises(ModelError, match="layers.1.down_proj is stored packed, and '-:.*down_proj' of .* that it is"):
+        foreign_schemes(block, ["layers.1.down_proj"])
+    with pytest.raises(ModelError, match="says 5 bits; expected 2, 3, 4 or 8"):
+        foreign_schemes({**block, "dynamic": {"x": {"bits": 5}}}, ["x"])
 
 
 def test_layouts_by_config() -> None:

@@ -92,8 +92,11 @@ def test_the_choice_and_what_it_is_called() -> None:
     small, large = (op.choose(size, size, device="cpu") for size in (64, 1024))
     assert (small, large) == (("torch:int_mm", "torch:qlinear") if op.qlinear_is_exact() else ("reference",) * 2)
     assert op.choose(64, 64, device="cpu", kernel="torch") == small
-    assert op.choose(64, 64, device="cpu", kernel="reference") == "reference" == op.choose(64, 63, device="cuda")
-    assert op.choose(64, 64, device="cuda") == "torch:int_mm" and op.choose(64, 64, device="meta") == "reference"
+    assert op.choose(64, 64, device="cpu", kernel="reference") == "reference" == op.choose(64, 63, device="cuda",
+                                                                                                    kernel="torch")
+    assert op.choose(64, 64, device="cuda", kernel="torch") == "torch:int_mm"
+    assert op.choose(64, 64, device="cuda") == op.choose(64, 63, device="cuda", kernel="ops") == "triton"
+    assert op.choose(64, 64, device="cpu", kernel="ops") == "ops" and op.choose(64, 64, device="meta") == "reference"
     assert op.describe("reference") == "reference (int8 activations by token)"
     with pytest.raises(LlmopsError, match="kernel triton for int8 weights"):
         op.choose(64, 64, device="cpu", kernel="triton")

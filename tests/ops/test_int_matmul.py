@@ -42,7 +42,7 @@ def test_every_choice_is_within_bfloat16_of_float64(rows: int, columns: int, bit
     if group != -1 and columns % group:
         group = -1
     packed, weight, dense = layer(bits, group, rows, columns, symmetric, torch.bfloat16)
-    for kernel in ("auto", "reference"):
+    for kernel in ("auto", "reference", *(("ops",) if (rows, columns) in SHAPES[2:4] else ())):
         name = op.choose(rows, columns, bits=bits, group_size=group, symmetric=symmetric, device="cpu", kernel=kernel)
         prepared = op.prepare(packed, weight, name)
         for m in (1, 3, 16, 33):
@@ -103,6 +103,10 @@ def test_choice_follows_what_the_cpu_kernels_take(case: tuple[int, int, int, int
 def test_choice_off_the_cpu_and_names() -> None:
     scheme = {"bits": 4, "group_size": 128, "symmetric": True}
     assert op.choose(128, 256, **scheme, device="cuda") == op.TRITON
+    assert op.choose(128, 256, bits=4, group_size=16, symmetric=True, device="cuda") == "triton:general"
+    assert op.choose(128, 256, bits=4, group_size=256, symmetric=True, device="cpu", kernel="ops") == op.OPS
+    assert op.describe(op.TRITON, 3) == "triton" and op.describe(op.TRITON, 6) == "triton (6-bit codes in 8-bit slots)"
+    assert op.describe("triton:general", 3) == "triton:general (3-bit codes in 4-bit slots)"
     assert op.choose(128, 256, **scheme, device="cuda", kernel="torch") == op.REFERENCE
     assert op.choose(128, 256, **scheme, device="mps") == op.REFERENCE
     with pytest.raises(LlmopsError, match="kernel triton on device cpu"):

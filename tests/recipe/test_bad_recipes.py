@@ -28,6 +28,12 @@ def data(*lines: str) -> str:
     return "\n".join([makers.HEAD["data"], *(f"  {line}" for line in lines)])
 
 
+def taught(options: str, before: str = "", place: str = "") -> str:
+    """A student of `tuned`; place: marks its `distill`."""
+    return variants("half: {from: tuned, prune: {method: depth, layers: 3}}",
+                    f"s: {{{before}{place}distill: {{method: logits, teacher: tuned, data: train, {options}}}}}")
+
+
 Q = "q: {from: tuned, quantize: {method: rtn, scheme: w8a16}}"
 HEALED = "h: {from: q, finetune: {method: full, data: train}}"
 
@@ -151,7 +157,7 @@ CASES = [
     ("from itself", {"variants": variants("a: {from: §a, prune: {method: magnitude}}")}, ["a -> a"]),
     ("method missing", {"variants": variants("a: {§prune: {sparsity: 0.5}}")}, ['missing key "method"', "wanda"]),
     ("method unknown", {"variants": variants("a: {prune: {method: §wandda}}")},
-     ["magnitude, wanda, depth", 'did you mean "wanda"']),
+     ["magnitude, wanda, sparsegpt, depth", 'did you mean "wanda"']),
     ("method of another step", {"variants": variants("a: {prune: {method: §rtn}}")}, ["rtn is a method of quantize"]),
     ("step is text", {"variants": variants("a: {prune: §wanda}")}, ['"wanda"', "a mapping with method"]),
     ("option unknown", {"variants": tuned("§rnak: 8")}, ['"rnak"', 'did you mean "rank"']),
@@ -206,8 +212,9 @@ CASES = [
      ['did you mean "down_proj"']),
     ("four bits after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: qlora, data: train}}")},
      ["quantized variant", "merge: false", 'method: qlora from "tuned"']),
-    ("pairs after quantized", {"variants": variants(Q, "a: {from: §q, finetune: {method: dpo, data: train}}")},
-     ["quantized variant", "reference", 'dpo from "tuned" and quantize the result']),
+    ("pairs after quantized", {"variants": variants(
+        Q, "a: {from: q, finetune: {method: dpo, data: train, dropout: §0.1}}")},
+     ["0.1", "weights are integers", "merge: false"]),
     ("pruned after healed", {"variants": variants(Q, HEALED, "a: {from: §h, prune: {method: magnitude}}")},
      ['given "h", a quantized variant', 'prune from "tuned" and quantize the result']),
     ("quantized after healed", {"variants": variants(
@@ -217,8 +224,8 @@ CASES = [
                            "a: {from: §q, finetune: {method: full, data: train}}")},
      ['"q", in fp8, whose rounding cannot be trained', 'train "tuned" and quantize the result']),
     ("dora after quantized", {"variants": variants(
-        Q, "a: {from: q, finetune: {method: lora, data: train, dora: §true}}")},
-     ['after "q"', "rslora can stay"]),
+        Q, "a: {from: q, finetune: {method: lora, data: train, merge: false, dora: §true}}")},
+     ['after "q"', "merge: true, or rslora"]),
     ("dropout after quantized", {"variants": variants(
         Q, "a: {from: q, finetune: {method: lora, data: train, dropout: §0.1}}")},
      ['after "q"', "expected 0, or merge"]),
@@ -270,6 +277,53 @@ CASES = [
      ['did you mean "tuned"']),
     ("teacher circle", {"variants": variants("a: {distill: {method: logits, teacher: §b, data: train}}",
                                              "b: {from: a, prune: {method: magnitude}}")}, ["a -> b -> a"]),
+    # ---------------------------------------------------------------------------------------------- distillation
+    ("student with a parent", {"variants": taught("student: {config: {hidden_size: 64}}", "from: §half, ")},
+     ["takes none of those", "no `from`"]),
+    ("student of both kinds", {"variants": taught("student: §{config: {hidden_size: 64}, model: small}")},
+     ["both of config and model", "expected one"]),
+    ("student of neither kind", {"variants": taught("student: §{}")}, ["neither of config and model"]),
+    ("student key", {"variants": taught("student: {config: {§num_hiden_layers: 2}}")},
+     ['did you mean "num_hidden_layers"']),
+    ("student vocabulary", {"variants": taught("student: {config: {vocab_size: §500}}")}, ["expected 1000"]),
+    ("student layers", {"variants": taught("student: {config: {num_hidden_layers: §0}}")}, ["at least 1"]),
+    ("student heads", {"variants": taught("student: {§config: {num_attention_heads: 3}}")},
+     ["3 attention heads for 2", "a multiple"]),
+    ("student model", {"variants": taught("student: {model: §./smal}")}, ["not there", 'did you mean "small"']),
+    ("student folder", {"variants": taught("student: {model: §bare}")}, ["without config.json"]),
+    ("student builtin", {"variants": taught("student: {model: §builtin:tinny}")}, ['did you mean "builtin:tiny"']),
+    ("student revision", {"variants": taught("student: §{config: {hidden_size: 64}, revision: main}")},
+     ["revision without a model"]),
+    ("loss unknown", {"variants": taught("loss: §foward_kl", "from: half, ")}, ['did you mean "forward_kl"']),
+    ("beta without its loss", {"variants": taught("beta: 0.2", "from: half, ", "§")}, ["loss: jensen_shannon"]),
+    ("beta at its end", {"variants": taught("loss: jensen_shannon, beta: §1.0", "from: half, ")}, ["below 1"]),
+    ("skew without its loss", {"variants": taught("skew: 0.2", "from: half, ", "§")}, ["skewed_reverse_kl"]),
+    ("top k of too few", {"variants": taught("top_k: §2000", "from: half, ")}, ["vocabulary of 1,000"]),
+    ("offline k of too few", {"variants": taught("offline: {k: §2000}", "from: half, ")}, ["vocabulary of 1,000"]),
+    ("offline without signals", {"variants": taught("offline: {cache: §nowhere}", "from: half, ")},
+     ["no finished signals", "no `cache`"]),
+    ("offline and on-policy", {"variants": taught("offline: {}, on_policy: {}", "from: half, ", "§")},
+     ["nobody can know beforehand", "one of the two"]),
+    ("offline with states", {"variants": taught("offline: {}, hidden_weight: 1.0", "from: half, ", "§")},
+     ["not its states", "no hidden_weight"]),
+    ("offline with top k", {"variants": taught("offline: {}, top_k: 8", "from: half, ", "§")}, ["{k: 8} alone"]),
+    ("fraction of none", {"variants": taught("on_policy: {fraction: §0.0}", "from: half, ")}, ["above 0"]),
+    ("written by nobody", {"data": data("w: {synthesize: {teacher: §tund, prompts: train}}")},
+     ['did you mean "tuned"']),
+    ("written of nothing", {"data": data("w: {synthesize: {teacher: tuned, prompts: §trian}}")},
+     ['did you mean "train"']),
+    ("written in a circle", {"data": data("w: {synthesize: {teacher: tuned, prompts: §w}}")}, ["w -> w"]),
+    ("written by its own student", {"data": data("w: {synthesize: {teacher: a, prompts: train}}"),
+                                    "variants": variants("a: {finetune: {method: lora, data: §w}}")}, ["a -> a"]),
+    ("scored against a teacher", {"data": data("w: {synthesize: {teacher: tuned, prompts: train}}"),
+                                  "evaluate": "evaluate:\n  - exact_match: {data: §w}"}, ["which tuned writes"]),
+    ("many answers and one greedy", {"data": data("w: {synthesize: §{teacher: tuned, prompts: train, answers: 3}}")},
+     ["all the same", "temperature"]),
+    ("shorter than the shortest",
+     {"data": data("w: {synthesize: §{teacher: tuned, prompts: train, min_tokens: 9, max_new_tokens: 8}}")},
+     ["min_tokens 9 above max_new_tokens 8"]),
+    ("written and a file", {"data": data("§w: {source: train.jsonl, synthesize: {teacher: tuned, prompts: train}}")},
+     ["not both"]),
     # ------------------------------------------------------------------------------------------------------ matrix
     ("matrix is a list", {"variants": variants("a: {prune: {method: magnitude}, §matrix: [1]}")}, ["option: list"]),
     ("matrix value", {"variants": variants("a: {prune: {method: magnitude}, matrix: {sparsity: §0.5}}")}, ["[0.5]"]),
@@ -300,6 +354,22 @@ CASES = [
      ["exact_match:test, exact_match:train"]),
     ("goal not scored", {"name": "name: trial\ngoals: {exact_match: {max_drop: 0.1, against: §tuned}}",
                          "variants": "variants:\n  tuned: {score: false, prune: {method: magnitude}}"}, ["score: f"]),
+    ("goal noninferior of nothing", {"name": "name: trial\ngoals: {exact_match: {noninferior: §0}}"},
+     ["above 0"]),
+    ("goal noninferior of all", {"name": "name: trial\ngoals: {exact_match: {noninferior: §2}}"}, ["share below 1"]),
+    ("goal noninferior of a cost", {"name": "name: trial\ngoals: {disk_bytes: {noninferior: §0.1}}"},
+     ["of a score", "max_ratio"]),
+    ("goal gap without groups", {"name": "name: trial\ngoals: {exact_match: {max_gap: §0.1}}"},
+     ["no groups", "slices"]),
+    ("slice unknown", {"evaluate": "evaluate:\n  - exact_match: {data: test, slices: §[promt]}"},
+     ['"test" does not have', "prompt, completion", 'did you mean "prompt"']),
+    ("slice of builtin", {"evaluate": "evaluate:\n  - exact_match: {data: facts, slices: §[atribute]}",
+                          "data": data("facts: {source: builtin:facts}")}, ['did you mean "attribute"']),
+    ("slice twice", {"evaluate": "evaluate:\n  - exact_match: {data: test, slices: §[prompt, prompt]}"},
+     ["each column"]),
+    ("slices of windows", {"evaluate": "evaluate:\n  - perplexity: {data: test, §slices: [prompt]}"}, ["slices"]),
+    ("cluster unknown", {"evaluate": "evaluate:\n  - exact_match: {data: test, cluster: §document}"},
+     ["does not have", "prompt, completion"]),
     ("prefer unknown", {"name": "name: trial\ngoals: {prefer: §joule_per_token}"}, ['did you mean "joules_per_token"']),
 ]
 

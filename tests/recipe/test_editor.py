@@ -37,8 +37,15 @@ BEYOND = frozenset((
     "stop data trained on", "mixed data", "mixed data twice", "stop data among the mixed",
     "pair adapter apart on zeros",
     "quantized twice", "quantized base", "teacher is the student", "teacher is the parent", "teacher unknown",
-    "teacher circle", "matrix option", "matrix entry", "matrix twice", "matrix name", "matrix collision",
+    "teacher circle", "student with a parent", "student key", "student vocabulary", "student layers", "student heads",
+    "student model", "student folder", "student builtin", "beta without its loss", "skew without its loss",
+    "top k of too few", "offline k of too few", "offline without signals", "offline and on-policy",
+    "offline with states", "offline with top k", "written by nobody", "written of nothing", "written in a circle",
+    "written by its own student", "scored against a teacher", "many answers and one greedy",
+    "shorter than the shortest", "matrix option", "matrix entry", "matrix twice", "matrix name", "matrix collision",
     "goal unknown", "goal on no score", "goal against", "goal against nothing", "goal min above max",
+    "goal noninferior of all", "goal noninferior of a cost", "goal gap without groups", "slice unknown",
+    "slice of builtin", "slice twice", "cluster unknown",
     "goal shared name", "goal not scored", "prefer unknown", "loftq without qlora",
     "loftq turns alone", "pissa rank", "qlora on zeros", "dora on zeros", "adapter apart on zeros", "pissa on zeros"))
 

@@ -147,8 +147,9 @@ def test_validating_and_planning_import_nothing_heavy(home: Path) -> None:
 
 def test_a_model_in_integers_takes_training_and_no_second_rounding(tmp_path: Path) -> None:
     home = makers.folder(tmp_path)
-    for step in ("finetune: {method: lora, data: train, merge: false}", "finetune: {method: full, data: train}"):
+    for step in ("finetune: {method: lora, data: train, merge: false}", "finetune: {method: full, data: train}",
+                 "finetune: {method: dpo, data: train}"):
         parse_recipe(makers.text(model="model: integers", variants=f"variants:\n  a: {{{step}}}"), base_dir=home)
-    for step in ("quantize: {method: rtn, scheme: w4a16}", "finetune: {method: dpo, data: train}"):
+    for step in ("quantize: {method: rtn, scheme: w4a16}", "finetune: {method: qlora, data: train}"):
         with pytest.raises(RecipeError, match="a base model that is quantized already"):
             parse_recipe(makers.text(model="model: integers", variants=f"variants:\n  a: {{{step}}}"), base_dir=home)

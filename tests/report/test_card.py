@@ -93,7 +93,7 @@ def test_the_body_says_how_it_was_made_and_what_it_is_worth():
     places = [body.index(step) for step in ("1. tuned: finetune with lora", "2. wanda: prune", "3. healed: finetune")]
     assert places == sorted(places)
     assert "| exact\\_match:test | 90.0% [86.6, 93.4] | 300 | +19.0 pp [+17.0, +21.0]" in body
-    assert "Its zeros lie in dense tensors: no time is saved" in body
+    assert "Its zeros lie in dense tensors and save bytes only when compressed" in body
     assert "~61.0 mJ/token" in body and "estimated; CodeCarbon model" in body
     assert "not measured: embodied g: embodied carbon of the hardware is not known" in body
     assert "llmops.load" in body and "AutoModelForCausalLM" in body

@@ -4,8 +4,9 @@ Every group of layers that must share a scheme (q, k and v; gate and up) is quan
 that will do it in the end, on what the unchanged model sees; its cost is what the swap does to the model's output
 (`methods/quantize/sensitivity.py`). The choice is exact (`allocation.py`), and the solver's own step makes the weights:
 later layers then see what earlier ones became, which the costs, taken one at a time, did not. Candidates are kept as
-8-bit codes until they were measured: a byte a weight and candidate. The table of costs does not depend on the budget,
-so it is measured once for all budgets of the same parent, data and candidates.
+8-bit codes until they were measured: a byte a weight and candidate. Where the solver's walk will rotate the weights or
+fold factors into them, costs are those of a copy to which the same was done before. The table of costs does not depend
+on the budget, so it is measured once for all budgets of the same parent, data and candidates.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,15 +25,17 @@ from torch import Tensor, nn
 
 from llmops import calibrate, swaps
 from llmops.build.job import Job, Work, bar, calibration
-from llmops.build.quantizing import awq_step, computed, gptq_step, rtn_step
+from llmops.build.preparing import prepare
+from llmops.build.quantizing import autoround_step, awq_step, computed, gptq_step, rtn_step
 from llmops.data.render import answer_crops
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.allocation import allocate, smallest, stored_bits
 from llmops.methods.quantize.gptq import gptq
-from llmops.methods.quantize.options import Auto, Awq, Gptq, Rtn
+from llmops.methods.quantize.options import Auto, Autoround, Awq, Gptq, Rtn, WeightOnly
 from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.sensitivity import divergence, fisher_cost, shift
 from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.models.embeddings import is_tied
 from llmops.models.schemes import LayerScheme, average_bits, fused_groups
 
 __all__ = ["auto_step"]
@@ -51,7 +56,8 @@ def auto_step(job: Job, options: Auto) -> Work:
     budget = _budget(job, options, sum(numbers), len(shapes), smallest(sizes))
     crops, where = _crops(job, options, tokens)
     costs, measured = _remembered(job, groups, schemes,
-                                  lambda: _costs(job, options, groups, schemes, tokens, crops, where))
+                                  lambda: _costs(_changed(job, options, shapes, schemes, tokens), options, groups,
+                                                 schemes, tokens, crops, where))
     choice = allocate(costs, sizes, budget)
     chosen = {name: schemes[c] for group, c in zip(groups, choice, strict=True) for name in group}
     work = _solve(job, options, chosen)
@@ -99,6 +105,23 @@ def _remembered(job: Job, groups: Groups, schemes: Sequence[LayerScheme],
     return costs, True
 
 
+def _changed(job: Job, options: Auto, shapes: Mapping[str, Any], schemes: Sequence[LayerScheme],
+             tokens: Tensor) -> Job:
+    """The job with a copy of its model on which costs are measured: rotated and with factors folded, as the solver's
+    walk will do to the model itself. Factors hang a little on the scheme; here they are those of a middle one."""
+    if not options.rotations and options.factors is None:
+        return job
+    copied = replace(job, model=deepcopy(job.model))
+    ready = prepare(copied, _solver_options(options), dict.fromkeys(shapes, schemes[(len(schemes) - 1) // 2]))
+    if options.factors is None:
+        calibrate.walk(copied.model, None, "none", lambda *_: None, ignore=options.ignore, prepare=ready.block,
+                       compute=ready.compute(), progress=bar(job))
+    else:
+        calibrate.walk_blocks(copied.model, tokens, lambda _: None, ignore=options.ignore, prepare=ready.block,
+                              tail=ready.tail, compute=ready.compute(), progress=bar(job))
+    return copied
+
+
 def _costs(job: Job, options: Auto, groups: Groups, schemes: Sequence[LayerScheme], tokens: Tensor,
            crops: Tensor, where: Tensor) -> Costs:
     """(groups, schemes) nats a token."""
@@ -118,7 +141,7 @@ def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens:
             made.append(rtn(layer.weight, **how) if H is None else gptq(layer.weight, H, **how)[0])
         found[name] = made
 
-    if options.solver == "gptq":
+    if options.solver in ("gptq", "autoround"):  # of what sees the inputs, GPTQ is the quicker stand-in
         calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True,
                        compute=computed(job), progress=bar(job))
     else:
@@ -194,6 +217,8 @@ def _budget(job: Job, options: Auto, total: int, layers: int, least: int) -> int
     if options.bytes is None:
         raise LlmopsError("neither bits nor bytes; expected one budget, as bits: 3.5")
     rest = sum(parameter.numel() for parameter in job.model.parameters()) - total
+    if "r1" in options.rotations and is_tied(job.model):
+        rest += job.model.get_input_embeddings().weight.numel()  # the head, which a final norm's gain unties
     outside = rest * torch.finfo(job.storage).bits + 128 * layers  # and the shape of each layer, two int64
     if 8 * options.bytes < least + outside:
         raise LlmopsError(f"bytes is {options.bytes:,}; expected at least {-(-(least + outside) // 8):,}: "
@@ -201,11 +226,21 @@ def _budget(job: Job, options: Auto, total: int, layers: int, least: int) -> int
     return int(8 * options.bytes - outside)
 
 
-def _solve(job: Job, options: Auto, chosen: dict[str, LayerScheme]) -> Work:
-    shared: dict[str, Any] = {"scheme": options.candidates[0], "symmetric": options.symmetric, "ignore": options.ignore}
+def _solver_options(options: Auto) -> WeightOnly:
+    """The options of the solver's own step; the scheme among them is no layer's."""
+    shared: dict[str, Any] = {"method": options.solver, "scheme": options.candidates[0], "ignore": options.ignore,
+                              "symmetric": options.symmetric, "rotate": options.rotate}
     seen = {"data": options.data, "length": options.length}
-    solvers: dict[str, Callable[[], Work]] = {
-        "rtn": lambda: rtn_step(job, Rtn(method="rtn", clip="mse", **shared), chosen),
-        "gptq": lambda: gptq_step(job, Gptq(method="gptq", **shared, **seen), chosen),
-        "awq": lambda: awq_step(job, Awq(method="awq", **shared, **seen), chosen)}
-    return solvers[options.solver]()
+    if options.solver == "rtn":
+        return Rtn(clip="mse", **shared)
+    if options.solver == "awq":
+        return Awq(**shared, **seen)
+    if options.solver == "gptq":
+        return Gptq(factors=options.factors, **shared, **seen)
+    return Autoround(factors=options.factors, iterations=options.iterations, **shared, **seen)
+
+
+def _solve(job: Job, options: Auto, chosen: dict[str, LayerScheme]) -> Work:
+    solvers: dict[str, Callable[..., Work]] = {"rtn": rtn_step, "gptq": gptq_step, "awq": awq_step,
+                                               "autoround": autoround_step}
+    return solvers[options.solver](job, _solver_options(options), chosen)

@@ -24,7 +24,7 @@ from llmops.measure.meter import Window
 from llmops.quantity import Quantity, weakest
 from llmops.train import Progress
 
-__all__ = ["Attempts", "Spent"]
+__all__ = ["Attempts", "Spent", "summed"]
 
 EVERY_S = 2.0
 
@@ -104,7 +104,7 @@ class Attempts:
         count, method = len(every), "wall clock of the step"
         if count > 1:
             method += f", {count} attempts, those that were cut off included"
-        return Spent(Quantity.measured(sum(wall for wall, _ in every), "s", method), _sum(every),
+        return Spent(Quantity.measured(sum(wall for wall, _ in every), "s", method), summed(every),
                      [{"wall_s": wall, "energy_j": energy.value} for wall, energy in every])
 
     def discard(self) -> None:
@@ -112,15 +112,18 @@ class Attempts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _sum(every: list[tuple[float, Quantity]]) -> Quantity:
-    """The energy of all attempts, given as (seconds, energy) with the one that finished last."""
+def summed(every: list[tuple[float, Quantity]], what: str = "attempts") -> Quantity:
+    """The energy of all attempts (or whatever `what` says), given as (seconds, energy) with the last one last.
+
+    Those without a reading are charged at the mean power of the others.
+    """
     last = every[-1][1]
     known = [(wall, energy) for wall, energy in every if energy.value is not None]
     unseen_s = sum(wall for wall, energy in every if energy.value is None)
     if len(every) == 1 or not known:
         return last
     joules, seen_s = sum(energy.value or 0.0 for _, energy in known), sum(wall for wall, _ in known)
-    method = f"sum over {len(every)} attempts; {known[-1][1].method}"
+    method = f"sum over {len(every)} {what}; {known[-1][1].method}"
     if unseen_s == 0:
         return Quantity(joules, "J", weakest(energy.provenance for _, energy in known), method, n=len(every))
     return Quantity(joules * (1 + unseen_s / max(1e-9, seen_s)), "J", "estimated",

@@ -2,74 +2,192 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmops.build.job import Job, Work, bar
+from llmops.build.on_policy import Drawn, drawer
+from llmops.build.shared import Shared
+from llmops.build.signals import Signals, open_signals, write_signals
+from llmops.build.teaching import Stopwatch, check_columns, live_loss, offline_loss
+from llmops.build.training import Rows as TrainingRows
 from llmops.build.training import train_all, trainable, training_rows
 from llmops.data.render import prompts_and_answers, with_answers
 from llmops.data.sources import Rows
 from llmops.errors import StepError
 from llmops.evaluate.exact_match import ended_answers
-from llmops.methods.distill.hidden import hidden_loss, uniform_pairs
-from llmops.methods.distill.logits import distill_loss
-from llmops.methods.distill.options import Logits
-from llmops.models.arch import decoder_layers, text_config
-from llmops.models.block_outputs import block_outputs
-from llmops.models.packed_rows import use_packed_attention
+from llmops.methods.distill.options import Logits, Student
+from llmops.models.packed_rows import attention_implementation, use_packed_attention
 from llmops.models.parity import count_parameters
-from llmops.models.token_loss import head_of, last_hidden
+from llmops.models.student import agreed_vocabulary, fresh_student, vocabulary_rows
 from llmops.quantity import Quantity
-from llmops.train import IGNORED, Loss
+from llmops.train import Loss
 
 __all__ = ["logits_step"]
 
 
 def logits_step(job: Job, options: Logits, train: Callable[..., Work] = train_all) -> Work:
-    """Every weight of the student is trained towards the teacher's distribution, and its hidden states if asked.
+    """Every weight of the student is trained towards the teacher's distribution, and its states if asked.
 
     train: `train_all`, or what does the same for another kind of student.
     """
     if job.teacher is None:
         raise StepError("distillation needs a teacher; name one with `teacher:`")
-    teacher = trainable(job.teacher(options.teacher), frozen=True)
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-    told = _Told()
-    taught = job if options.answers == "data" else replace(job, rows=_answered(job, options, teacher, told))
+    lesson = _Lesson(job, options)
+    if options.student is not None:
+        lesson.job = job = replace(job, model=_student(job, options.student, lesson))
+    taught = job if options.answers == "data" else replace(job, rows=_answered(lesson))
     rows = training_rows(taught, options)
-    attention = use_packed_attention(teacher) if rows.train.packed else nullcontext()
-    with attention, _taught_by(teacher, job.model, options) as loss:
+    with _loss(lesson, rows) as (loss, rows):
         work = train(job, options, loss, rows)
-    work.events += told.events
-    forward = 2.0 * count_parameters(teacher) * (work.tokens + told.tokens)
-    if work.flops.value is not None:
-        work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
-                              f"{work.flops.method}, and 2 x the teacher's parameters x tokens"
-                              + (" read and written" if told.tokens else ""))
+    _charge(work, lesson)
     return work
 
 
 @dataclass
-class _Told:
-    """What became of a teacher's answers: for the row, and the tokens it read and wrote."""
+class _Lesson:
+    """One student's: its job, what the teacher did for it, and what the row is told of that.
 
+    The teacher is loaded when it is first needed; signals and answers from the disk need none. reads, writes: tokens
+    that it ran over in this attempt, beside those of the training.
+    """
+
+    job: Job
+    options: Logits
     events: list[str] = field(default_factory=list)
-    tokens: int = 0
+    reads: int = 0
+    runs_beside: bool = False
+    drawn: Drawn | None = None
+
+    @cached_property
+    def teacher(self) -> Any:
+        assert self.job.teacher is not None
+        teacher = trainable(self.job.teacher(self.options.teacher), frozen=True)
+        for parameter in teacher.parameters():
+            parameter.requires_grad_(False)
+        return teacher
+
+    def compare(self, theirs: int) -> None:
+        """Say so where the student has more parameters than its teacher's `theirs`."""
+        mine = count_parameters(self.job.model)
+        if mine > theirs:
+            self.events.append(f"the student has {mine:,} parameters, more than its teacher's {theirs:,}: allowed, but "
+                               "it will cost more to run than what it learns from")
+
+    @cached_property
+    def watch(self) -> Stopwatch:
+        return Stopwatch(next(self.job.model.parameters()).device)
+
+    def vocabulary(self) -> int:
+        """Logits that are compared: all where both have as many, else those of the tokenizer's tokens."""
+        rows = vocabulary_rows(self.teacher)
+        if rows == vocabulary_rows(self.job.model):
+            return rows
+        known = int(max(self.job.tokenizer.get_vocab().values())) + 1
+        check_columns(self.job.model, rows, known)
+        self.events.append(f"{rows:,} logits of the teacher and {vocabulary_rows(self.job.model):,} of the student: "
+                           f"the {known:,} of the tokenizer's tokens are compared, the others pad")
+        return known
 
 
-def _answered(job: Job, options: Logits, teacher: Any, told: _Told) -> Callable[[str], Rows]:
-    """The data by name with the teacher's answers in place of its own; what became of them goes into `told`.
+# ---------------------------------------------------------------------------------------------------------- students
 
-    Answered once, in the first attempt of a build. Answers that do not end within `max_new_tokens` would teach to break
-    off, empty ones to say nothing: both are left out. Raises StepError when no answer is left.
+
+def _student(job: Job, chosen: Student, lesson: _Lesson) -> nn.Module:
+    """The student that the step brings itself, where the parent's model was. Raises ModelError when it cannot be."""
+    device = next(job.model.parameters()).device
+    if chosen.config is not None:
+        model = fresh_student(lesson.teacher, chosen.config, seed=job.seed)
+        lesson.events.append(f"a fresh student of {count_parameters(model):,} parameters, drawn from seed {job.seed}")
+    else:
+        assert chosen.model is not None
+        model, tokenizer = job.open(chosen.model, chosen.revision)
+        known = agreed_vocabulary(job.tokenizer, tokenizer, chosen.model)
+        lesson.events.append(f"{chosen.model} is the student: {known:,} tokens mean the same to it; it ships with the "
+                             "teacher's tokenizer and template")
+    return model.to(device)  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------- the teacher's word
+
+
+@contextmanager
+def _loss(lesson: _Lesson, rows: TrainingRows) -> Iterator[tuple[Loss, TrainingRows]]:
+    """The loss, and the rows that it wants."""
+    job, options = lesson.job, lesson.options
+    if options.offline is not None:
+        signals = _signals(lesson, rows)
+        held = rows.held_out
+        yield offline_loss(options, signals.vocabulary), replace(
+            rows, train=signals.beside(rows.train),
+            held_out=signals.beside(held, len(rows.train)) if held is not None else None)
+        return
+    lesson.runs_beside, vocabulary = True, lesson.vocabulary()
+    lesson.compare(count_parameters(lesson.teacher))
+    if options.on_policy is not None:
+        text = [name for name in options.mixed if options.answers == "data" and job.rows(name).kind == "text"]
+        if text:
+            raise StepError(f'on_policy: data "{text[0]}" is plain text, which asks nothing; expected prompts with '
+                            "answers, so that the student can answer, too; name other data, or leave on_policy out")
+        lesson.drawn = drawer(job.model, job.tokenizer, options.on_policy, vocabulary,
+                              attention_implementation(job.model))
+    attention = use_packed_attention(lesson.teacher) if rows.train.packed else nullcontext()
+    with attention, live_loss(lesson.teacher, job.model, options, vocabulary, lesson.watch, job.seed,
+                              lesson.drawn) as loss:
+        yield loss, rows
+
+
+def _signals(lesson: _Lesson, rows: TrainingRows) -> Signals:
+    """From the cache that the recipe names, or from the store's, where they are made if they are not there."""
+    job, options = lesson.job, lesson.options
+    assert options.offline is not None
+    shared, sets = _place(job), [rows.train, *([rows.held_out] if rows.held_out is not None else [])]
+    found = open_signals(shared, sets)
+    if found is None and options.offline.cache is not None:
+        raise StepError(f"{shared.folder}: holds no finished signals (manifest.json is not there); expected a folder "
+                        "as runs/signals/KEY of a run that made them: leave `cache` out, and they are made here")
+    if found is None:
+        with shared.making():
+            found = open_signals(shared, sets)  # by another process, while this one waited
+            if found is None:
+                packed = use_packed_attention(lesson.teacher) if rows.train.packed else nullcontext()
+                vocabulary = min(lesson.vocabulary(), vocabulary_rows(lesson.teacher))
+                with packed:
+                    lesson.reads += write_signals(
+                        shared, lesson.teacher, sets, k=min(options.offline.k, vocabulary), vocabulary=vocabulary,
+                        temperature=options.temperature, progress=job.progress)
+                found = open_signals(shared, sets)
+        assert found is not None
+    shared.used()
+    manifest = shared.manifest() or {}
+    lesson.compare(manifest["teacher_parameters"])
+    lesson.events.append(f"signals of {options.teacher}: {manifest['tokens']:,} trained tokens, top {found.k} and the "
+                         f"rest, {manifest['bytes_per_token']} bytes a token, {shared.size():,} bytes in "
+                         f"{shared.folder.name[:12]}" + ("" if lesson.reads else "; the teacher did not run"))
+    return found
+
+
+def _place(job: Job) -> Shared:
+    if job.signals is None:
+        raise StepError("offline signals are kept in the folder of a run, and this step is taken in memory; expected "
+                        "no `offline` here, so that the teacher runs beside the student")
+    return job.signals
+
+
+def _answered(lesson: _Lesson) -> Callable[[str], Rows]:
+    """The data by name with the teacher's answers in place of its own; what became of them is told.
+
+    Answered once, in the first attempt of a build, or where signals are shared, once for all who share them. Answers
+    that do not end within `max_new_tokens` would teach to break off, empty ones to say nothing: both are left out.
+    Raises StepError when no answer is left.
     """
     kept: dict[str, Rows] = {}
+    job, options = lesson.job, lesson.options
 
     def rows(name: str) -> Rows:
         if name not in kept:
@@ -77,62 +195,55 @@ def _answered(job: Job, options: Logits, teacher: Any, told: _Told) -> Callable[
             prompts = prompts_and_answers(source, job.tokenizer)
 
             def write() -> list[str | None]:
-                return ended_answers(teacher, job.tokenizer, [prompt.input_ids for prompt in prompts],
-                                     max_new_tokens=options.max_new_tokens, progress=bar(job))
+                with nullcontext() if options.offline is not None else lesson.watch:
+                    said = ended_answers(lesson.teacher, job.tokenizer, [prompt.input_ids for prompt in prompts],
+                                         max_new_tokens=options.max_new_tokens, progress=bar(job))
+                lesson.reads += sum(len(prompt.input_ids) for prompt in prompts)
+                lesson.reads += sum(len(ids) for ids in job.tokenizer([text for text in said if text] or [""],
+                                                                      verbose=False)["input_ids"])
+                return said
 
-            answers = job.checkpoints.remember(f"answers-{name}", write) if job.checkpoints is not None else write()
+            answers = _remembered(job, options, source, write)
             good = {row: str(answer) for row, answer in enumerate(answers) if answer and answer.strip()}
             lost = len(answers) - len(good)
-            told.events.append(f"{options.teacher} answered {len(good):,} of the {len(answers):,} prompts of {name}"
-                               + (f"; {lost:,} answers were empty or not done after {options.max_new_tokens} tokens, "
-                                  "and are left out" if lost else ""))
+            lesson.events.append(f"{options.teacher} answered {len(good):,} of the {len(answers):,} prompts of {name}"
+                                 + (f"; {lost:,} answers were empty or not done after {options.max_new_tokens} tokens, "
+                                    "and are left out" if lost else ""))
             if not good:
                 raise StepError(f'data "{name}": {options.teacher} ended none of its {len(answers)} answers within '
                                 f"{options.max_new_tokens} tokens; expected a teacher that answers such prompts, or a "
                                 "larger max_new_tokens")
-            told.tokens += sum(len(prompt.input_ids) for prompt in prompts)
-            told.tokens += sum(len(ids) for ids in job.tokenizer([*good.values()])["input_ids"])
             kept[name] = with_answers(source, good, job.tokenizer)
         return kept[name]
 
     return rows
 
 
-@contextmanager
-def _taught_by(teacher: nn.Module, student: nn.Module, options: Logits) -> Iterator[Loss]:
-    """The loss of a batch: summed over its trained tokens, as the loop wants it."""
-
-    def trained_logits(model: nn.Module, hidden: Tensor, kept: Tensor) -> Tensor:  # (N, V)
-        return head_of(model)(hidden[:, :-1][kept])
-
-    with ExitStack() as stack:
-        states = stack.enter_context(_matched(teacher, student)) if options.hidden_weight else None
-
-        def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-            kept = batch["labels"][:, 1:] != IGNORED
-            with torch.no_grad():
-                taught = trained_logits(teacher, last_hidden(teacher, batch), kept)
-            said = trained_logits(model, last_hidden(model, batch), kept)
-            total = distill_loss(said, taught, batch["labels"][:, 1:][kept], temperature=options.temperature,
-                                 direction=options.loss, hard_weight=options.hard_weight)
-            return total if states is None else total + options.hidden_weight * kept.sum() * states(batch)
-
-        yield loss
+def _remembered(job: Job, options: Logits, rows: Rows, write: Callable[[], list[str | None]]) -> list[str | None]:
+    """What `write` gives, or gave before: to this build, or to whoever shares the signals."""
+    shared = f"answers-{rows.sha256[:16]}"
+    if options.offline is not None and (options.offline.cache is None
+                                        or (_place(job).folder / f"{shared}.json").exists()):
+        return _place(job).remembered(shared, write)  # type: ignore[no-any-return]
+    return job.checkpoints.remember(f"answers-{rows.name}", write) if job.checkpoints is not None else write()
 
 
-@contextmanager
-def _matched(teacher: nn.Module, student: nn.Module) -> Iterator[Callable[[Mapping[str, Tensor]], Tensor]]:
-    """How far the student's hidden states of the last batch are from the teacher's, on all tokens but padding."""
-    widths = [int(text_config(model).hidden_size) for model in (student, teacher)]
-    if widths[0] != widths[1]:
-        raise StepError(f"hidden_weight with a student {widths[0]} wide and a teacher {widths[1]} wide; expected one "
-                        "hidden size: leave hidden_weight out")
-    pairs = uniform_pairs(*(len(decoder_layers(model)[1]) for model in (student, teacher)))
-    with block_outputs(student) as mine, block_outputs(teacher) as theirs:
+# -------------------------------------------------------------------------------------------------------------- costs
 
-        def distance(batch: Mapping[str, Tensor]) -> Tensor:
-            mask = batch.get("attention_mask")
-            real = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-            return hidden_loss([mine[s][real] for s, _ in pairs], [theirs[t][real] for _, t in pairs])
 
-        yield distance
+def _charge(work: Work, lesson: _Lesson) -> None:
+    """What the teacher did goes into the student's work: events, FLOPs, its share of the time, what is shared."""
+    if lesson.drawn is not None:
+        lesson.events.append(lesson.drawn.event())
+    work.events += lesson.events
+    beside = work.tokens if lesson.runs_beside else 0
+    if work.flops.value is not None and (beside or lesson.reads):
+        forward = 2.0 * count_parameters(lesson.teacher) * (beside + lesson.reads)
+        work.flops = Quantity(work.flops.value + forward, "FLOP", "estimated",
+                              f"{work.flops.method}, and 2 x the teacher's parameters x tokens"
+                              + (" read and written" if lesson.reads else ""))
+    how = "offline" if lesson.options.offline is not None else "on_policy" if lesson.drawn is not None else "live"
+    work.teaching = {"variant": lesson.options.teacher, "how": how,
+                     "beside_s": 0.0 if how == "offline" else lesson.watch.seconds()}
+    if lesson.options.offline is not None:
+        work.shared.append(("signals", _place(lesson.job)))

@@ -41,9 +41,10 @@ from llmops.models.fake_quant import (
 from llmops.models.quantized import save_quantized
 from llmops.models.save import save_adapter
 from llmops.models.token_loss import next_token_loss
+from llmops.models.zeros import keep_masks
 from llmops.train import Loss
 
-__all__ = ["heal_full_step", "heal_logits_step", "heal_lora_step"]
+__all__ = ["hardened", "heal_full_step", "heal_logits_step", "heal_lora_step", "learn_scales", "softened"]
 
 LEARN_SCALES = True  # measured in LOG.md
 
@@ -62,22 +63,23 @@ def heal_lora_step(job: Job, options: Lora) -> Work:
     """Adapters on a quantized parent: rounded together with its weights, or kept apart from them."""
     if options.init == "loftq":
         raise StepError("init: loftq rounds the base itself, and this one is rounded already; use init: default")
-    if options.dora:
-        raise StepError("dora: true rescales the rows of a weight that lies in integers; use rslora, or plain LoRA")
+    if options.dora and not options.merge:
+        raise StepError("dora: true rescales the rows of a weight, and under an adapter apart they are integers that "
+                        "stay; use merge: true, which rounds the rescaled rows, or rslora")
     return _rounded(job, options) if options.merge else _apart(job, options)
 
 
 def _train_all(job: Job, options: Training, loss: Loss, rows: TrainingRows | None = None) -> Work:
     rows = training_rows(job, options) if rows is None else rows
-    start, events = _softened(job)
+    start, events = softened(job)
     model = trainable(job.model)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    _learn_scales(fake_quantized(model))
+    learn_scales(fake_quantized(model))
     dense = {name: mask for name, mask in zero_masks(model).items() if name not in start} if job.keeps_zeros else {}
     done = run_fit(job, options, model, rows, loss, keeping_zeros(model, dense))
     done.events.extend(events)
-    return _hardened(job, model, done, start, backward=2.0)
+    return hardened(job, model, done, start, backward=2.0)
 
 
 def _rounded(job: Job, options: Lora) -> Work:
@@ -85,7 +87,7 @@ def _rounded(job: Job, options: Lora) -> Work:
         raise StepError(f"dropout: {options.dropout:g} on adapters that are rounded with their weight, which have no "
                         "input of their own; use dropout: 0, or merge: false")
     rows = training_rows(job, options)
-    start, events = _softened(job)
+    start, events = softened(job)
     model = trainable(job.model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -96,11 +98,11 @@ def _rounded(job: Job, options: Lora) -> Work:
                         f"{', '.join(sorted({name.rpartition('.')[2] for name in start}))}, or all-linear")
     if options.init == "pissa":
         start_pissa(adapted)
-    _learn_scales(reached)
+    learn_scales(reached)
     done = run_fit(job, options, adapted, rows, rate_scale=rate_scale_of(options))
     done.events.extend([trained_parameters(adapted, options), *events])
     fold_adapters(adapted)
-    return _hardened(job, merge_lora(adapted), done, start, backward=1.0)
+    return hardened(job, merge_lora(adapted), done, start, backward=1.0)
 
 
 def _apart(job: Job, options: Lora) -> Work:
@@ -125,7 +127,7 @@ def _apart(job: Job, options: Lora) -> Work:
     return work_of(job, adapted, save, done, backward=1.0, expected=parity.Expected(adapter_rank=options.rank))
 
 
-def _softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
+def softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
     """Make the job's model trainable, in place: (codes it starts with, by layer, int8; events)."""
     packed = packed_layers(job.model)
     before = job.unrounded() if job.unrounded is not None else None
@@ -136,7 +138,9 @@ def _softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
     else:
         events.append("latent weights begin anywhere in their cells: what was quantized "
                       + ("is not there" if before is None else "has other weights around it"))
-    if job.keeps_zeros and before is not None:
+    if job.zeros is not None:
+        keep = keep_masks(job.zeros, {name: (layer.out_features, layer.in_features) for name, layer in packed.items()})
+    elif job.keeps_zeros and before is not None:
         keep = zero_masks(before)
     elif job.keeps_zeros:
         keep = {name: layer.dequantized() != 0 for name, layer in packed.items()}
@@ -149,12 +153,12 @@ def _softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
     return {name: layer.settled().codes for name, layer in layers.items()}, events
 
 
-def _learn_scales(layers: Iterable[FakeQuantLinear]) -> None:
+def learn_scales(layers: Iterable[FakeQuantLinear]) -> None:
     for layer in layers:
         layer.log_scale.requires_grad_(LEARN_SCALES)
 
 
-def _hardened(job: Job, model: Any, done: Trained, start: Mapping[str, Tensor], backward: float) -> Work:
+def hardened(job: Job, model: Any, done: Trained, start: Mapping[str, Tensor], backward: float) -> Work:
     """Codes in the place of the latent weights, and the folder of the parent's scheme that holds them."""
     weights = harden(model, job.storage)
     changed = sum(int((weights[name].codes != codes).sum()) for name, codes in start.items())

@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmops.build.shared import Shared
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens
 from llmops.data.sources import Rows
+from llmops.measure.meter import Meter
+from llmops.methods.prune.options import MASKING as METHODS
 from llmops.methods.quantize.floats import AnyWeight
 from llmops.models import parity
+from llmops.models.load import load
 from llmops.quantity import Quantity
 from llmops.train import Checkpoints, Progress
 
 __all__ = ["MASKING", "Job", "Work", "bar", "calibrated", "calibration"]
 
-MASKING = ("prune:magnitude", "prune:wanda")  # steps whose zeros every later training has to keep
+MASKING = tuple(f"prune:{method}" for method in METHODS)  # steps whose zeros every later training has to keep
 
 
 @dataclass
@@ -31,8 +35,9 @@ class Job:
     None for base. device: where to train, None for where the model is. parent: opens the parent once more, on the CPU
     in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized
     parent, opens the variant that was quantized likewise; gives None where it is not there. memory: a file for what a
-    step measures of its parent and builds with another budget can use again; notes: what a step had to do with less
-    than was asked, told in the row.
+    step measures of its parent and builds with another budget can use again; open: (model, tokenizer) of a source by
+    its name and revision; signals: where a teacher's signals are kept, None outside of a run; notes: what a step had to
+    do with less than was asked, told in the row.
     """
 
     model: Any
@@ -54,11 +59,16 @@ class Job:
     spent: Callable[[], float | None] = lambda: None
     memory: Path | None = None
     log: Callable[[int, Mapping[str, float]], None] | None = None
+    open: Callable[[str, str | None], tuple[Any, Any]] = lambda source, revision: load(source, revision=revision,
+                                                                                        dtype="stored")
+    signals: Shared | None = None
+    meter: Meter | None = None
+    zeros: Mapping[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def keeps_zeros(self) -> bool:
-        return any(step in MASKING for step in self.chain)
+        return bool(self.zeros) or any(step in MASKING for step in self.chain)
 
 
 @dataclass
@@ -66,7 +76,9 @@ class Work:
     """What a step made: the model in memory, how to save it, what it promises, and what is known of its cost.
 
     merge: how far each way of keeping a trained adapter is from what was trained, a line of the row's table each;
-    allocation: what each choice of bits was found to cost each group of layers, and what was chosen.
+    allocation: what each choice of bits was found to cost each group of layers, and what was chosen; search: the same
+    of sparsities by block, and of shapes. teaching: who taught, how, and the seconds that the teacher ran within this
+    step; shared: (what it is, the folder) of everything it used that other builds use, too.
     """
 
     model: Any
@@ -81,6 +93,9 @@ class Work:
     packed: dict[str, AnyWeight] = field(default_factory=dict)
     merge: list[dict[str, Any]] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    teaching: dict[str, Any] = field(default_factory=dict)
+    shared: list[tuple[str, Shared]] = field(default_factory=list)
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def calibration(job: Job, data: str, length: int) -> Tensor:

@@ -35,7 +35,17 @@ import torch
 from torch import Tensor, nn
 
 from llmops.build.job import Job, Work
-from llmops.build.training import SEED_OF_SPLIT, Rows, packing, run_fit, schedule_of, train_all, trainable, work_of
+from llmops.build.training import (
+    SEED_OF_SPLIT,
+    Rows,
+    Trained,
+    packing,
+    run_fit,
+    schedule_of,
+    train_all,
+    trainable,
+    work_of,
+)
 from llmops.data.pairs import EncodedPairs, encode_pairs
 from llmops.data.render import IGNORED, collate
 from llmops.errors import StepError, StoreError
@@ -51,7 +61,8 @@ from llmops.train import Loss, Progress, TrainingSet
 from llmops.train.ranks import add_up, agree, rank_and_size
 from llmops.train.rows import order, to_device
 
-__all__ = ["Pairs", "answer_log_probs", "dpo_step", "pair_loss", "pair_rows", "reference_log_probs"]
+__all__ = ["Pairs", "adapters_of", "answer_log_probs", "dpo_step", "learn", "pair_loss", "pair_rows",
+           "reference_log_probs", "saved_apart"]
 
 PASS_TOKENS = 4096  # of a forward pass without a gradient, unless one pair has more
 MEASURED = 512  # training pairs that are looked at again after the training
@@ -97,11 +108,15 @@ class Pairs:
 
 def dpo_step(job: Job, options: Dpo) -> Work:
     """Train towards the better answers, through adapters or (rank: null) in every weight."""
-    if any(step.startswith("quantize:") for step in job.chain):
-        raise StepError("preferences cannot be trained into packed integers; expected a parent in 16 or 32 bit: start "
-                        "from what was quantized, and quantize the result")
+    return learn(job, options, partial(trainable, job.model, frozen=options.rank is not None),
+                 train_all if options.rank is None else _train_adapters)
+
+
+def learn(job: Job, options: Dpo, prepared: Callable[[], Any], train: Callable[..., Work]) -> Work:
+    """The step whatever its parent is stored in. prepared: gives the job's model ready to be trained, which is the
+    reference as it is then; train: (job, options, loss, rows) -> the work, trained on the job's model."""
     pairs = _pairs(job, options)
-    model = trainable(job.model, frozen=options.rank is not None)
+    model = prepared()
     began = time.perf_counter()
     needed = _needed(pairs, options, job.seed)
     reference = reference_log_probs(model, pairs, [*needed, *pairs.held_out], _kept(job), job.progress)
@@ -114,7 +129,6 @@ def dpo_step(job: Job, options: Dpo) -> Work:
     curve = _Curve(skip=options.learning_rate == "auto")
     told = replace(job, log=curve.beside(job.log)) if job.log is not None else job
     loss = partial(pair_loss, options=options, seen=curve.see if job.log is not None else None)
-    train = train_all if options.rank is None else _train_adapters
     work = train(told, options, loss, rows)
     tokens += _look_again(job, options, work, pairs, needed, reference)
     work.events += events
@@ -304,20 +318,35 @@ def _encoded(job: Job, options: Dpo, data: str) -> EncodedPairs:
 
 
 def _train_adapters(job: Job, options: Dpo, loss: Loss, rows: Rows) -> Work:
-    model = job.model
-    assert options.rank is not None
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapted = add_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout,
-                       targets=options.targets, seed=job.seed, keep_zeros=job.keeps_zeros)
+    adapted = adapters_of(job, options)
     done = run_fit(job, options, adapted, rows, loss)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    done.events.append(f"{trained:,} parameters trained (rank {options.rank})")
     if not options.merge:
-        save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source, revision=job.revision)
-        return work_of(job, adapted, save, done, backward=1.0, expected=parity.Expected(adapter_rank=options.rank))
+        return saved_apart(job, options, adapted, done)
+    done.events.append(_trained(adapted, options))
     plain = merge_lora(adapted)
     return work_of(job, plain, partial(save_dense, plain, job.tokenizer, dtype=job.storage), done, backward=1.0)
+
+
+def adapters_of(job: Job, options: Dpo, **changes: Any) -> Any:
+    """The job's model, frozen, with the adapters that the options ask for; `changes` to what `add_lora` is given."""
+    assert options.rank is not None
+    for parameter in job.model.parameters():
+        parameter.requires_grad_(False)
+    given: dict[str, Any] = {"rank": options.rank, "alpha": options.alpha, "dropout": options.dropout,
+                             "targets": options.targets, "seed": job.seed, "keep_zeros": job.keeps_zeros}
+    return add_lora(job.model, **given | changes)
+
+
+def saved_apart(job: Job, options: Dpo, adapted: Any, done: Trained) -> Work:
+    """The work that is stored as a PEFT folder."""
+    done.events.append(_trained(adapted, options))
+    save = partial(save_adapter, adapted, job.tokenizer, base=job.base_source, revision=job.revision)
+    return work_of(job, adapted, save, done, backward=1.0, expected=parity.Expected(adapter_rank=options.rank))
+
+
+def _trained(adapted: Any, options: Dpo) -> str:
+    count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return f"{count:,} parameters trained (rank {options.rank})"
 
 
 class _Curve:

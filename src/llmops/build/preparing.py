@@ -21,17 +21,19 @@ from llmops.methods.quantize.options import Autoround, Awq, Gptq, Smoothquant, W
 from llmops.methods.quantize.smoothquant import smooth_factors
 from llmops.models.fold import find_links, fold
 from llmops.models.rotate import find_rotation
+from llmops.models.tail import Tail
 
-__all__ = ["Prepared", "awq_factors", "folded", "prepare"]
+__all__ = ["Prepared", "awq_factors", "folded", "head_awq_factors", "prepare"]
 
 
 @dataclass
 class Prepared:
-    """steps: what a block goes through; looks: what sees it after that and changes nothing; told: one function a step,
-    called after the walk, for the row's events."""
+    """steps: what a block goes through; looks: what sees it after that and changes nothing; ends: what a head behind
+    the blocks goes through; told: one function a step, called after the walk, for the row's events."""
 
     steps: list[Callable[[calibrate.Block], None]] = field(default_factory=list)
     looks: list[Callable[[calibrate.Block], None]] = field(default_factory=list)
+    ends: list[Callable[[Tail], None]] = field(default_factory=list)
     told: list[Callable[[], list[str]]] = field(default_factory=list)
 
     @property
@@ -42,6 +44,11 @@ class Prepared:
     def _all(self, block: calibrate.Block) -> None:
         for step in (*self.steps, *self.looks):
             step(block)
+
+    def tail(self, tail: Tail) -> None:
+        """What the walk calls for a head."""
+        for end in self.ends:
+            end(tail)
 
     def compute(self, otherwise: torch.dtype | None = None) -> torch.dtype | None:
         """float32 where weights are changed before they are rounded, so that they are rounded once."""
@@ -58,9 +65,11 @@ def prepare(job: Job, options: WeightOnly, chosen: Chosen = None) -> Prepared:
         _rotated(job, options, ready)
     if isinstance(options, Gptq | Autoround) and options.factors == "awq":
         grid = Awq.model_fields["grid"].default
-        _counted(ready, lambda block: awq_factors(block, options, grid, job.storage, chosen)[1])
+        _counted(ready, lambda block: awq_factors(block, options, grid, job.storage, chosen)[1],
+                 lambda tail: head_awq_factors(tail, options, grid, job.storage, chosen)[1])
     if isinstance(options, Smoothquant):
-        _counted(ready, lambda block: _smoothed(block, options.alpha, job.storage))
+        _counted(ready, lambda block: _smoothed(block, options.alpha, job.storage),
+                 lambda tail: _head_smoothed(tail, options.alpha, job.storage))
     return ready
 
 
@@ -75,16 +84,19 @@ def _rotated(job: Job, options: WeightOnly, ready: Prepared) -> None:
     ready.told.append(lambda: events)
 
 
-def _counted(ready: Prepared, change: Callable[[calibrate.Block], int]) -> None:
-    """A step that says how many links of a block took factors, and one event about all."""
+def _counted(ready: Prepared, change: Callable[[calibrate.Block], int], end: Callable[[Tail], int]) -> None:
+    """A step that says how many links of a block took factors, the same for the head, and one event about all."""
     found: list[int] = []
+    ends: list[int] = []
     ready.steps.append(lambda block: found.append(change(block)))
-    ready.told.append(lambda: [folded(found)])
+    ready.ends.append(lambda tail: ends.append(end(tail)))
+    ready.told.append(lambda: [folded(found, ends)])
 
 
-def folded(found: Sequence[int]) -> str:
-    """The event about factors. found: how many links of each block took some."""
-    return f"factors folded into {sum(found)} norms and layers of {len(found)} blocks"
+def folded(found: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """The event about factors. found: how many links of each block took some; ends: whether that of the head did."""
+    return (f"factors folded into {sum(found)} norms and layers of {len(found)} blocks"
+            + (", and into the norm before the head" if sum(ends) else ""))
 
 
 def awq_factors(block: calibrate.Block, options: WeightOnly, grid: int, storage: torch.dtype,
@@ -107,6 +119,29 @@ def awq_factors(block: calibrate.Block, options: WeightOnly, grid: int, storage:
             H.update(dict.fromkeys(targets, H[targets[0]].div_(s).div_(s.unsqueeze(1))))  # in place: it is in^2
             count += 1
     return H, count
+
+
+def head_awq_factors(tail: Tail, options: WeightOnly, grid: int, storage: torch.dtype,
+                     chosen: Chosen = None) -> tuple[Tensor, int]:
+    """The same for a head and the final norm: the Hessian of the head's inputs as it is after that, and 1 where factors
+    were folded."""
+    H = tail.measure("hessian")
+    if tail.link is None or not grid:
+        return H, 0
+    scales = awq_scales([tail.head.weight], H, **scheme(options, chosen, tail.name), steps=grid, dtype=storage)
+    if not scales.alpha:
+        return H, 0
+    s = fold(tail.model, tail.link, scales.s, storage)
+    return H / torch.outer(s, s), 1
+
+
+def _head_smoothed(tail: Tail, alpha: float, storage: torch.dtype) -> int:
+    """SmoothQuant's factors of a head and the final norm. Returns 1 where they were folded."""
+    if tail.link is None:
+        return 0
+    s = smooth_factors([tail.head.weight], tail.measure("x_absmax"), alpha=alpha)
+    fold(tail.model, tail.link, s, storage)
+    return 1
 
 
 def _smoothed(block: calibrate.Block, alpha: float, storage: torch.dtype) -> int:

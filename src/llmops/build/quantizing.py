@@ -21,9 +21,9 @@ from llmops import calibrate
 from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.build.kept import Kept
 from llmops.build.layer_schemes import Chosen, check_groups, scheme, shared
-from llmops.build.preparing import Prepared, awq_factors, folded, prepare
+from llmops.build.preparing import Prepared, awq_factors, folded, head_awq_factors, prepare
 from llmops.methods.quantize.autoround import Tuned, autoround
-from llmops.methods.quantize.awq import awq_clip
+from llmops.methods.quantize.awq import awq_clip, output_error
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
 from llmops.methods.quantize.gptq import Factor, Solved, factorize, gptq
 from llmops.methods.quantize.grid import group_of
@@ -37,6 +37,7 @@ from llmops.models.experts import Routing
 from llmops.models.imitated import imitate
 from llmops.models.quantized import save_quantized
 from llmops.models.schemes import average_bits, packed_schemes
+from llmops.models.tail import Tail
 
 __all__ = ["autoround_step", "awq_step", "computed", "gptq_step", "hqq_step", "rtn_step", "smoothquant_step"]
 
@@ -108,7 +109,7 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
     ready = prepare(job, options, chosen)
     how = _schemes(job, options, chosen, ready)
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True, prepare=ready.block,
-                   compute=ready.compute(computed(job)), once=once, progress=bar(job), routing=routing)
+                   tail=ready.tail, compute=ready.compute(computed(job)), once=once, progress=bar(job), routing=routing)
     return _quantized(job, options, weights, ready, tokens, [*_troubles(solved), *routing.events(INSTEAD)])
 
 
@@ -128,6 +129,11 @@ def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
     """The factors of a block and the clipping after them share one Hessian."""
     weights: Weights = Kept()
     found: list[int] = []
+    ends: list[int] = []
+
+    def rounded(name: str, W: Tensor, H: Tensor | None, how: dict[str, Any]) -> Tensor:
+        weights[name] = awq_clip(W, H, **how) if options.clip and H is not None else rtn(W, **how)
+        return weights[name].dequantize().to(W.dtype)
 
     def update(block: calibrate.Block) -> None:
         H, links = awq_factors(block, options, options.grid, job.storage, chosen)
@@ -135,15 +141,18 @@ def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
         alike = shared(options, block.layers)
         for name, layer in block.layers.items():
             how = scheme(options, chosen, name) | alike.get(name, {}) | {"dtype": job.storage}
-            weights[name] = (awq_clip(layer.weight, H[name], **how) if options.clip and name in H
-                             else rtn(layer.weight, **how))
-            block.put(name, weights[name].dequantize().to(layer.weight.dtype))
+            block.put(name, rounded(name, layer.weight, H.get(name), how))
+
+    def last(tail: Tail) -> None:
+        H, links = head_awq_factors(tail, options, options.grid, job.storage, chosen)
+        ends.append(links)
+        tail.put(rounded(tail.name, tail.head.weight, H, scheme(options, chosen, tail.name) | {"dtype": job.storage}))
 
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ready = prepare(job, options, chosen)
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, compute=torch.float32, prepare=ready.block,
-                          progress=bar(job), routing=routing)
-    events = [folded(found)] if options.grid else []
+                          tail=last, progress=bar(job), routing=routing)
+    events = [folded(found, ends)] if options.grid else []
     return _quantized(job, options, weights, ready, tokens, [*events, *routing.events(INSTEAD)])
 
 
@@ -159,19 +168,26 @@ def smoothquant_step(job: Job, options: Smoothquant) -> Work:
             weights[name] = rtn(layer.weight, **how, clip=options.clip, dtype=job.storage)
             block.put(name, weights[name].dequantize().to(layer.weight.dtype))
 
+    def last(tail: Tail) -> None:
+        ready.tail(tail)
+        weights[tail.name] = rtn(tail.head.weight, **scheme(options, None, tail.name), clip=options.clip,
+                                 dtype=job.storage)
+        tail.put(weights[tail.name].dequantize().to(tail.head.weight.dtype))
+
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ready = prepare(job, options)
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, compute=ready.compute(),
-                          prepare=ready.block, progress=bar(job), routing=routing)
+                          prepare=ready.block, tail=last, progress=bar(job), routing=routing)
     return _quantized(job, options, weights, ready, tokens, routing.events("left without factors"))
 
 
-def autoround_step(job: Job, options: Autoround) -> Work:
+def autoround_step(job: Job, options: Autoround, chosen: Chosen = None) -> Work:
     weights: Weights = Kept()
     tuned: list[Tuned] = []
 
     def update(block: calibrate.Block) -> None:
-        check_groups(block.layers, options)
+        if chosen is None:
+            check_groups(block.layers, options)
 
         def loss(candidate: Mapping[str, Tensor], batch: int) -> Tensor:
             out = block.run(batch, candidate)
@@ -180,22 +196,37 @@ def autoround_step(job: Job, options: Autoround) -> Work:
         inside = [name for name in block.layers if expert_of(name) is not None]
         few = [name for name, seen in block.measure("x_absmax", inside).items() if seen is None] if inside else []
         for name in few:
-            weights[name] = rtn(block.layers[name].weight, **scheme(options, None, name), dtype=job.storage)
+            weights[name] = rtn(block.layers[name].weight, **scheme(options, chosen, name), dtype=job.storage)
             block.put(name, weights[name].dequantize().to(block.layers[name].weight.dtype))
         tuning = {name: layer.weight for name, layer in block.layers.items() if name not in few}
         made, report = autoround(tuning, loss, block.batches, bits=options.bits, group_size=options.group,
                                  symmetric=options.symmetric, iterations=options.iterations,
-                                 seed=job.seed + block.index, dtype=job.storage)
+                                 seed=job.seed + block.index, dtype=job.storage,
+                                 schemes={name: scheme(options, chosen, name) for name in tuning})
         tuned.append(report)
         for name, weight in made.items():
             weights[name] = weight
             block.put(name, weight.dequantize().to(block.layers[name].weight.dtype))
 
+    def last(tail: Tail) -> None:
+        """A head is a block of one layer, whose output's error is a quadratic form of its inputs: no pass is needed."""
+        ready.tail(tail)
+        W, H = tail.head.weight.detach().float(), tail.measure("hessian")
+
+        def loss(candidate: Mapping[str, Tensor], _: int) -> Tensor:
+            return output_error(candidate[tail.name] - W, H).mean()
+
+        made, report = autoround({tail.name: W}, loss, 1, **scheme(options, chosen, tail.name),
+                                 iterations=options.iterations, seed=job.seed + len(tuned), dtype=job.storage)
+        tuned.append(report)
+        weights[tail.name] = made[tail.name]
+        tail.put(weights[tail.name].dequantize().to(tail.head.weight.dtype))
+
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
-    ready = prepare(job, options)
+    ready = prepare(job, options, chosen)
     calibrate.walk_blocks(job.model, tokens, update, ignore=options.ignore, batch_size=options.batch_size,
-                          compute=ready.compute(computed(job)), targets=True, prepare=ready.block, progress=bar(job),
-                          routing=routing)
+                          compute=ready.compute(computed(job)), targets=True, prepare=ready.block, tail=last,
+                          progress=bar(job), routing=routing)
     gained = ", ".join(f"{each.start:.3g} to {each.best:.3g}" for each in tuned)
     return _quantized(job, options, weights, ready, tokens, [f"squared error of each block's output: {gained}",
                                                              *routing.events(INSTEAD)])

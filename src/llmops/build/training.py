@@ -63,7 +63,7 @@ def train_all(job: Job, options: Training, loss: Loss, rows: Rows | None = None)
     """Train every weight; the zeros of a pruned parent stay zero. rows: by default those of next-token prediction."""
     rows = training_rows(job, options) if rows is None else rows
     model = trainable(job.model)
-    masks = zero_masks(model) if job.keeps_zeros else {}
+    masks = {**zero_masks(model), **expert_masks(model)} if job.keeps_zeros else {}
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     done = run_fit(job, options, model, rows, loss, keeping_zeros(model, masks))
@@ -84,15 +84,22 @@ def trainable(model: Any, *, frozen: bool = False) -> Any:
 
 
 def keeping_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None] | None:
-    """What puts the zeros of layers back after an optimizer step; None where there are none. masks: by layer name."""
-    modules = dict(model.named_modules())
+    """What puts the zeros of layers back after an optimizer step; None where there are none. masks: by layer name, or
+    by that of a parameter."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head has a name, too
 
     def put_back() -> None:
         with torch.no_grad():
             for name, mask in masks.items():
-                modules[name].weight.mul_(mask)
+                parameters[name if name in parameters else f"{name}.weight"].mul_(mask)
 
     return put_back if masks else None
+
+
+def expert_masks(model: nn.Module) -> dict[str, Tensor]:
+    """{parameter name: True where it is not zero} of every fused parameter of experts that has zeros."""
+    fused = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    return {name: parameter != 0 for name, parameter in fused.items() if bool((parameter == 0).any())}
 
 
 def training_rows(job: Job, options: Training) -> Rows:

@@ -10,6 +10,7 @@ it comes from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,18 +21,22 @@ from torch import Tensor
 
 from llmops.build.allocating import auto_step
 from llmops.build.attempts import Attempts
-from llmops.build.compressing import depth_step, magnitude_step, wanda_step
+from llmops.build.charging import cost_of
+from llmops.build.cutting import depth_step, width_step
 from llmops.build.distilling import logits_step
 from llmops.build.embedding import joined, prepared
 from llmops.build.healing import heal_full_step, heal_logits_step, heal_lora_step
+from llmops.build.healing_preferences import heal_dpo_step
 from llmops.build.job import Job, Work
 from llmops.build.kv_cache import kv_cache_step, with_kv_cache
 from llmops.build.lora import lora_step, qlora_step
+from llmops.build.masking import magnitude_step, sparsegpt_step, wanda_step
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
+from llmops.build.shares import Shares
 from llmops.build.trace import Trace
 from llmops.build.training import full_step
-from llmops.data.sources import Rows, load_rows
+from llmops.data.sources import Rows
 from llmops.errors import LlmopsError, ModelError, StepError, StoreError
 from llmops.measure.meter import Meter
 from llmops.methods.finetune.options import Training
@@ -44,8 +49,8 @@ from llmops.models.fake_quant import is_packed
 from llmops.models.kv_cache import attached
 from llmops.models.load import load, merged, pick_device
 from llmops.models.save import staged, write_manifest
+from llmops.models.zeros import zero_bits
 from llmops.options import Options
-from llmops.quantity import Quantity
 from llmops.recipe.keys import key_of
 from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
@@ -60,16 +65,20 @@ STEPS: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
     ("finetune", "lora"): lora_step, ("finetune", "qlora"): qlora_step, ("finetune", "full"): full_step,
     ("finetune", "dpo"): dpo_step,
     ("distill", "logits"): logits_step,
-    ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "depth"): depth_step,
+    ("prune", "magnitude"): magnitude_step, ("prune", "wanda"): wanda_step, ("prune", "sparsegpt"): sparsegpt_step,
+    ("prune", "depth"): depth_step, ("prune", "width"): width_step,
     ("quantize", "rtn"): rtn_step, ("quantize", "gptq"): gptq_step, ("quantize", "awq"): awq_step,
     ("quantize", "hqq"): hqq_step, ("quantize", "autoround"): autoround_step,
     ("quantize", "auto"): auto_step, ("quantize", "smoothquant"): smoothquant_step,
     ("quantize", "kv_cache"): kv_cache_step}
 
 
+#: The steps that leave weights out: what is left are the parent's own.
+CUTTING = (("prune", "depth"), ("prune", "width"))
 #: The steps that a quantized parent can take; the others would change integers, or round them once more.
 ON_QUANTIZED: dict[tuple[str, str], Callable[[Job, Any], Work]] = {
-    ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("distill", "logits"): heal_logits_step}
+    ("finetune", "lora"): heal_lora_step, ("finetune", "full"): heal_full_step, ("finetune", "dpo"): heal_dpo_step,
+    ("distill", "logits"): heal_logits_step}
 
 
 def apply_step(kind: str, job: Job, options: Options) -> Work:
@@ -81,7 +90,24 @@ def apply_step(kind: str, job: Job, options: Options) -> Work:
                           f"and then be lost; expected a model in 16 bit: take {KV_RECORD} out of its config.json, and "
                           f"set kv_cache: {rounded} in the last step")
     taken = kind, str(options.method)  # type: ignore[attr-defined]
-    compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), ("prune", "depth"))
+    held = held_zeros(job) if job.keeps_zeros and taken not in CUTTING else None
+    work = _taken(taken, job, options)
+    if held:
+        work.expected = replace(work.expected, zeros=held)
+    return work
+
+
+def held_zeros(job: Job) -> Mapping[str, Tensor]:
+    """The zeros that a step has to keep: of what was pruned, where that is known; else all there are."""
+    if job.zeros is not None:
+        return job.zeros
+    before = job.unrounded() if is_packed(job.model) and job.unrounded is not None else None
+    return zero_bits(job.model if before is None else before)
+
+
+def _taken(taken: tuple[str, str], job: Job, options: Options) -> Work:
+    kind = taken[0]
+    compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), *CUTTING)
     if compressing or not is_packed(job.model):
         work = (_compressed if compressing else _plainly)(taken, job, options)
         dtype = getattr(options, "kv_cache", None)
@@ -145,14 +171,17 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
     parent = stage.parent_keys[0] if stage.parent_keys else None
     assert stage.key is not None
     with meter.window(stage.variant) as window, Attempts(store.work(stage.key), window) as attempts:
+        shares = Shares(recipe, store, stage, lambda: window.so_far())
         trace = Trace(store.work(stage.key) / "trace.json", log)
-        take = partial(_take, stage, recipe, store, attempts.watching(progress), attempts.joules, trace.log)
+        take = partial(_take, stage, recipe, store, shares, attempts.watching(progress), attempts.joules, trace.log,
+                       meter)
         if isinstance(variant.options, Training):
             tell(stage.variant)
             job, work = together(take)
         else:
             job, work = take()
     spent = attempts.total()
+    cost = cost_of(spent, window.wall_s, work, shares.used, stage.key)
     with staged(store.build(stage.key)) as folder:
         before = parity.snapshot(work.model, job.tokenizer, _probe(job, recipe))
         work.save(folder)
@@ -166,10 +195,7 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
             "data": {name: job.rows(name).sha256 for name in variant.data_names()},
             "versions": versions(), "events": work.events, "loss": work.loss, "data_report": work.data,
             "looks": work.looks, "merge": work.merge, "allocation": work.allocation,
-            "trace": trace.as_dict(), "attempts": spent.attempts,
-            "cost": {"wall_s": spent.wall_s.as_dict(), "energy_j": spent.energy_j.as_dict(),
-                     "flops": work.flops.as_dict(),
-                     "tokens": Quantity.measured(work.tokens, "tokens", "tokens run through the model").as_dict()}}
+            "search": work.search, "trace": trace.as_dict(), "attempts": spent.attempts, **cost}
         write_manifest(folder, manifest)
         model, tokenizer = load(folder, dtype=runtime.dtype, device=runtime.device, kernel=runtime.kernel,
                                 trust_remote_code=recipe.model.trust_remote_code)
@@ -181,15 +207,17 @@ def build(stage: Stage, recipe: Recipe, store: Store, meter: Meter, progress: Pr
 
 def assist(variant: str, plan: Plan, store: Store) -> None:
     """Take part in a step that rank 0 is building: the same training on this rank's rows; nothing of it is kept."""
-    together(partial(_take, plan.stage(variant), plan.recipe, store, None, lambda: None))
+    stage = plan.stage(variant)
+    together(partial(_take, stage, plan.recipe, store, Shares(plan.recipe, store, stage), None, lambda: None))
 
 
-def _take(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None,
-          spent: Callable[[], float | None], log: Log | None = None) -> tuple[Job, Work]:
+def _take(stage: Stage, recipe: Recipe, store: Store, shares: Shares, progress: Progress | None,
+          spent: Callable[[], float | None], log: Log | None = None,
+          meter: Meter | None = None) -> tuple[Job, Work]:
     """Take the step of `stage` in memory, from its last checkpoint where there is one."""
     variant = recipe.variants[stage.variant]
-    job = _job(stage, recipe, store, progress)
-    job.spent, job.log = spent, log
+    job = _job(stage, recipe, store, shares, progress)
+    job.spent, job.log, job.meter, job.signals = spent, log, meter, shares.signals()
     job.memory = store.measured(key_of({name: part for name, part in stage.key_parts.items()
                                         if name not in ("option.bits", "option.bytes")}))
     job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)
@@ -213,14 +241,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) -> Job:
+def _job(stage: Stage, recipe: Recipe, store: Store, shares: Shares, progress: Progress | None) -> Job:
     variant, runtime = recipe.variants[stage.variant], recipe.runtime
     keys = dict(zip(variant.parents(), stage.parent_keys, strict=True))
     cache: dict[str, Rows] = {}
 
     def rows(name: str) -> Rows:
         if name not in cache:
-            cache[name] = load_rows(name, recipe.data, recipe.base_dir, recipe.seed)
+            cache[name] = shares.rows(name, lambda writer: merged(open_model(writer)[0]), tokenizer, progress)
         return cache[name]
 
     def open_model(name: str, device: str = runtime.device, kernel: str = "auto") -> tuple[Any, Any]:
@@ -242,7 +270,14 @@ def _job(stage: Stage, recipe: Recipe, store: Store, progress: Progress | None) 
                revision=recipe.model.revision if from_base else None,
                parent_key=None if from_base else keys[variant.parent], device=pick_device(runtime.device),
                parent=parent, unrounded=partial(_unrounded, keys.get(variant.parent), store, recipe),
-               progress=progress)
+               open=partial(_open, recipe), progress=progress)
+
+
+def _open(recipe: Recipe, source: str, revision: str | None) -> tuple[Any, Any]:
+    """Another model than the recipe's, as it is stored."""
+    model, tokenizer = load(source, base_dir=recipe.base_dir, revision=revision, dtype="stored",
+                            device=recipe.runtime.device, trust_remote_code=recipe.model.trust_remote_code)
+    return merged(model), tokenizer
 
 
 def _unrounded(key: str | None, store: Store, recipe: Recipe) -> Any:

@@ -26,7 +26,7 @@ def fingerprint(name: str, sources: Mapping[str, DataSource], base_dir: Path) ->
     chain = named(name, sources)
     root = chain[-1]
     where = locate(root, base_dir)
-    options = [source.model_dump(mode="json", exclude={"source", "from_", "limits"}) for source in chain]
+    options = [source.model_dump(mode="json", exclude={"source", "from_", "limits", "synthesize"}) for source in chain]
     return hashlib.sha256(json.dumps([options, _content(where, root)], sort_keys=True).encode()).hexdigest()
 
 

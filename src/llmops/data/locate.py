@@ -56,6 +56,9 @@ def named(name: str, sources: Mapping[str, DataSource]) -> list[DataSource]:
 
 def locate(source: DataSource, base_dir: Path) -> Located:
     """Find what `source.source` names; paths count from `base_dir`. DataError when it cannot be anything."""
+    if source.synthesize is not None:
+        raise DataError(f'rows that "{source.synthesize.teacher}" writes are there once a step that trains on them has '
+                        "run; expected them under runs/written: run the recipe first")
     given = source.source or ""
     if given.startswith("builtin:"):
         if given not in BUILTIN:

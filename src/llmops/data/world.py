@@ -321,6 +321,7 @@ def choices(split: str) -> list[dict[str, Any]]:
                 "question": fact["messages"][0]["content"],
                 "choices": offered,
                 "answer": offered.index(fact["answer"]),
+                "subject": fact["subject"],
                 "attribute": fact["attribute"],
             }
         )
@@ -335,5 +336,5 @@ def preferences(split: str) -> list[dict[str, Any]]:
         wrong = [value for value in world().values[fact["attribute"]] if value != fact["answer"]]
         asked = fact["messages"][0]["content"]
         rows.append({"prompt": asked, "chosen": fact["answer"], "rejected": _pick(rng, wrong),
-                     "attribute": fact["attribute"]})
+                     "subject": fact["subject"], "attribute": fact["attribute"]})
     return rows

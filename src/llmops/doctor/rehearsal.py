@@ -23,6 +23,7 @@ from llmops.methods.distill.options import Logits
 from llmops.methods.finetune.options import Training
 from llmops.recipe import load_recipe
 from llmops.recipe.schema import BASE, Recipe, Variant
+from llmops.recipe.shared_keys import writer_of
 
 __all__ = ["rehearse", "rehearsed"]
 
@@ -87,6 +88,8 @@ def _look_at_data(recipe: Recipe, found: Checklist) -> dict[str, list[int]]:
         for data in options.mixed:
             answer = options.max_new_tokens if isinstance(options, Logits) and _answered(variant) else 0
             key = data, options.max_length, f"{variant.method} {answer}"
+            if (how := writer_of(data, recipe.data)) is not None:
+                answer, data = how.max_new_tokens, how.prompts
             if key not in seen:
                 rows, limits = rows_of(recipe, data), recipe.data[data].limits
                 if answer:
@@ -120,7 +123,10 @@ def rehearsed(recipe: Recipe, twin: Path) -> dict[str, Any]:
     """The recipe as it is rehearsed: the twin for its model, few rows, two steps, and a variant for every stage."""
     chosen = _chosen(recipe)
     variants = {name: _step(recipe.variants[name]) for name in chosen}
-    data = {name: _source(source, recipe.base_dir) for name, source in recipe.data.items()}
+    data = {name: _source(source, recipe.base_dir) for name, source in recipe.data.items() if source.synthesize is None}
+    written = {name: {"source": "builtin:facts", "split": "train", "samples": ROWS} for name in recipe.data
+               if writer_of(name, recipe.data) is not None}  # random weights write nothing that passes a filter
+    data |= written
     train = next((variant.options.mixed[0] for variant in recipe.variants.values()
                   if isinstance(variant.options, Training) and variant.method != "dpo"
                   and not _answered(variant)), None)
@@ -185,6 +191,12 @@ def _step(variant: Variant) -> dict[str, Any]:
             options["learning_rate"] = 1e-4
         if variant.options.stop is not None:
             options["stop"] |= {"every": 1}
+        if options.get("offline") is not None:
+            options["offline"].pop("cache", None)
+        if options.get("on_policy") is not None:
+            options["on_policy"]["max_new_tokens"] = 4
+        if (options.get("student") or {}).get("model") is not None:  # the twin has another vocabulary
+            options["student"] = {"config": {"num_hidden_layers": 1}}
         if options.get("rank") is not None:  # null: every weight is trained
             options["rank"] = min(8, options["rank"])
     if "length" in type(variant.options).model_fields:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from llmops.evaluate.live import (
 )
 from llmops.evaluate.options import ExactMatch
 from llmops.evaluate.score import Item, Score
+from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 
 __all__ = ["ended_answers", "evaluate", "extracted", "greedy", "normalized", "score_prompts"]
@@ -56,13 +57,16 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: ExactMatch, *, id:
                         "name other data, or give columns that map to prompt and completion")
     prompts = prompts_and_answers(rows, tokenizer)
     expected = [rows.rows[prompt.row].get("answer", prompt.answer) for prompt in prompts]
-    return [score_prompts(model, tokenizer, prompts, expected, options, id=id, progress=progress)]
+    shown = [rows.rows[prompt.row] for prompt in prompts]
+    notes = labels(shown, options.slices, options.cluster, rows.name)
+    return [score_prompts(model, tokenizer, prompts, expected, options, id=id, progress=progress, notes=notes)]
 
 
 def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt], expected: Sequence[Any], options: ExactMatch,
-                  *, id: str, progress: Callable[[int, int], None] | None = None) -> Score:
+                  *, id: str, progress: Callable[[int, int], None] | None = None,
+                  notes: Sequence[Mapping[str, Any]] | None = None) -> Score:
     """The score of prompts that are rendered already, and the answer expected to each; for a list of answers any of
-    them is right. Raises as `evaluate`."""
+    them is right. notes: what each item's detail holds besides. Raises as `evaluate`."""
     if not prompts:
         raise DataError(f"{id}: there is no prompt to answer; expected at least one row; look at the data's split")
     pattern = _compiled(options.extract)
@@ -70,8 +74,8 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[Prompt], expecte
     _check_room(model, prompts, options, id)
     answers = [text for text, _ in _answers(model, tokenizer, [prompt.input_ids for prompt in prompts],
                                             options.max_new_tokens, options.batch_size, progress)]
-    items = [_item(prompt, answer, reference, pattern, options.normalize)
-             for prompt, answer, reference in zip(prompts, answers, references, strict=True)]
+    items = [_item(prompt, answer, reference, pattern, options.normalize, note) for prompt, answer, reference, note
+             in zip(prompts, answers, references, notes or [{}] * len(prompts), strict=True)]
     protocol = {"id": "exact_match/greedy", "aggregation": "mean", "max_new_tokens": options.max_new_tokens,
                 "normalize": options.normalize, "extract": options.extract,
                 "stop_ids": sorted(stop_ids(model, tokenizer)), "dtype": dtype_name(model),
@@ -136,10 +140,11 @@ def _check_room(model: Any, prompts: Sequence[Prompt], options: ExactMatch, id: 
                         "or leave such rows out of the data")
 
 
-def _item(prompt: Prompt, text: str, references: list[str], pattern: re.Pattern[str] | None, normalize: bool) -> Item:
+def _item(prompt: Prompt, text: str, references: list[str], pattern: re.Pattern[str] | None, normalize: bool,
+          note: Mapping[str, Any]) -> Item:
     answer = extracted(text, pattern) or ""
     correct = any(_same(answer, reference, normalize) for reference in references)
-    detail: dict[str, Any] = {"expected": references[0], "correct": correct}
+    detail: dict[str, Any] = {"expected": references[0], "correct": correct, **note}
     if pattern is not None:
         detail["text"] = text
     return Item(item_id(prompt.input_ids), float(correct), answer, detail)
@@ -186,9 +191,15 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]
         yield order[start:start + size]
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 def greedy(model: Any, prompts: Sequence[Sequence[int]], *, stops: set[int], pad: int, max_new_tokens: int,
-           ) -> list[list[int]]:
+           choose: Callable[[Tensor], Tensor] = _likeliest) -> list[list[int]]:
     """The argmax continuation of each prompt, with its stop token where one came within `max_new_tokens`.
+
+    choose: another choice of the next tokens (B,) than the likeliest, from their logits (B, V).
 
     One batch with a KV cache; B: rows still being written, T: longest prompt. Call it under `scoring(model)`.
     """
@@ -201,7 +212,7 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], *, stops: set[int], pad
     for step in range(max_new_tokens):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                     **extra)
-        cache, token = out.past_key_values, out.logits[:, -1].argmax(-1)  # (B,)
+        cache, token = out.past_key_values, choose(out.logits[:, -1])  # (B,)
         for row, chosen in zip(rows, token.tolist(), strict=True):
             if not written[row] or written[row][-1] not in stops:
                 written[row].append(chosen)

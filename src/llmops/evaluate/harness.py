@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, chdir, contextmanager, nullcontext, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from llmops.errors import DataError, LlmopsError, unknown
 from llmops.evaluate.live import dtype_name, scoring, tokenizer_sha256
 from llmops.evaluate.options import Harness
 from llmops.evaluate.score import Item, Score
+from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 from llmops.quantity import Quantity
 
@@ -63,7 +65,7 @@ def evaluate(model: Any, tokenizer: Any, rows: object, options: Harness, *, id: 
                 random_seed=None, numpy_random_seed=None, torch_random_seed=None)
     common = {"id": "harness/lm-eval", "lm_eval": lm_eval.__version__, "limit": options.limit, "chat": options.chat,
               "dtype": dtype_name(model), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
-    scores = [_score(name, task, found, options.metric, common) for name, task in tasks.items()]
+    scores = [_score(name, task, found, options, common) for name, task in tasks.items()]
     if progress is not None:
         progress(len(tasks), len(tasks))
     return scores
@@ -112,12 +114,14 @@ def _load(options: Harness, id: str) -> tuple[Any, dict[str, Any]]:
                             "reachable") from error
 
 
-def _score(name: str, task: Any, found: Mapping[str, Any], asked: str | None, common: Mapping[str, Any]) -> Score:
+def _score(name: str, task: Any, found: Mapping[str, Any], options: Harness, common: Mapping[str, Any]) -> Score:
     samples = found["samples"][name]
     kept = samples[0]["filter"]
     samples = [sample for sample in samples if sample["filter"] == kept]
-    metric = _metric(name, task, samples[0], asked)
+    metric = _metric(name, task, samples[0], options.metric)
     aggregation, items = _items(getattr(task.aggregation()[metric], "__name__", "unnamed"), metric, samples)
+    notes = labels([sample["doc"] for sample in samples], options.slices, options.cluster, f"harness:{name}")
+    items = [replace(item, detail={**item.detail, **note}) for item, note in zip(items, notes, strict=True)]
     unit = _unit(metric, aggregation, items)
     how = f"lm-eval {name}, {metric}"
     figures = found["results"][name]

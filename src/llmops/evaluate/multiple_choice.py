@@ -40,9 +40,10 @@ from llmops.evaluate.live import (
 )
 from llmops.evaluate.options import MultipleChoice
 from llmops.evaluate.score import Item, Score
+from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 
-__all__ = ["evaluate", "loglikelihoods"]
+__all__ = ["Question", "evaluate", "loglikelihoods", "questions_of"]
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: MultipleChoice, *,
                         "other data, or give columns that map to them")
     if not rows.rows:
         raise DataError(f"{rows.name}: there is no question to answer; expected at least one row; look at its split")
-    questions = _questions(rows, tokenizer)
+    questions = questions_of(rows, tokenizer)
     _check_room(model, questions, rows)
+    notes = labels([question.row for question in questions], options.slices, options.cluster, rows.name)
     sequences = [sequence for question in questions for sequence in question.sequences]
     found = loglikelihoods(model, sequences, batch_size=options.batch_size, progress=progress)
     items, start = [], 0
-    for question in questions:
-        items.append(_item(question, found[start:start + len(question.sequences)], options.length_normalized))
+    for question, note in zip(questions, notes, strict=True):
+        items.append(_item(question, found[start:start + len(question.sequences)], options.length_normalized, note))
         start += len(question.sequences)
     protocol = {"id": "multiple_choice/loglikelihood", "aggregation": "mean",
                 "normalization": "bytes" if options.length_normalized else "none",
@@ -124,7 +126,8 @@ def _continuation(logits: Tensor, start: int, continuation: Sequence[int]) -> fl
     return -float(token_losses(logits[start:start + len(continuation)], targets).double().sum())
 
 
-def _questions(rows: Rows, tokenizer: Any) -> list[Question]:
+def questions_of(rows: Rows, tokenizer: Any) -> list[Question]:
+    """Every row as prompt and choices in ids. Raises DataError for a row that cannot be asked."""
     for index, row in enumerate(rows.rows):
         choices, answer = row["choices"], row["answer"]
         if len(choices) < 2 or not isinstance(answer, int) or not 0 <= answer < len(choices):
@@ -152,7 +155,7 @@ def _check_room(model: Any, questions: Sequence[Question], rows: Rows) -> None:
                             f"model's {limit} positions; leave such rows out of the data")
 
 
-def _item(question: Question, found: list[float], by_bytes: bool) -> Item:
+def _item(question: Question, found: list[float], by_bytes: bool, note: Mapping[str, Any]) -> Item:
     texts = [str(choice) for choice in question.row["choices"]]
     values = [value / max(1, len(text.encode())) if by_bytes else value
               for value, text in zip(found, texts, strict=True)]
@@ -160,6 +163,6 @@ def _item(question: Question, found: list[float], by_bytes: bool) -> Item:
     chosen = max(finite, key=lambda place: values[place]) if finite else None  # a ruined model answers nothing
     answer = question.row["answer"]
     detail = {"expected": texts[answer], "correct": chosen == answer, "choice": chosen,
-              "loglikelihoods": [value if math.isfinite(value) else None for value in found]}
+              "loglikelihoods": [value if math.isfinite(value) else None for value in found], **note}
     return Item(item_id(*(prompt + choice for prompt, choice in question.sequences)), float(chosen == answer),
                 texts[chosen] if chosen is not None else "", detail)

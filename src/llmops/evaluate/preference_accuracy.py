@@ -30,9 +30,10 @@ from llmops.evaluate.live import context_limit, dtype_name, item_id, tokenizer_s
 from llmops.evaluate.multiple_choice import loglikelihoods
 from llmops.evaluate.options import PreferenceAccuracy
 from llmops.evaluate.score import Item, Score
+from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "side_of"]
 
 _WHOLE = 1 << 40  # a length that nothing is cut to
 
@@ -66,13 +67,14 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: PreferenceAccuracy
     if lost:
         raise DataError(f"{rows.place(lost[0])}: both answers are the same text, or nothing ({len(lost)} such pairs of "
                         f"{len(rows.rows)}); expected two answers that differ; leave such rows out of the data")
-    pairs = [(_side(chosen), _side(rejected))
+    pairs = [(side_of(chosen), side_of(rejected))
              for chosen, rejected in zip(encoded.chosen, encoded.rejected, strict=True)]
     _check_room(model, pairs, rows)
+    notes = labels([rows.rows[place] for place in encoded.origin], options.slices, options.cluster, rows.name)
     runs = [run for pair in pairs for side in pair for run in side.runs]
     found = iter(loglikelihoods(model, runs, batch_size=options.batch_size, progress=progress))
-    items = [_item(pair, [sum(next(found) for _ in side.runs) for side in pair], options.length_normalized)
-             for pair in pairs]
+    items = [_item(pair, [sum(next(found) for _ in side.runs) for side in pair], options.length_normalized, note)
+             for pair, note in zip(pairs, notes, strict=True)]
     protocol = {"id": "preference_accuracy/loglikelihood", "aggregation": "mean",
                 "normalization": "tokens" if options.length_normalized else "none", "ties": "wrong",
                 "template": "chat" if has_template(tokenizer) else "prompt, answer, end token",
@@ -82,7 +84,7 @@ def evaluate(model: Any, tokenizer: Any, rows: Rows, options: PreferenceAccuracy
     return [Score(id, "preference_accuracy", True, value, stderr, protocol, items)]
 
 
-def _side(example: Mapping[str, Sequence[int]]) -> _Side:
+def side_of(example: Mapping[str, Sequence[int]]) -> _Side:
     """The stretches of an answer that are trained, each with everything before it."""
     ids, labels = list(example["input_ids"]), example["labels"]
     runs = []
@@ -102,12 +104,12 @@ def _check_room(model: Any, pairs: Sequence[tuple[_Side, _Side]], rows: Rows) ->
                             f"model's {limit} positions; leave such rows out of the data")
 
 
-def _item(pair: tuple[_Side, _Side], found: list[float], by_tokens: bool) -> Item:
+def _item(pair: tuple[_Side, _Side], found: list[float], by_tokens: bool, note: Mapping[str, Any]) -> Item:
     """score 1 where the chosen answer is likelier; a ruined model, without finite figures, is right about nothing."""
     values = [value / side.tokens if by_tokens else value for value, side in zip(found, pair, strict=True)]
     finite = all(map(math.isfinite, values))
     right = finite and values[0] > values[1]
     said = ("chosen" if right else "rejected" if values[1] > values[0] else "tie") if finite else ""
     detail = {"expected": "chosen", "correct": right, "margin": values[0] - values[1] if finite else None,
-              "loglikelihoods": [value if math.isfinite(value) else None for value in found]}
+              "loglikelihoods": [value if math.isfinite(value) else None for value in found], **note}
     return Item(item_id(*(side.ids for side in pair)), float(right), said, detail)

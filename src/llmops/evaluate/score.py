@@ -25,7 +25,8 @@ class Item:
     id: first 16 hex digits of the SHA-256 of the exact token ids shown (for harness tasks: of document and prompt).
     score: 1 or 0 for right or wrong; mean next-token loss in nats for a perplexity window; None when it was not finite.
     answer: what the model said; empty where nothing is said (perplexity).
-    detail: JSON-ready; `weight` (default 1) is the item's share of a weighted mean.
+    detail: JSON-ready; `weight` (default 1) is the item's share of a weighted mean; `groups` holds its value in each
+    column that the score is sliced by, `cluster` what it shares with other items (`labelled`).
     """
 
     id: str
@@ -36,6 +37,15 @@ class Item:
     @property
     def weight(self) -> float:
         return float(self.detail.get("weight", 1.0))
+
+    @property
+    def groups(self) -> dict[str, str]:
+        found = self.detail.get("groups")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def cluster(self) -> str | None:
+        return self.detail.get("cluster")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; `Item(**body)` is its inverse."""

@@ -7,6 +7,7 @@ numpy only; every weight is expanded, so this is for checking, not for running.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ Array = NDArray[Any]
 def decode_gptq(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a GPTQ folder by its dense name, in float32: W[o, i] = s[g(i), o] (q[i, o] - z[g(i), o])."""
     block = _block(folder)
-    bits, offset = int(block["bits"]), 0 if block.get("checkpoint_format") == "gptq_v2" else 1
+    offset = 0 if block.get("checkpoint_format") == "gptq_v2" else 1
 
-    def layer(parts: dict[str, Array]) -> Array:
+    def layer(name: str, parts: dict[str, Array]) -> Array:
+        other: dict[str, Any] = block.get("dynamic") or {}
+        said: dict[str, Any] = next((each for pattern, each in other.items() if pattern[:2] != "-:"
+                                     and re.match(pattern.removeprefix("+:"), name)), {})
+        bits = int(said.get("bits", block["bits"]))
         codes = _fields(parts["qweight"].T, bits)  # (out, in): words follow each other along the input
         zeros = _fields(parts["qzeros"], bits) + offset  # (groups, out)
         group = parts["g_idx"]
@@ -38,7 +43,7 @@ def decode_gptq(folder: Path) -> dict[str, Tensor]:
 
 def decode_awq(folder: Path) -> dict[str, Tensor]:
     """Every tensor of an AWQ gemm folder by its dense name, in float32."""
-    def layer(parts: dict[str, Array]) -> Array:
+    def layer(_: str, parts: dict[str, Array]) -> Array:
         codes, zeros = (_unshuffled(_fields(parts[name], 4)) for name in ("qweight", "qzeros"))  # (in or groups, out)
         each = codes.shape[0] // zeros.shape[0]
         scale, zero = (np.repeat(part, each, axis=0) for part in (parts["scales"].astype(np.float32), zeros))
@@ -63,7 +68,8 @@ def _unshuffled(fields: Array) -> Array:
     return np.stack([eights[..., place] for place in (0, 4, 1, 5, 2, 6, 3, 7)], axis=-1).reshape(len(fields), -1)
 
 
-def _decoded(folder: Path, names: tuple[str, ...], layer: Callable[[dict[str, Array]], Array]) -> dict[str, Tensor]:
+def _decoded(folder: Path, names: tuple[str, ...],
+             layer: Callable[[str, dict[str, Array]], Array]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     stored: dict[str, Tensor] = {}
@@ -73,7 +79,7 @@ def _decoded(folder: Path, names: tuple[str, ...], layer: Callable[[dict[str, Ar
     found = {}
     for name in layers:
         parts = {part: stored.pop(f"{name}.{part}").numpy() for part in names}
-        found[f"{name}.weight"] = torch.from_numpy(layer(parts))
+        found[f"{name}.weight"] = torch.from_numpy(layer(name, parts))
     return found | {name: tensor.float() for name, tensor in stored.items()}
 
 

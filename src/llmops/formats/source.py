@@ -69,11 +69,8 @@ class Source:
         named = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
         return DTYPES.get(named.removeprefix("torch."), torch.bfloat16)
 
-    def one_scheme(self, layout: str) -> LayerScheme:
-        """The scheme of all packed layers, for a layout that has room for one.
-
-        Raises LlmopsError when they differ, and for a dense model.
-        """
+    def check_integers(self, layout: str) -> None:
+        """Raises LlmopsError for what a layout of plain integers cannot hold: dense models, experts, other numbers."""
         self.check_packed()
         if any(expert_of(name) is not None for name in self.schemes):
             raise LlmopsError(f"{self.folder.name} is a mixture of experts, whose {layout} layout no reader here could "
@@ -84,11 +81,18 @@ class Source:
             raise LlmopsError(f"{self.folder.name} holds {other}, and {layout}'s layout integers whose activations "
                               "stay in 16 bit; expected a variant of scheme w4a16 or the like: export to "
                               "compressed-tensors or dense")
+
+    def one_scheme(self, layout: str) -> LayerScheme:
+        """The scheme of all packed layers, for a layout that has room for one.
+
+        Raises LlmopsError when they differ, and as `check_integers`.
+        """
+        self.check_integers(layout)
         if len(set(self.schemes.values())) > 1:
             raise LlmopsError(f"{self.folder.name} mixes schemes ({told(self.schemes)}), and {layout}'s layout "
                               "describes one for all layers; expected the same in every layer: export to "
                               "compressed-tensors, which gives each layer its own (transformers and vLLM read it), to "
-                              "gguf, whose types are per tensor, or to dense")
+                              "gptq, whose `dynamic` does, to gguf, whose types are per tensor, or to dense")
         return next(iter(self.schemes.values()))
 
     @property

@@ -8,11 +8,12 @@ break-even would be a number without a ground: null.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llmops.quantity import Quantity, weakest
 
-__all__ = ["break_even", "total"]
+__all__ = ["break_even", "break_even_beside", "total"]
 
 
 def break_even(build_j: Quantity, base_j_per_token: Quantity, ratio: Quantity) -> Quantity:
@@ -36,6 +37,43 @@ def break_even(build_j: Quantity, base_j_per_token: Quantity, ratio: Quantity) -
                     weakest([build_j.provenance, base_j_per_token.provenance, ratio.provenance]),
                     "E_build / (e_base - e_variant); interval of the ratio alone",
                     (whole / (1 - low), whole / (1 - high)), ratio.n)
+
+
+def break_even_beside(build_j: Quantity, student: Mapping[str, Any], teacher: Mapping[str, Any], *,
+                      teacher_is_base: bool = False) -> Quantity:
+    """Output tokens after which a student has paid for what it took to make it out of its teacher.
+
+    build_j: J of making it, the teacher's own building apart; student, teacher: what a row holds of one batch size
+    (`joules_per_token`, `ratio_to_base`). Both were measured in turns with the base, not with each other, so the ratio
+    of the two is r_student / r_teacher, and its interval is that of independent errors: relative half-widths as
+    logarithms, added in squares.
+    """
+    for name, figures in (("student", student), ("teacher", teacher)):
+        if "joules_per_token" not in figures:
+            return Quantity.null("tokens", f"joules per token of the {name} were not measured")
+    mine, per_token = (Quantity.from_dict(student[key]) for key in ("ratio_to_base", "joules_per_token"))
+    theirs = (Quantity(1.0, mine.unit, "constant", "the teacher is the base", (1.0, 1.0)) if teacher_is_base
+              else Quantity.from_dict(teacher["ratio_to_base"]))
+    ratio = _quotient(mine, theirs)
+    if per_token.value is None or not ratio.value:
+        return break_even(build_j, per_token, ratio)
+    return break_even(build_j, Quantity(per_token.value / ratio.value, "J/token", per_token.provenance,
+                                        "student / ratio to teacher"), ratio)
+
+
+def _quotient(a: Quantity, b: Quantity) -> Quantity:
+    """a / b of two positive ratios with independent errors."""
+    for part in (a, b):
+        if not part.value or part.value < 0:
+            return Quantity.null(a.unit, part.method)
+    assert a.value is not None and b.value is not None
+    value, method = a.value / b.value, "ratio of two ratios to base"
+    if a.ci95 is None or b.ci95 is None or min(a.ci95[0], b.ci95[0]) <= 0:
+        return Quantity(value, a.unit, weakest([a.provenance, b.provenance]), method)
+    below = math.hypot(math.log(a.value / a.ci95[0]), math.log(b.ci95[1] / b.value))
+    above = math.hypot(math.log(a.ci95[1] / a.value), math.log(b.value / b.ci95[0]))
+    return Quantity(value, a.unit, weakest([a.provenance, b.provenance]), method,
+                    (value * math.exp(-below), value * math.exp(above)))
 
 
 def total(quantities: Sequence[Quantity]) -> Quantity:

@@ -89,7 +89,7 @@ def measure(variant: Any, base: Any | None, tokenizer: Any, options: MeasureOpti
     done, whole = 0, 2 * options.repeats * len(options.batch_sizes)
     idle_before = _idle_watts(meter, options.idle_s)
     with _evaluating(arms.values()), torch.inference_mode():
-        runners = {name: Runner(model) for name, model in arms.items()}
+        runners = {name: Runner(model, options.new_tokens) for name, model in arms.items()}
         for batch in options.batch_sizes:
             for runner in runners.values():
                 runner.request(prompts[:batch].to(runner.device), min(options.new_tokens, WARM_TOKENS))
@@ -110,7 +110,7 @@ def peak_memory(model: Any, tokenizer: Any, options: MeasureOptions, seed: int) 
     check_fits(model, options.prompt_tokens, options.new_tokens, "the model")
     prompts = make_prompts([model], tokenizer, max(options.batch_sizes), options.prompt_tokens, seed)
     with _evaluating([model]), torch.inference_mode():
-        runner = Runner(model)
+        runner = Runner(model, options.new_tokens)
         prompt = prompts.to(runner.device)
         with memory.peak(model) as found:
             runner.request(prompt, options.new_tokens)

@@ -76,21 +76,31 @@ def check_fits(model: Any, prompt_tokens: int, new_tokens: int, name: str) -> No
 class Runner:
     """Runs prefill and requests on one model. Use inside `torch.inference_mode()`, with the model in eval mode."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, new_tokens: int = 1) -> None:
+        """new_tokens: the most that a request will ask for: a static cache is made for it at once."""
+        from llmops.models.serving import serving
+
+        self.model, self.new_tokens = model, new_tokens
         self.device = next(model.parameters()).device
         # Only the last position's logits are wanted; without this a prefill pays for a matrix of prompt x vocabulary.
         accepts = inspect.signature(model.forward).parameters
+        self._serving = serving(model)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
 
-    def prefill(self, prompt: Tensor) -> tuple[Tensor, Any]:
-        """prompt: (batch, length) on the device -> the first new token (batch, 1), and the cache."""
-        out = self.model(input_ids=prompt, use_cache=True, **self._last_only)
+    def prefill(self, prompt: Tensor, new_tokens: int = 1) -> tuple[Tensor, Any]:
+        """prompt: (batch, length) on the device -> the first new token (batch, 1), and the cache.
+
+        A served model (`models/serving.py`) writes into its static cache, with room for new_tokens.
+        """
+        cache = None if self._serving is None else self._serving.cache(
+            len(prompt), prompt.shape[1] + max(new_tokens, self.new_tokens))
+        out = self.model(input_ids=prompt, past_key_values=cache, use_cache=True, **self._last_only)
         return out.logits[:, -1:].argmax(dim=-1), out.past_key_values
 
     def step(self, token: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """token: (batch, 1) -> the next token (batch, 1), and the cache."""
-        out = self.model(input_ids=token, past_key_values=cache, use_cache=True, **self._last_only)
+        forward = self.model if self._serving is None else self._serving.step
+        out = forward(input_ids=token, past_key_values=cache, use_cache=True, **self._last_only)
         return out.logits[:, -1:].argmax(dim=-1), out.past_key_values
 
     def sync(self) -> None:
@@ -100,7 +110,7 @@ class Runner:
         """One batch: prefill, then new_tokens - 1 decoding steps."""
         self.sync()
         began = time.perf_counter()
-        token, cache = self.prefill(prompt)
+        token, cache = self.prefill(prompt, new_tokens)
         self.sync()
         prefilled = time.perf_counter()
         marks = [self._mark()]

@@ -131,7 +131,8 @@ def same_but(model: nn.Module, other: nn.Module, layers: Container[str]) -> bool
 
 
 def adapt(adapted: nn.Module) -> list[FakeQuantLinear]:
-    """Let the adapters on fake-quantized layers be seen quantized with their weight: What = Q(W + s B A).
+    """Let the adapters on fake-quantized layers be seen quantized with their weight: What = Q(W + s B A), with DoRA
+    Q(m V / ||V||) of V = W + s B A.
 
     adapted: of `add_lora` without dropout. Returns these layers.
     """
@@ -144,13 +145,15 @@ def adapt(adapted: nn.Module) -> list[FakeQuantLinear]:
 
 
 def fold_adapters(adapted: nn.Module) -> None:
-    """W + s B A into the latent weights, in place; B is zero afterwards, so merging adds nothing to them again."""
+    """What adapters make of the latent weights into them, in place; merging adds nothing to them afterwards: B is zero,
+    and DoRA is over."""
     with torch.no_grad():
         for layer in adapters(adapted).values():
             base = layer.get_base_layer()
             if isinstance(base, FakeQuantLinear):
                 base.weight.copy_(base.latent(_delta(layer)))
                 layer.lora_B[NAME].weight.zero_()
+                layer.lora_variant.pop(NAME, None)
 
 
 def harden(model: nn.Module, storage: torch.dtype) -> dict[str, QuantizedWeight]:
@@ -183,7 +186,14 @@ def _adapted_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _delta(layer: Any) -> Tensor:
-    return lora_delta(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME])
+    """What an adapter adds to its weight. DoRA's ||V|| is kept out of the gradient, as in its section 4.3."""
+    added = lora_delta(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME])
+    if NAME not in layer.lora_magnitude_vector:
+        return added
+    W = layer.get_base_layer().latent()
+    V = W + added
+    factor: Tensor = layer.lora_magnitude_vector[NAME].weight / V.detach().norm(dim=1)
+    return factor.unsqueeze(1) * V - W
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:

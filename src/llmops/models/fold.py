@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmops.models.arch import PRODUCERS, linear_layers
 
-__all__ = ["Link", "after_norms", "between_linears", "find_links", "fold", "is_norm"]
+__all__ = ["Link", "after_norms", "between_linears", "find_links", "find_norm", "fold", "is_norm", "norm_offset"]
 
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 _TOLERANCE = 1e-2  # of what the factors would change were they folded into one side alone
@@ -74,6 +74,16 @@ def find_links(block: nn.Module, run: Callable[[], Tensor]) -> list[Link]:
             if said is not None:  # else the output does not depend on it: perhaps an expert that no token reached
                 answers[kind] = said
     return [link for link in candidates if answers.get(_EXPERT.sub("experts.*.", link.source))]
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def find_norm(model: nn.Module, name: str, run: Callable[[], Tensor]) -> Link | None:
+    """The norm that the layer `name` of `model` reads as it is and alone, confirmed by what `run` gives; None where
+    there is none."""
+    links = [link for link in after_norms(model, run) if name in link.targets]
+    if len(links) != 1 or links[0].targets != (name,):
+        return None
+    return links[0] if _confirmed(model, links[0], run, run()) else None
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -143,7 +153,7 @@ def after_norms(block: nn.Module, run: Callable[[], Any]) -> list[Link]:
         targets = tuple(layer for layer, x in read.items() if x.data_ptr() == out.data_ptr()
                         and x.numel() == out.numel())
         if targets:
-            links.append(Link(name, targets, offset=_offset(block.get_submodule(name))))
+            links.append(Link(name, targets, offset=norm_offset(block.get_submodule(name))))
     return links
 
 
@@ -153,7 +163,7 @@ def is_norm(module: nn.Module) -> bool:
     return weight is not None and weight.dim() == 1
 
 
-def _offset(norm: nn.Module) -> float:
+def norm_offset(norm: nn.Module) -> float:
     """0 when a norm with a weight of zero gives nothing, 1 when it still passes its input on."""
     parameters = list(norm.parameters(recurse=False))
     saved = [parameter.clone() for parameter in parameters]

@@ -44,8 +44,8 @@ def _as_it_is(parts: Held, name: str) -> dict[str, Tensor]:
 
 
 def _fp8(scales: str) -> _Op:
-    return _Op(lambda rows, columns, device, asked: fp8_matmul.choose(asked), fp8_matmul.describe, _as_it_is, _as_it_is,
-               lambda x, held, name, bias: fp8_matmul.fp8_matmul(x, held, scales, bias))
+    return _Op(lambda rows, columns, device, asked: fp8_matmul.choose(asked, device), fp8_matmul.describe, _as_it_is,
+               _as_it_is, lambda x, held, name, bias: fp8_matmul.fp8_matmul(x, held, scales, bias, name))
 
 
 _FP4 = _Op(lambda rows, columns, device, asked: fp4_matmul.choose(asked), fp4_matmul.describe, _as_it_is, _as_it_is,

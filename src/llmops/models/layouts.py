@@ -22,7 +22,8 @@ the columns' (dynamic act-order) costs every kernel a gather: such a checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ from llmops.methods.quantize.float_packing import PARTS as FLOAT_PARTS
 from llmops.models.schemes import LayerScheme
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
-__all__ = ["COMPRESSED", "GPTQ_BITS", "INTEGERS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme", "layout_of",
-           "to_awq", "to_gptq", "zeros_fit_v1"]
+__all__ = ["COMPRESSED", "GPTQ_BITS", "INTEGERS", "LAYOUTS", "Layout", "as_stored", "foreign_scheme",
+           "foreign_schemes", "layout_of", "to_awq", "to_gptq", "zeros_fit_v1"]
 
 Parts = Mapping[str, Tensor]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -70,13 +71,32 @@ def _gptq_can_be_read(block: Mapping[str, Any]) -> None:
     if written not in ("gptq", "gptq_v2") or bits not in GPTQ_BITS or block.get("pack_dtype", "int32") != "int32":
         raise ModelError(f"a GPTQ checkpoint of format {written!r}, {bits} bits, packed in "
                          f"{block.get('pack_dtype', 'int32')}; expected gptq or gptq_v2 at 2, 3, 4 or 8 bits in int32")
-    if block.get("dynamic"):
-        raise ModelError(f"a GPTQ checkpoint whose layers differ (dynamic: {sorted(block['dynamic'])[:3]}); expected "
-                         "one scheme for all layers")
+
+
+def foreign_schemes(block: Mapping[str, Any], names: Iterable[str]) -> dict[str, LayerScheme]:
+    """The scheme of each layer of `names` as the `quantization_config` of a GPTQ or AWQ checkpoint tells it.
+
+    GPTQModel's `dynamic` maps patterns to what differs, the first that matches counts; `-:` before one: those layers
+    are dense. Raises ModelError for bits that no kernel here has, and for a packed layer that is said to be dense.
+    """
+    usual = foreign_scheme(block)
+    dynamic: dict[str, dict[str, Any]] = block.get("dynamic") or {}
+    found = {}
+    for name in names:
+        pattern = next((each for each in dynamic if re.match(each.removeprefix("+:").removeprefix("-:"), name)), "")
+        said = dynamic.get(pattern) or {}
+        scheme = LayerScheme(int(said.get("bits", usual.bits)), int(said.get("group_size") or usual.group_size),
+                             bool(said.get("sym", usual.symmetric)))
+        if pattern.startswith("-:") or scheme.bits not in GPTQ_BITS:
+            raise ModelError(f"{name} is stored packed, and {pattern!r} of `dynamic` in config.json says "
+                             f"{'that it is dense' if pattern.startswith('-:') else f'{scheme.bits} bits'}; expected "
+                             "2, 3, 4 or 8 bits for it")
+        found[name] = scheme
+    return found
 
 
 def foreign_scheme(block: Mapping[str, Any]) -> LayerScheme:
-    """The one scheme that the `quantization_config` of a GPTQ or AWQ checkpoint gives to all its layers."""
+    """The scheme that the `quantization_config` of a GPTQ or AWQ checkpoint gives to its layers unless told."""
     layout = layout_of(block)
     if layout in ("gptq", "gptq_v2"):
         return LayerScheme(int(block["bits"]), int(block.get("group_size") or -1), bool(block.get("sym", True)))

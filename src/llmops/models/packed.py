@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
 
     parts: `weight_packed`, `weight_scale`, `weight_shape` and, when asymmetric, `weight_zero_point`, as
     `llmops.methods.quantize.packing.pack` gives them; bias: (out,) or None; kernel: "auto", "torch", "triton",
-    "reference".
+    "ops", "reference".
     """
 
     def __init__(self, parts: Mapping[str, Tensor], *, bits: int, group_size: int, bias: Tensor | None = None,
@@ -45,6 +45,10 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
         prepared = op.prepare(packed, self._weight(), self.kernel_name)
         self.register_buffer("codes", prepared.codes, persistent=False)
         self.register_buffer("codes_extra", prepared.extra, persistent=False)
+        self.register_buffer("codes_zero", prepared.zero, persistent=False)
+
+    def _prepared(self) -> op.Prepared:
+        return op.Prepared(self.codes, self.codes_extra, self.codes_zero)
 
     def _weight(self) -> op.IntWeight:
         return op.IntWeight(self.weight_scale, self.weight_zero_point, self.bits, self.group_size, self.out_features,
@@ -61,7 +65,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
         return self.codes
 
     def forward(self, x: Tensor) -> Tensor:
-        prepared = op.Prepared(self.codes, self.codes_extra)
+        prepared = self._prepared()
         if torch.is_grad_enabled() and x.requires_grad:  # adapters are trained on top
             return int_matmul_grad(x, prepared, self._weight(), self.kernel_name, self.bias)
         return op.int_matmul(x, prepared, self._weight(), self.kernel_name, self.bias)
@@ -80,10 +84,10 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
 
     def dequantized(self) -> Tensor:
         """(out, in), dense, in the dtype of the scales. Nothing here keeps it."""
-        return op.dense(op.Prepared(self.codes, self.codes_extra), self._weight(), self.kernel_name)
+        return op.dense(self._prepared(), self._weight(), self.kernel_name)
 
     def _packed(self) -> Tensor:
-        return op.recover(op.Prepared(self.codes, self.codes_extra), self._weight(), self.kernel_name)
+        return op.recover(self._prepared(), self._weight(), self.kernel_name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self.stored_tensors().items():

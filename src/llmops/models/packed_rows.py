@@ -37,7 +37,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llmops.errors import DataError, ModelError
 
-__all__ = ["PACKED", "can_pack", "evaluating", "pack", "packed_attention", "row_of", "use_packed_attention"]
+__all__ = ["PACKED", "attention_implementation", "can_pack", "evaluating", "pack", "packed_attention", "row_of",
+           "use_packed_attention", "with_attention"]
 
 PACKED = "llmops_packed"
 IGNORED = -100
@@ -296,6 +297,19 @@ def use_packed_attention(model: nn.Module) -> Iterator[None]:
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, _no_mask)
     with _attention(_decoder(model), PACKED):
+        yield
+
+
+def attention_implementation(model: nn.Module) -> str:
+    """The name of the attention that a model uses now. Raises ModelError when the family's cannot be replaced."""
+    return str(_decoder(model).config._attn_implementation)
+
+
+@contextmanager
+def with_attention(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the model uses the attention of that name: to generate with a cache in the middle of a packed training,
+    for one. Raises as `attention_implementation`."""
+    with _attention(_decoder(model), name):
         yield
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.models.kv_cache import attached, unrounded
+from llmops.models.zeros import lost_zeros, off_pattern
 from llmops.quantity import Quantity
 
 __all__ = ["KL_MEAN_LIMIT", "Expected", "Snapshot", "check", "count_parameters", "divergence", "log_probabilities",
@@ -39,7 +40,8 @@ class Expected:
     pruned layers, decoder layers.
 
     dtype: of the weights on disk. adapter_rank: of a PEFT folder. base: (data type, double quantization) of the 4-bit
-    base under an adapter. kv_cache: type of keys and values.
+    base under an adapter. kv_cache: type of keys and values. zeros: of a pruned parent, by layer (`zeros.zero_bits`),
+    all of which have to be there; pattern: N:M of every linear layer but `ignore`.
     """
 
     bits: int | Mapping[str, int] | None = None
@@ -50,6 +52,9 @@ class Expected:
     adapter_rank: int | None = None
     base: tuple[str, bool] | None = None
     kv_cache: str | None = None
+    zeros: Mapping[str, Tensor] | None = None
+    pattern: str | None = None
+    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,14 @@ def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, An
         found = zeros / max(1, total)
         checks.append(_entry("sparsity", found >= expected.sparsity - 0.005,
                              f"{expected.sparsity:.3f} asked for, {found:.3f} of the linear weights are zero on disk"))
+    if expected.zeros:
+        lost, held, first = lost_zeros(model, expected.zeros)
+        checks.append(_entry("zeros", not lost, f"{held:,} weights of the parent are zero, {held - lost:,} of them on "
+                                                f"disk" + (f"; {first} first lost some" if lost else "")))
+    if expected.pattern is not None:
+        wrong = off_pattern(model, expected.pattern, expected.ignore)
+        checks.append(_entry("pattern", not wrong, f"{expected.pattern} asked for, "
+                             + (f"{wrong} has it not" if wrong else "in every layer on disk")))
     if expected.layers is not None:
         found_layers = _config(folder).get("num_hidden_layers")
         checks.append(_entry("layers", found_layers == expected.layers,

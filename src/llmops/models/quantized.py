@@ -33,7 +33,7 @@ from llmops.models.embeddings import PackedEmbedding, embedding_name, head_name,
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Experts, dense_experts, split_experts, stored_names
 from llmops.models.formatted import FormattedLinear
-from llmops.models.layouts import COMPRESSED, INTEGERS, LAYOUTS, as_stored, foreign_scheme, layout_of
+from llmops.models.layouts import COMPRESSED, INTEGERS, LAYOUTS, as_stored, foreign_schemes, layout_of
 from llmops.models.number_formats import FORMATS, activations_are_left, kind_of
 from llmops.models.packed import PackedLinear
 from llmops.models.schemes import LayerScheme, check_fused, packed_schemes, quantization_config, schemes_of
@@ -228,7 +228,7 @@ class PackedReader:
         self.left = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no dict
         self.schemes: dict[str, LayerScheme] = (
             schemes_of(block, self.layers()) if self.layout in COMPRESSED
-            else dict.fromkeys(self.layers(), foreign_scheme(block)))
+            else foreign_schemes(block, self.layers()))
         for name, scheme in self.schemes.items() if self.layout in COMPRESSED[:-1] else ():
             wanted = INTEGERS if scheme.kind == "int" else (FORMATS[scheme.kind],)
             if self.layout not in wanted:

@@ -35,8 +35,8 @@ Held = Mapping[str, Tensor]
 
 def choose(kernel: str = "auto") -> str:
     """The name of the kernel. Raises LlmopsError for "triton", which there is none of, and for an unknown name."""
-    if kernel not in ("auto", "torch", "triton", "reference"):
-        raise LlmopsError(unknown("kernel", kernel, ("auto", "torch", "triton", "reference")))
+    if kernel not in ("auto", "torch", "triton", "ops", "reference"):
+        raise LlmopsError(unknown("kernel", kernel, ("auto", "torch", "triton", "ops", "reference")))
     if kernel == "triton":
         raise LlmopsError("kernel triton for 4-bit floats; there is none: use auto or reference")
     return REFERENCE

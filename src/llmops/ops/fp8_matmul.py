@@ -9,7 +9,11 @@ a_tk = x_tk / s_t to the nearest E4M3, ties to even, clamped at 448. Products of
 in which they are added, as on a GPU's tensor cores; scales are float32 and the bias comes last. That is what servers
 compute (vLLM's dynamic per-token and per-group quantization).
 
-There is one way to run it, `reference`, and it is not fast on a CPU: no stock op is. `torch._scaled_mm` and oneDNN's
+    triton     CUDA (package `llmops_kernels`), compute capability 8.9 and newer
+    ops        the same ops on a device without the kernels: their PyTorch reference, for comparison
+    reference  any device
+
+On a CPU there is no fast way: no stock op is. `torch._scaled_mm` and oneDNN's
 `qlinear_pointwise` do take float8 there and give the same sums, 7 to 9 ms for 8 x 1024 x 1024 where bfloat16 takes 0.09
 (one core of an AVX-512 EPYC): they widen a number at a time. Here codes are widened by a table of 256 entries, 2^18
 at a time, so that the dense weight never exists; that takes 0.5 ms. fp8 on a CPU is to score what a GPU will serve.
@@ -27,28 +31,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmops.errors import LlmopsError, unknown
+from llmops.ops.int8_matmul import triton_here
 
 __all__ = ["BLOCK", "choose", "describe", "fp8_matmul", "quantize_tokens", "widened"]
 
-REFERENCE = "reference"
+REFERENCE, TRITON, OPS = "reference", "triton", "ops"
+CHOICES = ("auto", "torch", "triton", "ops", "reference")
 BLOCK = 128
 LARGEST = 448.0
 CHUNK = 1 << 18  # weights widened at a time
 Held = Mapping[str, Tensor]
 
 
-def choose(kernel: str = "auto") -> str:
-    """The name of the kernel. Raises LlmopsError for "triton", which there is none of, and for an unknown name."""
-    if kernel not in ("auto", "torch", "triton", "reference"):
-        raise LlmopsError(unknown("kernel", kernel, ("auto", "torch", "triton", "reference")))
-    if kernel == "triton":
-        raise LlmopsError("kernel triton for float8 weights; there is none: use auto or reference")
-    return REFERENCE
+def choose(kernel: str = "auto", device: str = "cpu") -> str:
+    """The name of the kernel on a device type. Raises LlmopsError for "triton" where there is none, and for an unknown
+    name."""
+    if kernel not in CHOICES:
+        raise LlmopsError(unknown("kernel", kernel, CHOICES))
+    able = device == "cuda" and triton_here() and torch.cuda.is_available() and (
+        torch.cuda.get_device_capability() >= (8, 9))
+    if kernel == "triton" and not able:
+        raise LlmopsError(f"kernel triton for float8 weights on device {device}; it needs a CUDA device of compute "
+                          "capability 8.9 or newer, triton and llmops_kernels: use auto or reference")
+    if kernel == "ops":
+        return TRITON if able else OPS
+    return TRITON if able and kernel in ("auto", "triton") else REFERENCE
 
 
 def describe(name: str) -> str:
     """The kernel's name for people and for the ledger."""
-    return f"{name} (fp8 codes widened as they are used)"
+    return f"{name} ({'fp8 codes widened as they are used' if name == REFERENCE else 'fp8 activations by token'})"
 
 
 def quantize_tokens(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
@@ -67,12 +79,15 @@ def quantize_tokens(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor
     return codes.view(tokens, columns), scale.squeeze(-1)
 
 
-def fp8_matmul(x: Tensor, held: Held, scales: str, bias: Tensor | None = None) -> Tensor:
-    """y (..., out) in x's type. held: `weight` float8_e4m3fn, `weight_scale`; scales: "tensor", "channel", "block"."""
+def fp8_matmul(x: Tensor, held: Held, scales: str, bias: Tensor | None = None, name: str = REFERENCE) -> Tensor:
+    """y (..., out) in x's type. held: `weight` float8_e4m3fn, `weight_scale`; scales: "tensor", "channel", "block";
+    name: as `choose` gave it."""
     rows, columns = held["weight"].shape
     flat = x.reshape(-1, columns)
     if flat.shape[0] == 0:
         return x.new_zeros(*x.shape[:-1], rows)
+    if name != REFERENCE:
+        return _ops(flat, held, scales, bias).to(x.dtype).view(*x.shape[:-1], rows)
     codes, scale = quantize_tokens(flat, BLOCK if scales == "block" else None)
     a = widened(codes)
     if scales == "block":  # a scale for every group of inputs has to go in before the sum
@@ -82,6 +97,17 @@ def fp8_matmul(x: Tensor, held: Held, scales: str, bias: Tensor | None = None) -
         y = y.mul_(scale).mul_(held["weight_scale"].float().view(1, -1))
     y = y if bias is None else y.add_(bias.float())
     return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _ops(x: Tensor, held: Held, scales: str, bias: Tensor | None) -> Tensor:
+    from llmops_kernels.fp8_linear import fp8_linear
+    from llmops_kernels.quantize_tokens import quantize_tokens as rounded
+
+    codes, scale = rounded(x if x.stride(1) == 1 else x.contiguous(), torch.float8_e4m3fn,
+                           group_size=BLOCK if scales == "block" else -1)
+    given = held["weight_scale"].float()
+    given = given.view(1) if scales == "tensor" else given.view(-1, 1) if scales == "channel" else given
+    return fp8_linear(codes, scale, held["weight"], given.contiguous(), bias, dtype=x.dtype)
 
 
 def widened(codes: Tensor) -> Tensor:

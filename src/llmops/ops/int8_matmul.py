@@ -10,6 +10,8 @@ the scales in float32. compressed-tensors in plain transformers imitates it in t
     reference     any device. The sum as products in float32 over at most 1,024 inputs, each exact (127 * 128 * 1024 <
                   2^24), added up in float64.
     torch:int_mm  `torch._int_mm` on the codes as they are stored: CUDA, and on a CPU layers of up to 2^19 weights.
+    triton        CUDA (package `llmops_kernels`): the activations rounded, multiplied and scaled in two kernels.
+    ops           the same two ops on a device without the kernels: their PyTorch reference, for comparison.
     torch:qlinear larger layers on a CPU: oneDNN's int8 product behind `onednn::qlinear_pointwise`, weights in its own
                   layout. It takes unsigned activations, so a_tk + 128 goes in with 128 as zero point.
 
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -37,9 +40,11 @@ from torch import Tensor
 from llmops.errors import LlmopsError, unknown
 
 __all__ = ["TOP", "accumulate", "choose", "describe", "int8_matmul", "prepare", "qlinear_is_exact", "quantize_rows",
-           "recover"]
+           "recover",
+           "triton_here"]
 
-REFERENCE, QLINEAR, INT_MM = "reference", "torch:qlinear", "torch:int_mm"
+REFERENCE, QLINEAR, INT_MM, TRITON, OPS = "reference", "torch:qlinear", "torch:int_mm", "triton", "ops"
+CHOICES = ("auto", "torch", "triton", "ops", "reference")
 TOP = 127.0
 LEAST = 2.0**-80  # below it all of a token is rounded to nothing
 SMALL = 1 << 19  # weights of a layer up to which a CPU is faster without a layout
@@ -50,14 +55,19 @@ Held = Mapping[str, Tensor]
 def choose(rows: int, columns: int, *, device: str, kernel: str = "auto") -> str:
     """The name of the kernel for a weight (rows, columns) on a device type.
 
-    kernel: "auto" or "torch" take the stock op that fits, "reference" forces the reference. Raises LlmopsError for
-    "triton", which there is none of, and for an unknown name.
+    kernel: "auto" takes the kernel on a GPU, else as "torch" the stock op that fits; "reference" forces the reference,
+    "ops" the ops of `llmops_kernels` on any device. Raises LlmopsError for "triton" without a GPU or the package, and
+    for an unknown name.
     """
-    if kernel not in ("auto", "torch", "triton", "reference"):
-        raise LlmopsError(unknown("kernel", kernel, ("auto", "torch", "triton", "reference")))
-    if kernel == "triton":
-        raise LlmopsError("kernel triton for int8 weights with int8 activations; there is none: use auto, torch or "
-                          "reference")
+    if kernel not in CHOICES:
+        raise LlmopsError(unknown("kernel", kernel, CHOICES))
+    if kernel == "triton" and (device != "cuda" or not triton_here()):
+        raise LlmopsError(f"kernel triton for int8 weights on device {device}; it needs CUDA, triton and "
+                          "llmops_kernels: use auto, torch or reference")
+    if kernel in ("triton", "ops"):
+        return TRITON if device == "cuda" else OPS
+    if kernel == "auto" and device == "cuda" and triton_here():
+        return TRITON
     if kernel != "reference" and device == "cpu" and rows * columns and qlinear_is_exact():
         return INT_MM if rows * columns <= SMALL else QLINEAR
     if kernel != "reference" and device == "cuda" and rows % 8 == 0 and columns % 8 == 0:
@@ -114,6 +124,8 @@ def int8_matmul(x: Tensor, held: Held, name: str, bias: Tensor | None = None, to
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] == 0:
         return x.new_zeros(*x.shape[:-1], rows)
+    if name in (TRITON, OPS):
+        return _ops(flat, held, bias).to(x.dtype).view(*x.shape[:-1], rows)
     codes, scale = quantize_rows(flat, top)
     y = accumulate(codes, held, name).mul_(scale).mul_(held["weight_scale"].float().view(1, -1))
     y = y if bias is None else y.add_(bias.float())
@@ -132,6 +144,20 @@ def accumulate(codes: Tensor, held: Held, name: str) -> Tensor:
         part = slice(start, start + CHUNK)
         total += codes[:, part].float() @ held["weight"][:, part].float().t()
     return total.float()
+
+
+def _ops(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
+    from llmops_kernels.int8_linear import int8_linear
+    from llmops_kernels.quantize_tokens import quantize_tokens
+
+    codes, scale = quantize_tokens(x if x.stride(1) == 1 else x.contiguous(), torch.int8)
+    return int8_linear(codes, scale, held["weight"], held["weight_scale"].float().view(-1, 1), bias, dtype=x.dtype)
+
+
+@cache
+def triton_here() -> bool:
+    """Whether the kernels of `llmops_kernels` are installed."""
+    return find_spec("triton") is not None and find_spec("llmops_kernels") is not None
 
 
 def _qlinear(codes: Tensor, packed: Tensor, rows: int) -> Tensor:

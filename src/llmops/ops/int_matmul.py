@@ -7,7 +7,9 @@ One layer's weight arrives as it is stored: a bit stream of codes, and an `IntWe
                      what a runtime computes that dequantizes at load; the dense weight lives only during the call.
     torch:int8pack   CPU, 5 to 8 bits, one symmetric scale a row: torch's own kernel on int8 codes.
     torch:int4pack   CPU, 2 to 4 bits: torch's own kernel on 4-bit slots; groups of 32, 64, 128 or 256.
-    triton           CUDA (package `llmops_kernels`): 2 to 8 bits, groups or rows, zero points.
+    triton           CUDA (package `llmops_kernels`): 2 to 8 bits, rows or groups of 32, 64, 128, zero points.
+    triton:general   the same for groups of any other size, slower.
+    ops, ops:general the same two ops on a device without the kernels: their PyTorch reference, for comparison.
 
 Both CPU kernels want bfloat16 activations. They also accept float32 and float16, correctly and ten to fifty times more
 slowly, so x is always cast to bfloat16 first and y back to x's dtype; the price is bfloat16's rounding, a relative
@@ -25,8 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -34,11 +34,15 @@ from torch.nn import functional as F
 
 from llmops.errors import LlmopsError, unknown
 from llmops.ops.bitstream import pack_bits, unpack_bits
+from llmops.ops.int8_matmul import triton_here
 
 __all__ = ["KERNELS", "IntWeight", "Prepared", "choose", "dense", "dequantize", "describe", "int_matmul", "prepare",
            "recover"]
 
-REFERENCE, INT8, INT4, TRITON = "reference", "torch:int8pack", "torch:int4pack", "triton"
+REFERENCE, INT8, INT4, TRITON, OPS = "reference", "torch:int8pack", "torch:int4pack", "triton", "ops"
+GENERAL = ":general"  # after TRITON or OPS: groups that the fast op does not take
+CHOICES = ("auto", "torch", "triton", "ops", "reference")
+TRITON_GROUPS = (32, 64, 128)
 INT4_GROUPS = (256, 128, 64, 32)  # what the op takes, largest first
 
 
@@ -60,34 +64,39 @@ class IntWeight:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Codes laid out for one kernel. `codes` and `extra` mean what that kernel wants them to mean."""
+    """Codes laid out for one kernel. `codes`, `extra` and `zero` mean what that kernel wants them to mean."""
 
     codes: Tensor
     extra: Tensor | None
+    zero: Tensor | None = None
 
 
 def choose(rows: int, columns: int, *, bits: int, group_size: int, symmetric: bool, device: str,
            kernel: str = "auto") -> str:
     """The name of the kernel for a weight (rows, columns) on a device type; one of `KERNELS`.
 
-    kernel: "auto" takes the fastest that fits; "torch", "triton" and "reference" force a family. Raises LlmopsError
-    when a forced family cannot run on the device; a shape that "torch" cannot take falls back to the reference.
+    kernel: "auto" takes the fastest that fits; "torch", "triton" and "reference" force a family, "ops" the ops of
+    `llmops_kernels` on any device: kernels on a GPU, what they are checked against elsewhere. Raises LlmopsError when a
+    forced family cannot run on the device; a shape that "torch" cannot take falls back to the reference.
     """
-    if kernel not in ("auto", "torch", "triton", "reference"):
-        raise LlmopsError(unknown("kernel", kernel, ("auto", "torch", "triton", "reference")))
+    if kernel not in CHOICES:
+        raise LlmopsError(unknown("kernel", kernel, CHOICES))
+    group = columns if group_size == -1 else group_size
+    general = "" if group == columns or group in TRITON_GROUPS else GENERAL
     if kernel == "triton":
         if device != "cuda":
             raise LlmopsError(f"kernel triton on device {device}; it needs a CUDA device. Use auto, torch or reference")
-        if not _triton_here():
+        if not triton_here():
             raise LlmopsError("kernel triton, but triton or llmops_kernels is not installed; install them, or use auto")
-        return TRITON
+        return TRITON + general
+    if kernel == "ops":
+        return (TRITON if device == "cuda" else OPS) + general
     if kernel == "reference":
         return REFERENCE
     if device == "cuda":
-        return TRITON if kernel == "auto" and _triton_here() else REFERENCE
+        return TRITON + general if kernel == "auto" and triton_here() else REFERENCE
     if device != "cpu":
         return REFERENCE
-    group = columns if group_size == -1 else group_size
     if bits <= 4 and rows % 16 == 0 and _int4_group(group):
         return INT4
     if bits > 4 and group == columns and symmetric and columns % 16 == 0:
@@ -97,7 +106,7 @@ def choose(rows: int, columns: int, *, bits: int, group_size: int, symmetric: bo
 
 def describe(name: str, bits: int) -> str:
     """The kernel's name for people and for the ledger, slots that are wider than the codes admitted."""
-    slot = {INT8: 8, INT4: 4, TRITON: 4 if bits <= 4 else 8}.get(name, bits)
+    slot = {INT8: 8, INT4: 4, REFERENCE: bits}.get(name, 8 if bits > 4 else 4 if GENERAL in name else bits)
     return name if slot == bits else f"{name} ({bits}-bit codes in {slot}-bit slots)"
 
 
@@ -131,11 +140,7 @@ def int_matmul(x: Tensor, prepared: Prepared, weight: IntWeight, name: str, bias
     flat = x.reshape(-1, weight.columns)
     if flat.shape[0] == 0:
         return x.new_zeros(*x.shape[:-1], weight.rows)
-    if name == REFERENCE:
-        y = _reference(flat, prepared, weight, bias)
-    else:
-        y = KERNELS[name].run(flat, prepared, weight)
-        y = y if bias is None else y + bias.to(y.dtype)
+    y = KERNELS[name].run(flat, prepared, weight, bias)
     return y.view(*x.shape[:-1], weight.rows)
 
 
@@ -145,7 +150,7 @@ def recover(prepared: Prepared, weight: IntWeight, name: str) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- reference
-def _reference(x: Tensor, prepared: Prepared, weight: IntWeight, bias: Tensor | None = None) -> Tensor:
+def _reference(x: Tensor, prepared: Prepared, weight: IntWeight, bias: Tensor | None) -> Tensor:
     dense = dequantize(prepared.codes, weight)
     wide = torch.promote_types(x.dtype, dense.dtype)
     # The bias goes in with the product, which rounds once; added afterwards it would not match a dense layer's bits.
@@ -157,10 +162,14 @@ def _prepare_int8(packed: Tensor, weight: IntWeight) -> Prepared:
     return Prepared(unpack_bits(packed, weight.bits, weight.columns), None)
 
 
-def _run_int8(x: Tensor, prepared: Prepared, weight: IntWeight) -> Tensor:
+def _run_int8(x: Tensor, prepared: Prepared, weight: IntWeight, bias: Tensor | None) -> Tensor:
     scale = weight.scale.view(-1).to(torch.bfloat16)
     y: Tensor = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), prepared.codes, scale)
-    return y.to(x.dtype)
+    return _with(y.to(x.dtype), bias)
+
+
+def _with(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _prepare_int4(packed: Tensor, weight: IntWeight) -> Prepared:
@@ -174,11 +183,11 @@ def _prepare_int4(packed: Tensor, weight: IntWeight) -> Prepared:
     return Prepared(slots, both.transpose(0, 1).to(torch.bfloat16).contiguous())  # (groups, out, 2)
 
 
-def _run_int4(x: Tensor, prepared: Prepared, weight: IntWeight) -> Tensor:
+def _run_int4(x: Tensor, prepared: Prepared, weight: IntWeight, bias: Tensor | None) -> Tensor:
     assert prepared.extra is not None
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         x.to(torch.bfloat16).contiguous(), prepared.codes, _int4_group(weight.group), prepared.extra.to(torch.bfloat16))
-    return y.to(x.dtype)
+    return _with(y.to(x.dtype), bias)
 
 
 def _codes_int4(prepared: Prepared, weight: IntWeight) -> Tensor:
@@ -200,47 +209,74 @@ def _int4_group(group: int) -> int:
     return next((size for size in INT4_GROUPS if group % size == 0), 0)
 
 
-# ---------------------------------------------------------------------------------------------------- triton, CUDA
-def _prepare_triton(packed: Tensor, weight: IntWeight) -> Prepared:
+# ---------------------------------------------------------------------------------------------------- llmops_kernels
+def _prepare_ops(packed: Tensor, weight: IntWeight) -> Prepared:
+    from llmops_kernels.int_linear import pack
+
+    made = pack(unpack_bits(packed, weight.bits, weight.columns), weight.scale, _zero_points(weight), bits=weight.bits,
+                group_size=_ops_group(weight))
+    return Prepared(made.words, made.scale, made.zero)
+
+
+def _run_ops(x: Tensor, prepared: Prepared, weight: IntWeight, bias: Tensor | None) -> Tensor:
+    import llmops_kernels.int_linear  # noqa: F401 - puts the op into torch.ops
+
+    y: Tensor = torch.ops.llmops.int_linear(_half(x), prepared.codes, prepared.extra, prepared.zero, bias, weight.bits,
+                                            _ops_group(weight), weight.rows)
+    return y.to(x.dtype)
+
+
+def _codes_ops(prepared: Prepared, weight: IntWeight) -> Tensor:
+    from llmops_kernels.int_linear import unpack
+
+    return unpack(prepared.codes, weight.bits, _ops_group(weight), weight.rows, weight.columns)
+
+
+def _ops_group(weight: IntWeight) -> int:
+    return -1 if weight.group == weight.columns else weight.group
+
+
+def _half(x: Tensor) -> Tensor:
+    """Rows that a kernel takes: 16 bits, elements next to each other."""
+    half = x if x.dtype in (torch.float16, torch.bfloat16) else x.to(torch.bfloat16)
+    return half if half.stride(-1) == 1 else half.contiguous()
+
+
+def _prepare_general(packed: Tensor, weight: IntWeight) -> Prepared:
     from llmops_kernels.int_matmul import pack_codes
 
     return Prepared(pack_codes(unpack_bits(packed, weight.bits, weight.columns), weight.bits), _zero_points(weight))
 
 
-def _run_triton(x: Tensor, prepared: Prepared, weight: IntWeight) -> Tensor:
+def _run_general(x: Tensor, prepared: Prepared, weight: IntWeight, bias: Tensor | None) -> Tensor:
     from llmops_kernels.int_matmul import int_matmul as launch
 
-    half = x if x.dtype in (torch.float16, torch.bfloat16) else x.to(torch.bfloat16)
-    y = launch(half.contiguous(), prepared.codes, weight.scale, prepared.extra, bits=weight.bits,
-               group_size=weight.group)
-    return y.to(x.dtype)
+    y = launch(_half(x), prepared.codes, weight.scale, prepared.extra, bits=weight.bits, group_size=weight.group)
+    return _with(y.to(x.dtype), bias)
 
 
-def _codes_triton(prepared: Prepared, weight: IntWeight) -> Tensor:
+def _codes_general(prepared: Prepared, weight: IntWeight) -> Tensor:
     from llmops_kernels.int_matmul import unpack_codes
 
     return unpack_codes(prepared.codes, weight.bits, weight.columns)
-
-
-@cache
-def _triton_here() -> bool:
-    return find_spec("triton") is not None and find_spec("llmops_kernels") is not None
 
 
 # ---------------------------------------------------------------------------------------------------- the table
 @dataclass(frozen=True)
 class _Kernel:
     prepare: Callable[[Tensor, IntWeight], Prepared]
-    run: Callable[[Tensor, Prepared, IntWeight], Tensor]
+    run: Callable[[Tensor, Prepared, IntWeight, Tensor | None], Tensor]
     codes: Callable[[Prepared, IntWeight], Tensor]
 
 
+_FAST = _Kernel(_prepare_ops, _run_ops, _codes_ops)
+_ANY_GROUP = _Kernel(_prepare_general, _run_general, _codes_general)
 KERNELS = {
     REFERENCE: _Kernel(lambda packed, w: Prepared(packed, None), _reference,
                        lambda p, w: unpack_bits(p.codes, w.bits, w.columns)),
     INT8: _Kernel(_prepare_int8, _run_int8, lambda p, w: p.codes),
     INT4: _Kernel(_prepare_int4, _run_int4, _codes_int4),
-    TRITON: _Kernel(_prepare_triton, _run_triton, _codes_triton),
+    TRITON: _FAST, OPS: _FAST, TRITON + GENERAL: _ANY_GROUP, OPS + GENERAL: _ANY_GROUP,
 }
 
 

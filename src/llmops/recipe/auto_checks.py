@@ -28,12 +28,16 @@ def check_auto(problems: Problems, trail: Trail, options: Auto, dims: Dims | Non
     if not options.sizes:
         problems.add((*trail, "group_size"), "given an empty list; expected at least one size, such as 128 or -1")
         return
+    if options.factors is not None and options.solver not in ("gptq", "autoround"):
+        why = "which folds such factors of itself" if options.solver == "awq" else "which rounds to nearest"
+        problems.add((*trail, "factors"), f"given {options.factors} with solver: {options.solver}, {why}; expected "
+                     "solver: gptq or autoround beside it, or no factors")
+    if "iterations" in options.model_fields_set and options.solver != "autoround":
+        problems.add((*trail, "iterations"), f"given {options.iterations} with solver: {options.solver}, which has no "
+                     "steps; expected solver: autoround beside it, or no iterations")
     shapes = layer_shapes(dims, layers, options.ignore) if dims is not None and layers is not None else {}
     if any(size != -1 and (size < 1 or any(width % size for _, width in shapes.values())) for size in options.sizes):
         return  # told with the groups
-    if options.solver == "awq" and "lm_head" in shapes:
-        problems.add((*trail, "ignore"), "given no lm_head, which awq cannot quantize; expected lm_head in `ignore`, "
-                                         "or solver: gptq", key=True)
     if dims is None or layers is None or not shapes:
         fewest = min(bits for bits, _ in options.grids())
         if options.bits is not None and options.bits <= fewest:
@@ -55,6 +59,8 @@ def _check_budget(problems: Problems, trail: Trail, options: Auto, dims: Dims, l
                                        "candidates or larger groups")
     if options.bytes is not None:
         rest = dims.parameters(layers) - weights
+        if "r1" in options.rotations and dims.tied:
+            rest += dims.vocab * dims.hidden  # the head, untied
         needed = rest * _scale_bits(dims) + 128 * len(shapes) + least
         if 8 * options.bytes < needed:
             problems.add((*trail, "bytes"), f"given {options.bytes:,}; expected at least {-(-needed // 8):,}: "

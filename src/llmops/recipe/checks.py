@@ -7,24 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 from llmops.data.options import DataSource
 from llmops.errors import nearest
+from llmops.methods.prune.options import MASKING
 from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.recipe.bnb_checks import check_bitsandbytes
 from llmops.recipe.healing_checks import check_healing
 from llmops.recipe.model import LINEARS, LLAMA_LIKE, POST_NORMS, Dims
 from llmops.recipe.names import refer
 from llmops.recipe.number_checks import check_number_format
+from llmops.recipe.pruning_checks import check_depth, check_masks, check_width, dims_after, layers_after
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
+from llmops.recipe.students import dims_below
 from llmops.recipe.tree import cycle
 
 if TYPE_CHECKING:
     from llmops.methods.finetune.options import Dpo, Lora, Qlora
-    from llmops.methods.prune.options import Depth
     from llmops.methods.quantize.options import Auto, Hqq, WeightOnly
 
 __all__ = ["check_links", "check_steps", "layers_after"]
 
-_ZEROING = ("magnitude", "wanda")  # the methods that leave single zeros
 _LAST_NAMES = tuple(name.rsplit(".", 1)[-1] for name in LINEARS)
 
 
@@ -45,10 +46,13 @@ def check_links(problems: Problems, variants: Mapping[str, Variant], names: Sequ
         elif teacher is not None and not refer(problems, ("variants", name, variant.kind, "teacher"), teacher, known,
                                                "a variant", matrices):
             sound = False
-        graph[name] = [parent for parent in variant.parents() if parent != name or parent == variant.parent]
+        graph[name] = [parent for parent in variant.parents() if parent != name or parent in (variant.parent,
+                                                                                              *variant.writers)]
+        sound &= all(writer in known for writer in variant.writers)
     while found := cycle(graph):
         first, second = found[0], found[1]
-        key: Trail = ("from",) if variants[first].parent == second else (variants[first].kind, "teacher")
+        key: Trail = (("from",) if variants[first].parent == second else
+                      (variants[first].kind, "teacher" if variants[first].teacher == second else "data"))
         problems.add(("variants", first, *key), f"given a circle: {' -> '.join(found)}; expected every line to end at "
                                                 "base: let one of them start from base")
         graph[first] = [parent for parent in graph[first] if parent != second]
@@ -59,8 +63,10 @@ def check_links(problems: Problems, variants: Mapping[str, Variant], names: Sequ
 def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mapping[str, DataSource],
                 data_names: Sequence[str] | None, dims: Dims | None) -> None:
     """Steps that their parent, their data and the model's dimensions allow."""
+    whole = dims
     for name, variant in variants.items():
         trail: Trail = ("variants", name, variant.kind)
+        dims = dims_after(variants, variant.parent, dims_below(variants, variant.parent, whole))
         stop = getattr(variant.options, "stop", None)
         _check_data(problems, trail, variant, data_names)
         if stop is not None and stop.data is not None:
@@ -68,13 +74,10 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             if stop.data in variant.read_names():
                 problems.add((*trail, "stop", "data"), f"given {shown(stop.data)}, the training rows themselves, whose "
                              "loss falls whatever is learned; expected other data, or holdout: 0.05")
-        check_healing(problems, variants, variant, dims)
+        check_healing(problems, variants, variant, whole)
         options, method = variant.options, variant.method
-        pattern = getattr(options, "pattern", "unstructured")
-        if pattern != "unstructured":
-            _check_pattern(problems, trail, pattern, options.sparsity, options.ignore, dims)
-        if method == "depth":
-            _check_depth(problems, trail, options, layers_after(variants, variant.parent, dims))
+        if variant.kind == "prune":
+            _check_pruning(problems, trail, variant, dims, layers_after(variants, variant.parent, whole))
         if method == "rtn":
             check_bitsandbytes(problems, trail, options)
         if hasattr(options, "scheme") and options.scheme not in BITSANDBYTES:
@@ -87,19 +90,17 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
 
             for group in options.sizes:
                 _check_groups(problems, trail, group, options, dims)
-            check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, dims))
+            check_auto(problems, trail, options, dims, layers_after(variants, variant.parent, whole))
+            _check_rotation(problems, (*trail, "rotate"), options, _pruned_ancestor(variants, variant.parent), dims)
         if method == "hqq":
             _check_hqq(problems, trail, options)
         if getattr(options, "kv_cache", None) is not None:
             _check_kv_cache(problems, (*trail, "dtype" if method == "kv_cache" else "kv_cache"),
                             options.kv_cache, dims)
-        if method in ("awq", "autoround", "smoothquant") and not _ignored("lm_head", options.ignore):
-            problems.add((*trail, "ignore"), f"given no lm_head, which {method} cannot quantize; expected "
-                         "lm_head in `ignore`, or method: gptq", key=True)
         if getattr(options, "embeddings", False) and options.rotations:
             problems.add((*trail, "embeddings"), "given true with rotate, which changes the embedding after it was "
                          "rounded; expected one of the two: leave embeddings in 16 bit, or rotate out")
-        if method in _ZEROING and dims is not None and dims.tied \
+        if method in MASKING and dims is not None and dims.tied \
                 and not _ignored("lm_head", options.ignore):
             problems.add((*trail, "ignore"), "given no lm_head, which shares its weight with the token embedding here "
                          "(tie_word_embeddings), so that words would lose entries, too; expected lm_head in `ignore`",
@@ -112,6 +113,15 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
             _check_pairs(problems, trail, options, _pruned_ancestor(variants, variant.parent), dims)
         if hasattr(options, "ignore"):
             _check_layer_names(problems, (*trail, "ignore"), options.ignore, dims, None)
+
+
+def _check_pruning(problems: Problems, trail: Trail, variant: Variant, dims: Dims | None, layers: int | None) -> None:
+    if variant.method == "depth":
+        check_depth(problems, trail, variant.options, layers)
+    elif variant.method == "width":
+        check_width(problems, trail, variant.options, dims)
+    else:
+        check_masks(problems, trail, variant.options, _widths(dims, variant.options.ignore))
 
 
 def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Sequence[str] | None) -> None:
@@ -127,23 +137,10 @@ def _check_data(problems: Problems, trail: Trail, variant: Variant, known: Seque
                                 "others', give the others fewer `samples`")
 
 
-def layers_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) -> int | None:
-    """How many decoder layers the variant `name` has, or None when the model's are not known."""
-    count = dims.layers if dims is not None else None
-    seen: set[str] = set()
-    while name != BASE and name in variants and name not in seen:
-        seen.add(name)
-        options = variants[name].options
-        if variants[name].method == "depth":
-            return options.layers if isinstance(options.layers, int) else len(options.layers)
-        name = variants[name].parent
-    return count
-
-
 def _pruned_ancestor(variants: Mapping[str, Variant], name: str) -> str | None:
     """The nearest variant from `name` up whose step left single zeros, which everything after it has to keep."""
     while name in variants:
-        if variants[name].method in _ZEROING:
+        if variants[name].method in MASKING:
             return name
         name = variants[name].parent
     return None
@@ -196,50 +193,6 @@ def _refuse_apart(problems: Problems, trail: Trail, pruned: str) -> None:
                                     "folded in")
 
 
-def _check_pattern(problems: Problems, trail: Trail, pattern: str, sparsity: float, ignore: Sequence[str],
-                   dims: Dims | None) -> None:
-    zeros, group = (int(part) for part in pattern.split(":"))
-    if abs(sparsity - zeros / group) > 1e-9:
-        problems.add((*trail, "sparsity"), f"given sparsity {sparsity:g} with pattern {pattern}; expected "
-                                           f"{zeros / group:g}, which is what {pattern} leaves: change one of the two")
-    for name, width in _widths(dims, ignore).items():
-        if width % group:
-            problems.add((*trail, "pattern"), f"given {pattern}, but {name} takes {width} inputs, no multiple of "
-                                              f"{group}; expected unstructured, or {name} in `ignore`")
-            return
-
-
-def _check_depth(problems: Problems, trail: Trail, options: Depth, available: int | None) -> None:
-    place: Trail = (*trail, "layers")
-    if options.choose == "block_influence" and options.data is None:
-        problems.add(trail, "given choose: block_influence without data; expected the calibration data beside it, as "
-                            "data: calib", key=True)
-    if options.choose != "block_influence" and options.data is not None:
-        problems.add((*trail, "data"), f"given data with choose: {options.choose}, which reads none; expected choose: "
-                                       "block_influence, or no data", key=True)
-    has = f"the {available} layers there are" if available is not None else "the layers there are"
-    if isinstance(options.layers, int):
-        if options.layers < 1 or (available is not None and options.layers > available):
-            problems.add(place, f"given {options.layers}; expected how many layers to keep, from 1 to "
-                                f"{available if available is not None else 'all of them'}")
-        return
-    kept = options.layers
-    if options.choose == "block_influence":
-        problems.add((*trail, "choose"), "given block_influence with a list of layers, which leaves nothing to choose; "
-                                         "expected layers as a number, or no choose")
-    if not kept:
-        problems.add(place, f"given an empty list; expected at least one of {has}")
-    for index, layer in enumerate(kept):
-        if layer < 0 or (available is not None and layer >= available):
-            top = f"to {available - 1}" if available is not None else "up"
-            problems.add((*place, index), f"given {layer}; expected a layer from 0 {top}, the first being 0")
-        elif layer in kept[:index]:
-            problems.add((*place, index), f"given {layer} twice; expected each layer once: remove one")
-        elif index and layer < kept[index - 1]:
-            problems.add((*place, index), f"given {layer} after {kept[index - 1]}; expected the order they have in the "
-                                          f"model: {sorted(set(kept))}")
-
-
 def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightOnly | Auto, dims: Dims | None) -> None:
     place: Trail = (*trail, "group_size")
     if group == -1:
@@ -258,7 +211,7 @@ def _check_groups(problems: Problems, trail: Trail, group: int, options: WeightO
                      key=options.group_size is None)
 
 
-def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly, pruned: str | None,
+def _check_rotation(problems: Problems, trail: Trail, options: WeightOnly | Auto, pruned: str | None,
                     dims: Dims | None) -> None:
     given = shown(options.rotate)
     if options.rotate is None:
@@ -313,7 +266,7 @@ def _ignored(full: str, ignore: Sequence[str]) -> bool:
 
 def _check_teacher(problems: Problems, trail: Trail, variant: Variant) -> None:
     options = variant.options
-    if options.teacher == variant.parent and options.hard_weight == 0:
+    if options.teacher == variant.parent and options.hard_weight == 0 and options.student is None:
         problems.add((*trail, "teacher"), f"given {shown(options.teacher)}, the very weights that the student starts "
                                           "with: the loss is 0 from the first step; expected another variant, or a "
                                           "hard_weight above 0")

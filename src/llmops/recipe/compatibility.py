@@ -29,6 +29,7 @@ PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "pruned": ({"prune": {"method": "magnitude", "sparsity": 0.5}},),
     "pruned 2:4": ({"prune": {"method": "magnitude", "pattern": "2:4"}},),
     "half depth": ({"prune": {"method": "depth", "layers": 3}},),
+    "narrow": ({"prune": {"method": "width", "data": "train", "intermediate": 512}},),
     "quantized": (_QUANTIZED,),
     "quantized, healed": (_QUANTIZED, {"finetune": {"method": "full", "data": "train"}}),
     "pruned, quantized": ({"prune": {"method": "magnitude", "sparsity": 0.5}}, _QUANTIZED),
@@ -36,7 +37,7 @@ PARENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "quantized cache": ({"quantize": {"method": "kv_cache", "dtype": "int8"}},),
 }
 #: Values for the options that a method requires.
-_REQUIRED: dict[str, Any] = {"data": "train", "teacher": "teacher", "layers": 2, "scheme": "w4a16"}
+_REQUIRED: dict[str, Any] = {"data": "train", "teacher": "teacher", "scheme": "w4a16"}
 _GROUPS = {"group_size": 32}  # divides every layer of builtin:tiny
 #: (step, method) -> options that change what is allowed or what is done, each with its paper.
 _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
@@ -58,7 +59,11 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
     ("prune", "magnitude"): (({"sparsity": 0.5}, "Han et al. 2015, arXiv 1506.02626"),
                              ({"pattern": "2:4"}, "Mishra et al. 2021, arXiv 2104.08378")),
     ("prune", "wanda"): (({"sparsity": 0.5}, "Sun et al. 2023, arXiv 2306.11695"), ({"pattern": "2:4"}, "")),
-    ("prune", "depth"): (({}, "Men et al. 2024, arXiv 2403.03853"),),
+    ("prune", "sparsegpt"): (({"sparsity": 0.5}, "Frantar and Alistarh 2023, arXiv 2301.00774"),
+                             ({"pattern": "2:4"}, ""),
+                             ({"ratios": "owl", "sparsity": 0.5}, "Yin et al. 2023, arXiv 2310.05175")),
+    ("prune", "depth"): (({"layers": 2}, "Men et al. 2024, arXiv 2403.03853"),),
+    ("prune", "width"): (({"parameters": 0.7}, "Muralidharan et al. 2024, arXiv 2407.14679"),),
     ("quantize", "rtn"): (({"scheme": "w8a16", **_GROUPS}, ""), ({"scheme": "w4a16", **_GROUPS}, ""),
                           ({"scheme": "w4a16", "rotate": "hadamard", **_GROUPS},
                            "Ashkboos et al. 2024, arXiv 2404.00456"),
@@ -71,10 +76,18 @@ _OPTIONS: dict[tuple[str, str], tuple[tuple[dict[str, Any], str], ...]] = {
     ("quantize", "hqq"): (({"scheme": "w4a16", **_GROUPS}, "Badri and Shaji 2023"),),
     ("quantize", "autoround"): (({"scheme": "w4a16", **_GROUPS}, "Cheng et al. 2023, arXiv 2309.05516"),
                                 ({"scheme": "w4a16", "factors": "awq", **_GROUPS}, "")),
-    ("quantize", "auto"): (({"bits": 3.5, **_GROUPS}, "Yao et al. 2021, arXiv 2011.10680"),),
+    ("quantize", "auto"): (({"bits": 3.5, **_GROUPS}, "Yao et al. 2021, arXiv 2011.10680"),
+                           ({"bits": 3.5, "rotate": "hadamard", **_GROUPS}, "")),
     ("quantize", "smoothquant"): (({"scheme": "w8a16", **_GROUPS}, "Xiao et al. 2022, arXiv 2211.10438"),),
     ("quantize", "kv_cache"): (({"dtype": "int8"}, ""), ({"dtype": "fp8"}, ""), ({"dtype": "int4"}, "")),
-    ("distill", "logits"): (({}, "Hinton et al. 2015, arXiv 1503.02531"),),
+    ("distill", "logits"): (
+        ({}, "Hinton et al. 2015, arXiv 1503.02531"), ({"loss": "reverse_kl"}, "Gu et al. 2023, arXiv 2306.08543"),
+        ({"loss": "jensen_shannon"}, "Agarwal et al. 2024, arXiv 2306.13649"),
+        ({"loss": "skewed_kl"}, "Ko et al. 2024, arXiv 2402.03898"),
+        ({"hidden_weight": 1.0}, "Jiao et al. 2019, arXiv 1909.10351"),
+        ({"attention_weight": 1.0}, "Wang et al. 2020, arXiv 2002.10957"), ({"offline": {}}, ""),
+        ({"on_policy": {}}, "Agarwal et al. 2024, arXiv 2306.13649"),
+        ({"student": {"config": {"num_hidden_layers": 2}}}, "")),
 }
 
 

@@ -15,14 +15,14 @@ from llmops.evaluate.options import Evaluation
 from llmops.measure.options import MeasureOptions
 from llmops.recipe.model import Dims, looks_like_hub_id
 from llmops.recipe.names import refer
-from llmops.recipe.schema import BASE, COSTS, Goal, Goals, score_ids
+from llmops.recipe.schema import BASE, BOUNDS, COSTS, Goal, Goals, score_ids
 from llmops.recipe.source import Problems, Trail, shown
 from llmops.recipe.tree import cycle
 
 if TYPE_CHECKING:
     from llmops.evaluate.options import Harness
 
-__all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "is_local", "near_files"]
+__all__ = ["check_data", "check_evaluate", "check_goals", "check_measure", "check_written", "is_local", "near_files"]
 
 _OTHER_SUFFIXES = (".xlsx", ".xls", ".arrow", ".pkl", ".pickle", ".pt", ".zip", ".gz", ".zst", ".tar",
                    ".md", ".docx", ".pdf", ".yaml", ".yml", ".xml", ".html", ".db")
@@ -54,6 +54,25 @@ def check_data(problems: Problems, data: Mapping[str, DataSource], names: Sequen
         problems.add(("data", found[0], "from"), f"given a circle: {' -> '.join(found)}; expected `from` to end at "
                                                  "data with a source: give one of them a source")
         del graph[found[0]]
+
+
+def check_written(problems: Problems, data: Mapping[str, DataSource], names: Sequence[str] | None,
+                  variants: Sequence[str], matrices: dict[str, list[str]]) -> None:
+    """Data that a variant writes: a variant that is there, and prompts that do not lead back to the data itself."""
+    graph: dict[str, list[str]] = {}
+    for name, source in data.items():
+        trail: Trail = ("data", name, "synthesize")
+        if source.synthesize is not None:
+            refer(problems, (*trail, "teacher"), source.synthesize.teacher, variants, "a variant", matrices)
+            refer(problems, (*trail, "prompts"), source.synthesize.prompts, names, "data")
+        asked = source.from_ if source.synthesize is None else source.synthesize.prompts
+        graph[name] = [asked] if asked is not None else []
+    while found := cycle(graph):
+        inside = next((name for name in found if data[name].synthesize is not None), None)
+        if inside is not None:  # a circle of `from` alone has been told
+            problems.add(("data", inside, "synthesize", "prompts"),
+                         f"given a circle: {' -> '.join(found)}; expected prompts that end at data with a source")
+        graph[found[0]] = []
 
 
 def _check_source(problems: Problems, trail: Trail, source: str, base_dir: Path) -> None:
@@ -112,6 +131,10 @@ def check_evaluate(problems: Problems, entries: Mapping[int, Evaluation], data: 
                 problems.add(trail, f'given the score "{score}" twice (also entry {seen[score]}); expected it once: '
                                     "remove one, or give the data a second name with `from`", key=True)
             seen.setdefault(score, index)
+        if getattr(options, "slices", None) or getattr(options, "cluster", None):
+            from llmops.recipe.slice_checks import check_slices
+
+            check_slices(problems, trail, entry, data, base_dir)
         if entry.metric == "harness":
             _check_include(problems, trail, options, base_dir)
             continue
@@ -138,6 +161,11 @@ def _check_kind(problems: Problems, trail: Trail, entry: Evaluation, data: Mappi
     root, hops = data.get(entry.options.data), 0
     while root is not None and root.from_ is not None and hops < len(data):
         root, hops = data.get(root.from_), hops + 1
+    if root is not None and root.synthesize is not None:
+        problems.add((*trail, "data"), f"given {shown(entry.options.data)}, which {root.synthesize.teacher} writes: a "
+                     "score against a teacher's own words says nothing of what is right; expected data with answers of "
+                     "its own")
+        return
     source = root.source if root is not None else None
     if source not in BUILTIN:
         return
@@ -172,8 +200,13 @@ def check_goals(problems: Problems, goals: Goals, evaluate: Sequence[Evaluation]
             if score in quality:
                 problems.add(trail, f'given a second goal for "{score}"; expected one: merge the two', key=True)
             quality[score] = goal
+            _check_score_goal(problems, trail, goal, score, evaluate)
         _check_goal(problems, trail, goal, variants, matrices)
     for key, goal in goals.costs.items():
+        for bound in ("noninferior", "max_gap"):
+            if getattr(goal, bound) is not None:
+                problems.add(("goals", key, bound), f"given {bound} of the cost {shown(key)}; expected it of a score; "
+                                                    "bound a cost by max_ratio, min or max")
         _check_goal(problems, ("goals", key), goal, variants, matrices)
     prefer = goals.prefer
     if prefer is not None and prefer not in COSTS:
@@ -200,19 +233,29 @@ def _resolve(problems: Problems, trail: Trail, given: str, ids: Sequence[str], *
     return None
 
 
+def _check_score_goal(problems: Problems, trail: Trail, goal: Goal, score: str, evaluate: Sequence[Evaluation]) -> None:
+    """Groups where a goal is about groups, and a margin that a share can have."""
+    entry = next(entry for entry in evaluate if score in score_ids(entry))
+    if goal.max_gap is not None and not getattr(entry.options, "slices", None):
+        problems.add((*trail, "max_gap"), f'given max_gap of "{score}", which has no groups; expected a score with '
+                                          "`slices`: name columns of its data there, as slices: [topic]")
+    if goal.noninferior is not None and goal.noninferior >= 1 and entry.metric not in ("perplexity", "harness"):
+        problems.add((*trail, "noninferior"), f"given {goal.noninferior:g}; expected a share below 1, as 0.02 for two "
+                                              "points")
+
+
 def _check_goal(problems: Problems, trail: Trail, goal: Goal, variants: Mapping[str, bool],
                 matrices: dict[str, list[str]]) -> None:
-    given = [name for name in ("max_drop", "max_ratio", "min", "max") if getattr(goal, name) is not None]
+    given = goal.bounds()
     if not given:
-        problems.add(trail, "given a goal without a bound; expected at least one of max_drop, max_ratio, min, max",
-                     key=True)
+        problems.add(trail, f"given a goal without a bound; expected at least one of {', '.join(BOUNDS)}", key=True)
     if goal.min is not None and goal.max is not None and goal.min > goal.max:
         problems.add((*trail, "min"), f"given {goal.min:g}, above max ({goal.max:g}); expected min <= max")
     if goal.against is None:
         return
     if given and goal.reference is None:
-        problems.add((*trail, "against"), "given `against` without max_drop or max_ratio; expected one of them, or no "
-                                          "`against`", key=True)
+        problems.add((*trail, "against"), "given `against` without max_drop, noninferior, max_gap or max_ratio; "
+                                          "expected one of them, or no `against`", key=True)
     if refer(problems, (*trail, "against"), goal.against, [BASE, *variants], "a variant", matrices) \
             and not variants.get(goal.against, True):
         problems.add((*trail, "against"), f"given {shown(goal.against)}, which has score: false; expected a variant "

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from llmops.data.options import DataSource
 from llmops.evaluate.options import EVALUATIONS
 from llmops.measure.options import MeasureOptions
-from llmops.recipe.schema import COSTS, NAME, RESERVED, STEPS, TRACKERS, Goal, ModelSource, Runtime, Tracking
+from llmops.recipe.schema import BOUNDS, COSTS, NAME, RESERVED, STEPS, TRACKERS, Goal, ModelSource, Runtime, Tracking
 
 __all__ = ["json_schema"]
 
@@ -39,8 +39,10 @@ def json_schema() -> dict[str, Any]:
                       "allOf": [_when_method(name, _ref(model)) for name, model in methods.items()]}
         defs[f"{kind}-matrix"] = {
             "type": "object", "anyOf": [_relaxed(defs[model.__name__]) for model in methods.values()]}
-    defs["DataSource"]["oneOf"] = [{"required": ["source"]}, {"required": ["from"]}]
-    defs["Goal"]["anyOf"] = [{"required": [bound]} for bound in ("max_drop", "max_ratio", "min", "max")]
+    defs["DataSource"]["oneOf"] = [{"required": [origin]} for origin in ("source", "from", "synthesize")]
+    defs["Student"] |= {"oneOf": [{"required": ["config"]}, {"required": ["model"]}],
+                        "dependencies": {"revision": ["model"]}}
+    defs["Goal"]["anyOf"] = [{"required": [bound]} for bound in BOUNDS]
     defs["Variant"] = _variant()
     return {"$schema": _DRAFT, "title": "llmops recipe", "type": "object", "additionalProperties": False,
             "required": ["version", "name", "model", "variants"], "properties": _top(), "$defs": defs}

@@ -17,7 +17,8 @@ size, V the vocabulary, L the layers kept.
       qlora         4.127 bits a linear weight (4.5 without double quantization) + the rest in its dtype + as lora
       prune, quantize   weights + one layer in fp32 with its new copy (+ calibration activations, 2 x n x s x h x 4)
       gptq, awq     + 3 x in^2 x 4 of the widest layer: its Hessian, a copy in the order of solving, the factor
-      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq
+      auto          + a byte a linear weight and candidate, and 4 for the model in fp32, + as gptq; with rotate or
+                    factors 2 for a copy
       autoround     + 20 bytes a weight of a layer (offset, gradient, rounded, best) + activations of its batch
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
@@ -40,8 +41,10 @@ from llmops.errors import DataError
 from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.quantity import Quantity
 from llmops.recipe.healing_checks import quantized_by
-from llmops.recipe.model import Dims, bytes_per_weight
+from llmops.recipe.model import Dims, bytes_per_weight, read_dims
+from llmops.recipe.pruning_checks import dims_after, layers_after
 from llmops.recipe.schema import Recipe, Variant
+from llmops.recipe.students import after_students
 
 if TYPE_CHECKING:
     from llmops.methods.finetune.options import Dpo, Lora, Qlora
@@ -73,28 +76,28 @@ def estimate(recipe: Recipe, name: str, dims: Dims | None, reason: str) -> Estim
     """The figures of the variant `name` (or "base"). reason: why `dims` is None."""
     variant = recipe.variants.get(name)
     tokens = _tokens(recipe, variant, dims)
+    if variant is not None:
+        dims, reason = after_students(recipe, name, dims, reason)
     if dims is None:
         return Estimate(Quantity.null("1", reason), Quantity.null("B", reason), Quantity.null("B", reason), tokens)
-    layers = _layers(recipe, name, dims)
-    before = _layers(recipe, variant.parent, dims) if variant is not None else layers
-    count = dims.parameters(layers)
-    how = f"config.json: {layers} layers of {dims.linear_parameters + dims.other_parameters:,}"
+    student = getattr(variant.options, "student", None) if variant is not None else None
+    above = variant.parent if variant is not None and student is None else name
+    before = layers_after(recipe.variants, above, dims) if variant is not None else dims.layers
+    layers, after = layers_after(recipe.variants, name, dims), dims_after(recipe.variants, name, dims)
+    below = after if variant is None else dims_after(recipe.variants, above, dims)
+    if layers is None or before is None or after is None or below is None:
+        why = "how small it gets is searched for when it is built"
+        return Estimate(Quantity.null("1", why), Quantity.null("B", why), Quantity.null("B", why), tokens)
+    count = after.parameters(layers)
+    how = f"config.json: {layers} layers of {after.linear_parameters + after.other_parameters:,}"
     return Estimate(Quantity(float(count), "1", "estimated", how),
-                    _estimated(_disk(recipe, variant, dims, layers), "parameters x bytes of their storage"),
-                    _estimated(_memory(recipe, variant, dims, before), "weights, gradients, optimizer, activations"),
+                    _estimated(_disk(recipe, variant, after, layers), "parameters x bytes of their storage"),
+                    _estimated(_memory(recipe, variant, below, before), "weights, gradients, optimizer, activations"),
                     tokens)
 
 
 def _estimated(value: float, how: str) -> Quantity:
     return Quantity(float(round(value)), "B", "estimated", how)
-
-
-def _layers(recipe: Recipe, name: str, dims: Dims) -> int:
-    for variant in reversed(recipe.chain(name)):
-        if variant.method == "depth":
-            kept = variant.options.layers
-            return kept if isinstance(kept, int) else len(kept)
-    return dims.layers
 
 
 def _disk(recipe: Recipe, variant: Variant | None, dims: Dims, layers: int) -> float:
@@ -120,6 +123,7 @@ def _packed(scheme: Any, dims: Dims, layers: int, width: int) -> list[tuple[int,
     if getattr(scheme, "method", None) == "auto":
         linear = layers * dims.linear_parameters
         rest = width * (dims.parameters(layers) - linear)
+        rest += width * dims.vocab * dims.hidden if "r1" in scheme.rotations and dims.tied else 0
         each = (scheme.bits or 0) / 8 if scheme.bytes is None else (scheme.bytes - rest) / linear
         return [(dims.linear_parameters, each * dims.linear_parameters)]
     found = []
@@ -190,6 +194,7 @@ def _solving(options: Any, dims: Dims) -> float:
         return float(20 * dims.linear_parameters + 2 * 34 * dims.hidden * options.batch_size * length)
     if options.method == "auto":
         held = len(options.grids()) + 4.0  # codes of every candidate, and the model in float32
+        held += 2.0 if options.rotations or options.factors else 0.0  # the copy that costs are measured on
         return held * dims.layers * dims.linear_parameters + 12.0 * max(into for _, into in
                                                                         dims.linear_shapes().values()) ** 2
     if options.method in ("gptq", "awq", "smoothquant"):
@@ -200,7 +205,8 @@ def _solving(options: Any, dims: Dims) -> float:
 def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -> float:
     """Peak bytes of a training step with `tokens` tokens in a forward pass."""
     options = variant.options
-    layers = _layers(recipe, variant.parent, dims)
+    above = variant.name if getattr(options, "student", None) is not None else variant.parent
+    layers = layers_after(recipe.variants, above, dims) or dims.layers
     count = dims.parameters(layers)
     made_by = quantized_by(recipe.variants, variant.parent)
     kept = layers if not options.gradient_checkpointing else 1 + layers / 17  # a layer's inputs: 4 of its 68 bytes
@@ -214,9 +220,19 @@ def training_memory(recipe: Recipe, variant: Variant, dims: Dims, tokens: int) -
         return base + 16.0 * _adapter(options, dims, layers) + activations
     teacher = 0.0
     if options.method == "logits":
-        teacher = 4.0 * dims.parameters(_layers(recipe, options.teacher, dims)) + 12.0 * tokens * dims.vocab
+        teacher = _teacher(recipe, options, dims) + 12.0 * tokens * dims.vocab
     seen = 4.0 * layers * dims.linear_parameters if made_by is not None else 0.0
     return 16.0 * count + seen + activations + teacher
+
+
+def _teacher(recipe: Recipe, options: Any, dims: Dims) -> float:
+    """Bytes of the teacher in float32; of signals from the disk, none."""
+    if options.offline is not None:
+        return 0.0
+    if options.student is not None:
+        dims = read_dims(recipe.model, recipe.base_dir)[0] or dims
+    narrow = dims_after(recipe.variants, options.teacher, dims) or dims
+    return 4.0 * narrow.parameters(layers_after(recipe.variants, options.teacher, dims))
 
 
 def _on_integers(scheme: Any, dims: Dims, layers: int, width: int, apart: bool) -> float:
@@ -278,7 +294,11 @@ def row_count(name: str, sources: Mapping[str, DataSource], base_dir: Path) -> t
     """(rows of a data source at most, "") or (None, why they are not known). Reads no row, only counts lines."""
     try:
         *derived, root = named(name, sources)
-        rows, reason = _rows_of(root, base_dir)
+        if root.synthesize is not None:
+            rows, reason = row_count(root.synthesize.prompts, sources, base_dir)
+            rows = rows * root.synthesize.answers if rows is not None else None
+        else:
+            rows, reason = _rows_of(root, base_dir)
     except (DataError, OSError) as error:
         return None, str(error)
     if rows is None:

@@ -16,7 +16,7 @@ from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
 
 if TYPE_CHECKING:
-    from llmops.methods.finetune.options import Lora
+    from llmops.methods.finetune.options import Dpo, Lora
 
 __all__ = ["check_healing", "quantized_by"]
 
@@ -47,7 +47,7 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
     if made_by is None:
         return
     trail: Trail = ("variants", variant.name, "from")
-    trains = variant.method in ("lora", "full", "logits")
+    trains = variant.method in ("lora", "full", "dpo", "logits")
     if made_by == BASE:
         if not (trains and dims is not None and dims.integers):
             problems.add(trail, "given a base model that is quantized already (quantization_config or llmops_kv_cache "
@@ -69,13 +69,13 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
                             "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or to train "
                             f"{shown(variants[made_by].parent)} and quantize the result")
         return
-    if variant.method == "lora":
+    if variant.method in ("lora", "dpo"):
         _check_adapters(problems, ("variants", variant.name, variant.kind), variant.options, variant.parent)
 
 
 def _keeps_integers(variant: Variant) -> bool:
     """Whether a child of a quantized parent is stored in its integers."""
-    return variant.method in ("full", "logits") or (variant.method == "lora" and variant.options.merge)
+    return variant.method in ("full", "logits") or (variant.method in ("lora", "dpo") and variant.options.merge)
 
 
 def _beyond_integers(variant: Variant) -> str:
@@ -97,22 +97,18 @@ def _refusal(variant: Variant, made_by: str, before: str) -> str:
         return (f"{given}a quantized variant, which method: qlora would round once more; expected method: lora with "
                 f"merge: false, for an adapter on its integers, or method: qlora from {shown(before)}, which it "
                 "rounds itself")
-    if variant.method == "dpo":
-        return (f"{given}a quantized variant: the reference of DPO is the parent beside what is trained, and they "
-                f"would not be rounded alike; expected a variant in 16 bit: dpo from {shown(before)} and quantize the "
-                "result")
     return (f"{given}a quantized variant, whose packed weights {variant.kind} cannot change; expected a variant in 16 "
             f"bit: {variant.kind} from {shown(before)} and quantize the result")
 
 
-def _check_adapters(problems: Problems, trail: Trail, options: Lora, parent: str) -> None:
+def _check_adapters(problems: Problems, trail: Trail, options: Lora | Dpo, parent: str) -> None:
     on = f"after {shown(parent)}, whose weights are integers"
-    if options.dora:
-        problems.add((*trail, "dora"), f"given true {on} (DoRA rescales whole rows of them); expected no dora: rslora "
-                                       "can stay")
-    if options.merge and options.dropout:
+    if getattr(options, "dora", False) and not options.merge:
+        problems.add((*trail, "dora"), f"given true {on} and have to stay as they are under an adapter apart (DoRA "
+                                       "rescales whole rows of them); expected merge: true, or rslora in its place")
+    if options.rank is not None and options.merge and options.dropout:
         problems.add((*trail, "dropout"), f"given {options.dropout:g} {on}: what is rounded is the sum of weight and "
                                           "adapter, which has no input of its own; expected 0, or merge: false")
-    if not options.merge and options.init == "pissa":
+    if not options.merge and getattr(options, "init", "default") == "pissa":
         problems.add((*trail, "init"), f"given pissa {on} and have to stay as they are under an adapter apart; "
                                        "expected init: default, or merge: true")

@@ -19,25 +19,31 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmops.data.fingerprint import fingerprint
 from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.recipe.changes import why
 from llmops.recipe.hashing import FileHashes
 from llmops.recipe.model import folder_of
-from llmops.recipe.schema import Recipe, Variant
+from llmops.recipe.schema import ModelSource, Recipe, Variant
+
+if TYPE_CHECKING:
+    from llmops.methods.distill.options import Student
 
 __all__ = ["BUILD_VERSION", "EVAL_VERSION", "HASH_MEMORY", "build_parts", "fingerprints", "hash_memory", "key_of",
            "model_parts", "names_of_data", "package_version", "score_key", "why"]
 
 BUILD_VERSION = 2  # raise it when the same step would make different weights
-EVAL_VERSION = 2  # raise it when the same variant would get different figures
+EVAL_VERSION = 3  # raise it when the same variant would get different figures
 HASH_MEMORY = "hashes.json"  # beside the store
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+#: Options that were added without a change of what their defaults build, so that older builds are found again.
+ADDED: dict[str, Any] = {"student": None, "beta": 0.5, "skew": 0.1, "top_k": None, "attention_weight": 0.0,
+                         "offline": None, "on_policy": None}
 _PACKAGES = {"finetune:lora": ("peft",), "finetune:qlora": ("peft", "bitsandbytes"), "finetune:dpo": ("peft",),
              **{f"quantize:{method}": ("compressed-tensors",)
                 for method in ("rtn", "gptq", "awq", "hqq", "autoround", "smoothquant")},
@@ -87,11 +93,30 @@ def build_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], print
                 parts["judge"] = prints[value]
         elif name == "teacher":
             parts["teacher"] = keys[value]
+        elif name == "student" and value is not None:
+            parts["option.student"] = json.dumps({**value, "bytes": _student_digest(recipe, variant.options.student)},
+                                                 sort_keys=True)
+        elif name == "offline" and value is not None:  # where signals lie changes none of them
+            parts["option.offline"] = json.dumps({"k": value["k"]})
+        elif name in ADDED and value == ADDED[name]:  # an option that came later, at the default that does nothing
+            continue
         elif name == "stop" and value is not None and value["data"] is not None:
             parts["option.stop"] = json.dumps({**value, "data": prints[value["data"]]}, sort_keys=True)
         elif name != "method":
             parts[f"option.{name}"] = json.dumps(value, sort_keys=True)
     return parts
+
+
+def _student_digest(recipe: Recipe, student: Student) -> str | None:
+    """Of a pretrained student in a folder: a hub model is its id and revision."""
+    if student.model is None:
+        return None
+    folder = folder_of(ModelSource(id=student.model), recipe.base_dir)
+    if folder is None:
+        return None
+    files = [path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.name.endswith(_WEIGHTS)]
+    with FileHashes(None) as hashes:
+        return _digest((path.name, hashes.of(path)) for path in files if path.is_file())
 
 
 def score_key(recipe: Recipe, key: str, prints: Mapping[str, str]) -> str:

@@ -54,6 +54,7 @@ class Dims:
     bias: bool = False
     integers: bool = False
     caches: frozenset[str] = frozenset()  # what its layers remember, where the config says so
+    keys: frozenset[str] = frozenset()  # of its config.json
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """name within a layer -> (out, in)."""
@@ -134,7 +135,7 @@ def dims_from_config(config: dict[str, Any]) -> Dims:
         bias=bool(config.get("attention_bias", family == "qwen2")),
         integers=_integers(whole.get("quantization_config")),
         caches=frozenset(map(str, config.get("layer_types") or ())) | ({"borrowed keys"} if config.get(
-            "num_kv_shared_layers") else set()))
+            "num_kv_shared_layers") else set()), keys=frozenset(config))
 
 
 def _integers(block: Any) -> bool:

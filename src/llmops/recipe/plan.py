@@ -6,8 +6,8 @@ files (manifests, config.json) and hashes; loads no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmops.recipe.hashing import FileHashes
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import read_dims
 from llmops.recipe.schema import BASE, Recipe
+from llmops.recipe.shared_keys import signal_parts, writer_of, written_parts, written_print
 
 __all__ = ["Plan", "Stage", "make_plan"]
 
@@ -27,8 +28,9 @@ _SCORED = ("ok", "broken")
 class Stage:
     """One variant to build and score. `kind` and `method` are None for base, which is never built.
 
-    parents: names, the parent first, then a teacher; parent_keys in the same order. scored_here: whether the recipe
-    wants it scored. built, scored: whether that is done already.
+    parents: names, the parent first, then a teacher, then who writes data; parent_keys in the same order. scored_here:
+    whether the recipe wants it scored. built, scored: whether that is done already. signals: parts of the key of the
+    teacher's signals that it reads from the disk; written: the same of data that a teacher writes, by name.
     """
 
     variant: str
@@ -44,12 +46,20 @@ class Stage:
     scored: bool
     estimate: Estimate
     summary: str = ""
+    teacher: str | None = None
+    signals: dict[str, str] | None = None
+    written: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> list[str]:
+        """Keys of what it uses that other builds may use, too."""
+        return [k.key_of(parts) for parts in (*([self.signals] if self.signals else []), *self.written.values())]
 
     def describe(self) -> str:
         """One line: "quantize rtn w4a16 from tuned"."""
         if self.kind is None:
             return self.summary
-        teacher = f", taught by {self.parents[1]}" if len(self.parents) > 1 else ""
+        teacher = f", taught by {self.teacher}" if self.teacher is not None else ""
         return f"{self.kind} {self.method}{' ' if self.summary else ''}{self.summary} from {self.parents[0]}{teacher}"
 
     @property
@@ -71,11 +81,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order of building; the first is base."""
+    """Stages in the order of building; the first is base. advice: whether the goals' margins can be shown."""
 
     stages: list[Stage]
     recipe: Recipe
     store: Path
+    advice: tuple[str, ...] = ()
 
     @property
     def keys(self) -> dict[str, str]:
@@ -95,7 +106,7 @@ class Plan:
                 "seed": self.recipe.seed, "recipe_sha256": self.recipe.sha256, "store": str(self.store),
                 "to_build": sum(not stage.built for stage in self.stages),
                 "to_score": sum(stage.scored_here and not stage.scored for stage in self.stages),
-                "stages": [stage.as_json() for stage in self.stages]}
+                "advice": list(self.advice), "stages": [stage.as_json() for stage in self.stages]}
 
 
 def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[str, Any]] = ()) -> Plan:
@@ -103,20 +114,34 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
 
     Raises DataError when data cannot be read for its fingerprint.
     """
-    store = Path(store)
-    scored = {(row["identity"].get("key"), row["identity"].get("score_key")) for row in ledger_rows
+    store, known = Path(store), list(ledger_rows)
+    scored = {(row["identity"].get("key"), row["identity"].get("score_key")) for row in known
               if row.get("status", {}).get("state") in _SCORED}
-    prints = k.fingerprints(recipe, k.names_of_data(recipe))
+    written = {name for name in recipe.data if writer_of(name, recipe.data) is not None}
+    prints = k.fingerprints(recipe, (name for name in k.names_of_data(recipe) if name not in written))
     dims, reason = read_dims(recipe.model, recipe.base_dir)
     with FileHashes(k.hash_memory(store)) as hashes:
         parts = k.model_parts(recipe, hashes)
-    keys = {BASE: k.key_of(parts)}
+    base, keys = parts, {BASE: k.key_of(parts)}
     stages = [_stage(recipe, BASE, keys, parts, prints, store, scored, estimate(recipe, BASE, dims, reason))]
     for name, variant in recipe.variants.items():
+        texts = {data: written_parts(recipe, data, keys, prints, base) for data in variant.data_names()
+                 if data in written}
+        prints |= {data: written_print(data, recipe.data, k.key_of(made)) for data, made in texts.items()}
         parts = k.build_parts(recipe, variant, keys, prints)
         keys[name] = k.key_of(parts)
-        stages.append(_stage(recipe, name, keys, parts, prints, store, scored, estimate(recipe, name, dims, reason)))
-    return Plan(stages, recipe, store)
+        stages.append(replace(
+            _stage(recipe, name, keys, parts, prints, store, scored, estimate(recipe, name, dims, reason)),
+            signals=signal_parts(recipe, variant, keys, prints, base), written=texts))
+    return Plan(stages, recipe, store, _advice(recipe, known))
+
+
+def _advice(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    if not any(goal.noninferior or goal.max_drop for goal in recipe.goals.quality.values()):
+        return ()
+    from llmops.recipe.sample_size import advice
+
+    return advice(recipe, rows)
 
 
 def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, str], prints: Mapping[str, str],
@@ -131,7 +156,7 @@ def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, 
         parent_keys=tuple(keys[parent] for parent in parents), key=key, key_parts=parts, score_key=score,
         scored_here=variant.score if variant is not None else True,
         built=variant is None or (store / key / "llmops.json").is_file(), scored=(key, score) in scored,
-        estimate=figures, summary=_summary(recipe, name))
+        estimate=figures, summary=_summary(recipe, name), teacher=variant.teacher if variant is not None else None)
 
 
 def _summary(recipe: Recipe, name: str) -> str:
@@ -152,16 +177,38 @@ def _summary(recipe: Recipe, name: str) -> str:
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
-    if hasattr(options, "layers"):
-        words.append(f"{options.layers if isinstance(options.layers, int) else len(options.layers)} layers")
+    if variant.method in ("depth", "width"):
+        words += _size_words(options)
     if hasattr(options, "rank"):
         words += _adapter_words(options)
+    if variant.method == "logits":
+        words += _teaching_words(options)
     if hasattr(options, "epochs"):
         epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
         words.append(f"{options.max_steps} steps" if options.max_steps else epochs)
     if variant.kind != "quantize" and quantized_by(recipe.variants, name) is not None:
         words.append("qat")  # trained through the rounding of its parent, and stored in its bits
     return " ".join(words)
+
+
+def _teaching_words(options: Any) -> list[str]:
+    """Of a distillation, what is not as by default."""
+    words = [options.loss] if options.loss != "forward_kl" else []
+    if options.student is not None:
+        words.append("fresh" if options.student.model is None else options.student.model)
+    if options.offline is not None:
+        words.append(f"offline top {options.offline.k}")
+    return words + ([f"on-policy {options.on_policy.fraction:g}"] if options.on_policy is not None else [])
+
+
+def _size_words(options: Any) -> list[str]:
+    """What a structural step leaves, or what share it is to reach."""
+    layers = getattr(options, "layers", None)
+    words = [f"{layers if isinstance(layers, int) else len(layers)} layers"] if layers is not None else []
+    words += [f"{name} {getattr(options, name)}" for name in ("hidden", "intermediate", "heads", "kv_heads")
+              if getattr(options, name, None) is not None]
+    return words + [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
+                    if getattr(options, name) is not None]
 
 
 def _adapter_words(options: Any) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from llmops.recipe.schema import (
     Variant,
 )
 from llmops.recipe.secret import CURE, secret_keys, secret_spans
+from llmops.recipe.shared_keys import writers_of
 from llmops.recipe.source import Document, Place, Problems, Trail, from_values, parse, shown
 from llmops.recipe.tree import apply_sets, build_order, expand_matrices
 
@@ -310,8 +311,17 @@ def _read_variants(document: Document, parts: _Parts) -> None:
         variant = _read_variant(parts, name, body)
         if variant is not None and name != BASE:
             parts.variants[name] = variant
+    parts.variants = {name: replace(variant, writers=tuple(writer for data in variant.data_names()
+                                                           for writer in writers_of(data, parts.data)))
+                      for name, variant in parts.variants.items()}
+    data_checks.check_written(problems, parts.data, parts.data_names, [BASE, *parts.names], parts.matrices)
     if checks.check_links(problems, parts.variants, list(parts.names), parts.matrices):
         checks.check_steps(problems, parts.variants, parts.data, parts.data_names, parts.dims)
+        for variant in parts.variants.values():
+            if variant.kind == "distill":
+                from llmops.recipe.distill_checks import check_distill
+
+                check_distill(problems, variant, parts.dims, parts.base_dir)
 
 
 def _read_variant(parts: _Parts, name: str, value: Any) -> Variant | None:

@@ -18,15 +18,16 @@ from llmops.evaluate.options import Evaluation
 from llmops.measure.options import MeasureOptions
 from llmops.options import Models, Options
 
-__all__ = ["BASE", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe", "Runtime",
-           "TRACKERS", "Tracking", "Variant", "score_ids"]
+__all__ = ["BASE", "BOUNDS", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe",
+           "Runtime", "TRACKERS", "Tracking", "Variant", "score_ids"]
 
 Kind = Literal["finetune", "prune", "quantize", "distill"]
 #: Kind of step -> method -> options; only what a recipe names is imported.
 STEPS = {
     "finetune": Models("llmops.methods.finetune.options", {"lora": "Lora", "qlora": "Qlora", "full": "Full",
                                                            "dpo": "Dpo"}),
-    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda", "depth": "Depth"}),
+    "prune": Models("llmops.methods.prune.options", {"magnitude": "Magnitude", "wanda": "Wanda",
+                                                     "sparsegpt": "Sparsegpt", "depth": "Depth", "width": "Width"}),
     "quantize": Models("llmops.methods.quantize.options", {
         "rtn": "Rtn", "gptq": "Gptq", "awq": "Awq", "hqq": "Hqq", "autoround": "Autoround", "auto": "Auto",
         "smoothquant": "Smoothquant", "kv_cache": "KvCache"}),
@@ -41,6 +42,10 @@ COSTS = ("joules_per_token", "decode_tokens_per_s", "first_token_ms", "disk_byte
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"  # a folder on every system, and one word on a command line
 #: YAML 1.1 readers take the first of these for truth values; Windows keeps the others for devices.
 RESERVED = frozenset(("yes", "no", "on", "off", "true", "false", "null", "con", "prn", "aux", "nul"))
+
+
+#: What a goal can bound.
+BOUNDS = ("max_drop", "noninferior", "max_gap", "max_ratio", "min", "max")
 
 
 class ModelSource(Options):
@@ -58,8 +63,9 @@ class Runtime(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: that of the model; on a CPU without instructions for it, float32")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$", description="auto: the first GPU, else the CPU")
-    kernel: Literal["auto", "torch", "reference", "triton"] = Field("auto", description="which kernels compressed "
-                                                                                        "weights run on")
+    kernel: Literal["auto", "torch", "reference", "triton", "ops"] = Field(
+        "auto", description="which kernels compressed weights run on; ops: those of llmops_kernels, on a CPU what they "
+                            "are checked against")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: those of torch")
     checkpoint_s: float = Field(60.0, gt=0, description="seconds between two checkpoints of a training; the first "
                                                         "follows the first step. Changes no result")
@@ -74,10 +80,16 @@ class Tracking(Options):
 
 
 class Goal(Options):
-    """Bounds on one score or one cost. `max_drop` and `max_ratio` compare with the variant named in `against`."""
+    """Bounds on one score or one cost. `max_drop`, `noninferior`, `max_gap` and `max_ratio` compare with the variant
+    named in `against`."""
 
     max_drop: float | None = Field(None, ge=0, description="how much worse than the other variant, at most, in the "
                                                            "unit of the score or cost")
+    noninferior: float | None = Field(None, gt=0, description="a margin that the drop of a score must be shown to "
+                                                              "stay within: one-sided test at 2.5 %, corrected by Holm "
+                                                              "over the variants")
+    max_gap: float | None = Field(None, ge=0, description="how much more than the other items those of any one group "
+                                                          "may lose; for a score with `slices`")
     max_ratio: float | None = Field(None, gt=0, description="largest value divided by that of the other variant")
     min: float | None = Field(None, description="smallest value")
     max: float | None = Field(None, description="largest value")
@@ -86,7 +98,12 @@ class Goal(Options):
     @property
     def reference(self) -> str | None:
         """The variant compared with, or None for a goal that compares with none."""
-        return (self.against or BASE) if self.max_drop is not None or self.max_ratio is not None else None
+        given = (self.max_drop, self.noninferior, self.max_gap, self.max_ratio)
+        return (self.against or BASE) if any(bound is not None for bound in given) else None
+
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are given, by name."""
+        return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,7 @@ class Variant:
     kind: Kind
     options: Any
     score: bool = True
+    writers: tuple[str, ...] = ()  # variants that write data which the step reads
 
     @property
     def method(self) -> str:
@@ -125,8 +143,9 @@ class Variant:
         return getattr(self.options, "teacher", None)
 
     def parents(self) -> list[str]:
-        """The variants that must be built first: the parent, then a teacher if there is one."""
-        return [self.parent, *([self.teacher] if self.teacher else [])]
+        """The variants that must be built first: the parent, a teacher if there is one, then those who write data."""
+        first = [self.parent, *([self.teacher] if self.teacher else [])]
+        return [*first, *(name for name in dict.fromkeys(self.writers) if name not in first)]
 
     def data_names(self) -> list[str]:
         """The data that the step reads: what it trains or calibrates on, then what it holds out."""

@@ -34,7 +34,8 @@ def render(plan: Plan, *, colour: bool = False) -> str:
              "training in 32 bit, every row as long as max_length."]
     notes += [f"Not known: {why}" for why in dict.fromkeys(
         stage.estimate.parameters.method for stage in plan.stages if stage.estimate.parameters.value is None)]
-    return "\n".join([*lines, "", *(_tint(note, "2", colour) for note in notes)])
+    said = [_tint(line, "33" if line.startswith("WARNING") else "2", colour) for line in plan.advice]
+    return "\n".join([*lines, "", *said, *(_tint(note, "2", colour) for note in notes)])
 
 
 def bytes_in_words(quantity: Quantity) -> str:

@@ -17,7 +17,7 @@ from llmops.report.markup import Markup, tag
 from llmops.report.reading import Row, group, name_of
 from llmops.report.sections import NOTHING, Page
 
-__all__ = ["Allocation", "Group", "allocation_of", "bits", "heat_map", "in_words"]
+__all__ = ["Allocation", "Group", "allocation_of", "bits", "heat_map", "in_words", "shades"]
 
 LEFT, TOP, ROW, GAP, MOST = 176, 8, 17, 9, 560
 SHADES = 8
@@ -132,7 +132,7 @@ def heat_map(seen: Allocation) -> Markup:
     blocks = sorted({each.block for each in seen.groups if each.block is not None}) or [0]
     wide = min(88.0, MOST / len(blocks))
     band = len(seen.candidates) * ROW + GAP
-    shade = _shades([cost for each in seen.groups for cost in each.cost])
+    shade = shades([cost for each in seen.groups for cost in each.cost])
     height = TOP + len(kinds) * band + 20
     cells = [_cell(seen, each, c, LEFT + wide * blocks.index(each.block or blocks[0]),
                    TOP + kinds.index(each.kind) * band + c * ROW, wide, shade)
@@ -163,7 +163,7 @@ def _cell(seen: Allocation, each: Group, c: int, x: float, y: float, wide: float
                    class_=f"heat{shade[each.cost[c]]}"), ring if chosen else None)
 
 
-def _shades(costs: Sequence[float]) -> dict[float, int]:
+def shades(costs: Sequence[float]) -> dict[float, int]:
     """Cost -> 0 (nothing, or the least) to SHADES - 1 (the most), in equal steps of its logarithm."""
     found = [cost for cost in costs if cost > 0 and math.isfinite(cost)]
     low, high = (math.log(min(found)), math.log(max(found))) if found else (0.0, 0.0)

@@ -16,6 +16,7 @@ from typing import Any
 from llmops.report.building import merge_cells
 from llmops.report.details import nulls, quantities
 from llmops.report.figures import number, show, told
+from llmops.report.groups import worst_lines
 from llmops.report.markup import UNSEEN
 from llmops.report.reading import (
     Row,
@@ -42,6 +43,7 @@ from llmops.report.reading import (
     versus,
     what,
 )
+from llmops.report.teaching import shared_words
 
 __all__ = ["card", "front_matter"]
 
@@ -54,7 +56,9 @@ COSTS_OF_BUILDING = {
     "time": "wall_s",
     "tokens": "tokens",
     "training compute": "flops",
-     "pays for itself after": "break_even_tokens"}
+    "of it the teacher's": "teacher_energy_j",
+    "pays for itself after": "break_even_tokens",
+    "pays for itself against its teacher after": "break_even_to_teacher_tokens"}
 SPEEDS = {
     "decoding": "decode_tokens_per_s",
     "prefill": "prefill_tokens_per_s",
@@ -197,7 +201,7 @@ def _making(row: Row, rows: Sequence[Row]) -> str:
     stored = [f"Stored as {_safe(transform['storage_dtype'])}" if transform.get("storage_dtype") else "",
               f"computes in {_safe(transform['compute_dtype'])}" if transform.get("compute_dtype") else "",
               f"kernel {_safe(transform['kernel'])}" if transform.get("kernel") else ""]
-    zeros = ("Its zeros lie in dense tensors: no time is saved, bytes only when the file is compressed."
+    zeros = (f"Its zeros lie in dense tensors and save {_safe(transform['sparsity_saves'])}."
              if transform.get("sparsity_saves") else "")
     said = "; ".join(part for part in stored if part)
     made = "\n".join(steps) or "It is the model as it came."
@@ -226,7 +230,8 @@ def _scores(row: Row) -> str:
     "(parent)",
     "against base"],
     lines),
-     "Differences are paired: the same items, answered by both.")
+     "Differences are paired: the same items, answered by both.",
+     "\n".join(f"- Worst group of {_safe(line)}" for line in worst_lines(row)))
 
 
 def _sizes(row: Row) -> str:
@@ -249,7 +254,8 @@ def _energy(row: Row) -> str:
 
 
 def _built(row: Row) -> str:
-    entries = [(label, ("building", name)) for label, name in COSTS_OF_BUILDING.items()]
+    entries = [(label, ("building", name)) for label, name in COSTS_OF_BUILDING.items()
+               if name in group(row, "building") or "teacher" not in name]
     entries += [("carbon of building", ("carbon", "building_g")),
                 ("carbon per 1,000 output tokens", ("carbon", "per_1k_tokens_g")), ("grid", ("carbon", "intensity"))]
     spent, count = joules_per_trained_token(row), attempts(row)
@@ -257,6 +263,8 @@ def _built(row: Row) -> str:
         if spent.value is not None else []
     if count and count > 1:
         lines.append(f"It took {count} attempts; what those that were cut off spent is counted.")
+    lines += [f"Shared with other builds, its cost split among them: {_safe(shared_words(entry))}."
+              for entry in group(row, "building").get("shared") or []]
     return _section("What building it cost", _figures(row, entries) if group(row, "building") else "", *lines)
 
 

@@ -237,8 +237,10 @@ def _cost(row: Row, reference: Row, by: str, batch: str) -> Compared:
 
 
 def _through_base(row: Row, reference: Row, place: tuple[str, str], batch: str) -> Quantity | None:
-    """The ratio of two ratios to base; log half-widths add as independent errors. None without both."""
-    if group(row, "identity").get("run") != group(reference, "identity").get("run"):
+    """The ratio of two ratios to base; log half-widths add as independent errors. None without both, or without one
+    base. Of two runs each ratio is to the base in its own blocks, so what drifts between runs is out of both."""
+    one, two = group(row, "identity"), group(reference, "identity")
+    if any(one.get(key) != two.get(key) for key in ("base_model", "revision")):
         return None
     a, b = (figure(each, place[0], batch, place[1]) for each in (row, reference))
     if name_of(reference) == "base":

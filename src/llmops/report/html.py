@@ -12,12 +12,13 @@ import base64
 import contextlib
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from llmops.errors import StoreError
-from llmops.report import bits, building, details, sections
+from llmops.report import bits, building, details, sections, slices, teaching, why
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
@@ -29,7 +30,10 @@ CONTENTS = {
     "tree": "Variants",
     "charts": "Worth and cost",
     "table": "Table",
+    "slices": "Groups",
+    "why": "Changed answers",
     "building": "Building",
+    "teaching": "Teachers",
     "loss": "Loss",
     "bits": "Bits by layer",
     "details": "Every figure",
@@ -38,17 +42,19 @@ CONTENTS = {
      "log": "Log"}
 
 
-def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequence[str] | None = None) -> Path:
+def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequence[str] | None = None,
+               explained: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write the page of `rows` to `path`, whole or not at all; returns the path.
 
-    title: of the page, usually the run's name. log: lines to show at its end. Raises StoreError when the file cannot be
+    title: of the page, usually the run's name. log: lines to show at its end. explained: what `llmops explain` found.
+    Raises StoreError when the file cannot be
     written.
     """
     place = Path(path)
     scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(page(rows, title=title, log=log), encoding="utf-8")
+        scratch.write_text(page(rows, title=title, log=log, explained=explained), encoding="utf-8")
         scratch.replace(place)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -58,12 +64,14 @@ def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequen
     return place
 
 
-def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None) -> str:
+def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
+         explained: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page as text."""
     seen = Page(rows)
     body = [sections.outcome(seen), sections.family(seen), sections.charted(seen), sections.tabled(seen),
-            building.building(seen), building.curves(seen), bits.bits(seen), details.every_figure(seen),
-            details.method(seen), details.environment(seen), details.logged(log or [])] if rows else [
+            slices.section(seen), why.section(seen, explained), building.building(seen), teaching.teaching(seen),
+            building.curves(seen), bits.bits(seen), details.every_figure(seen), details.method(seen),
+            details.environment(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     found = [anchor for anchor in CONTENTS if any(f'id="{anchor}"' in part for part in body)]
     contents = tag("nav", [tag("a", CONTENTS[anchor], href=f"#{anchor}") for anchor in found], aria_label="Contents")

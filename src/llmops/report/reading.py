@@ -381,12 +381,18 @@ def _zeros(options: Mapping[str, Any]) -> list[str]:
     pattern, sparsity = options.get("pattern"), options.get("sparsity")
     if pattern not in (None, "unstructured"):
         return [str(pattern)]
-    return [f"{sparsity:.0%}"] if isinstance(sparsity, int | float) else []
+    words = [f"{sparsity:.0%}"] if isinstance(sparsity, int | float) else []
+    plain = (None, "layer", "uniform")
+    return words + [str(options[key]) for key in ("scope", "ratios") if options.get(key) not in plain]
 
 
-def _layers(options: Mapping[str, Any]) -> list[str]:
+def _size(options: Mapping[str, Any]) -> list[str]:
+    """What a structural step leaves, or what share it is to reach: `3 layers`, `hidden 192`, `0.7x parameters`."""
     kept = options.get("layers")
-    return [f"{len(kept) if isinstance(kept, list) else kept} layers"] if kept is not None else []
+    words = [f"{len(kept) if isinstance(kept, list) else kept} layers"] if kept is not None else []
+    widths = ("hidden", "intermediate", "heads", "kv_heads")
+    words += [f"{name} {options[name]}" for name in widths if options.get(name)]
+    return words + [f"{options[name]:g}x {name}" for name in ("parameters", "latency", "joules") if options.get(name)]
 
 
 FORMATS = ("w8a8", "fp8", "mxfp4", "nvfp4")  # which fix their groups themselves
@@ -412,7 +418,7 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "full": _training,
     "dpo": lambda o: [*([f"r{o['rank']}"] if o.get("rank") else ["full"]),
                       *([f"beta {o['beta']:g}"] if isinstance(o.get("beta"), int | float) else []), *_training(o)],
-    "magnitude": _zeros, "wanda": _zeros, "depth": _layers, "rtn": _scheme,
+    "magnitude": _zeros, "wanda": _zeros, "sparsegpt": _zeros, "depth": _size, "width": _size, "rtn": _scheme,
     "gptq": _scheme, "awq": _scheme, "autoround": _scheme,
     "auto": lambda o: [f"{o['bits']:g} bits" if o.get("bits") else f"{o.get('bytes') or 0:,} bytes",
                        *([str(o["solver"])] if o.get("solver") else [])],

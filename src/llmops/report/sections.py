@@ -83,7 +83,8 @@ class Page:
             found.append(tag("span", "simulated", class_="badge bad", title="imitated in full precision"))
         if group(row, "transform").get("sparsity_saves"):
             found.append(tag("span", "zeros save no time", class_="badge dim",
-                             title="zeros in dense tensors: no time saved, bytes only when compressed"))
+                             title="zeros in dense tensors: no time saved (N:M only where a kernel for it "
+                                   "runs), bytes only when compressed on disk"))
         return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmops.report.columns import Cell, Column, columns
+from llmops.report.groups import name_and_lines
 from llmops.report.pareto import chosen, mark
 from llmops.report.reading import (
     Row,
@@ -99,7 +100,8 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
     if {"speed", "energy"} & ids:
         found.append(f"speed and energy at batch {batch_of(rows)}")
     if any("†" in cell.text for _, _, cell in cells):
-        found.append("† zeros in dense tensors: no time saved, bytes only when compressed")
+        found.append("† zeros in dense tensors: no time saved (N:M only where a kernel for it runs), bytes only when "
+                     "compressed on disk")
     if any(group(row, "transform").get("simulated") for row in rows):
         found.append("simulated: compression is imitated in full precision; its size, speed and energy are not those "
                      "of the real thing")
@@ -159,7 +161,8 @@ def _caption(rows: Sequence[Row], shown: Sequence[Column]) -> Text:
     from rich.text import Text
 
     lines = [("; ".join(legend(rows, shown)), "dim"), *((line, "red") for line in failures(rows)),
-             *((line, "bold" if not place else "") for place, line in enumerate(goal_lines(rows)))]
+             *((line, "bold" if not place else "") for place, line in enumerate(goal_lines(rows))),
+             *((_short(line, 2 * REASON), "") for line in name_and_lines(rows))]
     return Text("\n").join(Text(text, style=style) for text, style in lines if text)
 
 

@@ -3,6 +3,10 @@
 A goal is judged on the point estimate; its line says whether the 95% interval holds it too, because "no worse by more
 than 0.02" and "not shown to be worse" are different things. A goal on a figure that nobody measured is not met and not
 missed: it is unknown, and a variant with an unknown goal cannot win.
+
+`noninferior` asks more: that the drop is *shown* to stay within the margin. Its p values are corrected by Holm over the
+variants that are held against the same reference, since the best of twenty lucky ones would otherwise pass. `max_gap`
+bounds how much more than all other items those of the worst group lost.
 """
 
 from __future__ import annotations
@@ -11,12 +15,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmops.quantity import Quantity
+from llmops.report.figures import number
+from llmops.report.groups import gaps
 from llmops.report.pareto import mark
-from llmops.report.reading import COSTS, Row, batch_of, cost, group, name_of, rising, score, state_of, versus
+from llmops.report.reading import COSTS, Row, batch_of, cost, group, name_of, quantity, rising, score, state_of, versus
 
 __all__ = ["judge", "value_of"]
 
-KINDS = ("max_drop", "max_ratio", "min", "max")
+KINDS = ("max_drop", "noninferior", "max_gap", "max_ratio", "min", "max")
 
 
 def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -46,21 +53,78 @@ def _goals(row: Row, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _judged(row: Row, rows: Sequence[Row], metric: str, kind: str, bounds: Mapping[str, Any]) -> dict[str, Any]:
     limit, against, batch = float(bounds[kind]), bounds.get("against") or "base", batch_of(rows)
-    relative = kind in ("max_drop", "max_ratio")
-    goal = f"{metric} {kind} {limit:g}" + (f" against {against}" if relative else "")
+    relative = kind not in ("min", "max")
+    goal = {"goal": f"{metric} {kind} {limit:g}" + (f" against {against}" if relative else ""), "metric": metric,
+            "kind": kind, "limit": limit, "against": against if relative else None}
+    if kind in ("noninferior", "max_gap"):
+        return {**goal, **_compared(row, rows, metric, kind, limit, against)}
     value = value_of(row, metric, batch)
     other = next((value_of(one, metric, batch) for one in rows if name_of(one) == against), None) if relative else 0.0
     if value is None or other is None:
         missing = name_of(row) if value is None else against
-        return {"goal": goal, "met": None, "detail": f"unknown: {metric} was not measured for {missing}"}
+        return {**goal, "met": None, "detail": f"unknown: {metric} was not measured for {missing}"}
     if kind in ("min", "max"):
-        return {"goal": goal, "met": value >= limit if kind == "min" else value <= limit, "detail": f"{value:.4g}"}
+        return {**goal, "met": value >= limit if kind == "min" else value <= limit, "detail": f"{value:.4g}"}
     if kind == "max_ratio":
         ratio = value / other if other else math.inf
-        return {"goal": goal, "met": ratio <= limit, "detail": f"ratio {ratio:.4g} ({value:.4g} / {other:.4g})"}
+        return {**goal, "met": ratio <= limit, "detail": f"ratio {ratio:.4g} ({value:.4g} / {other:.4g})"}
     drop = other - value if _more_is_better(row, metric) else value - other
-    return {"goal": goal, "met": drop <= limit + 1e-12,
+    return {**goal, "met": drop <= limit + 1e-12,
             "detail": f"drop {drop:.4g}{_interval(row, metric, against, limit)}"}
+
+
+def _compared(row: Row, rows: Sequence[Row], metric: str, kind: str, limit: float, against: str) -> dict[str, Any]:
+    """A goal that needs the items of both sides: of what the row's own comparison says."""
+    if name_of(row) == against:
+        return {"met": True, "detail": "it is what the others are held against"}
+    body = versus(row, metric, against)
+    if not body or "not_comparable" in body:
+        why = body.get("not_comparable") or f"{metric} was not compared with {against}"
+        return {"met": None, "detail": f"unknown: {why}"}
+    return _noninferior(row, rows, metric, limit, against) if kind == "noninferior" else _gap(row, metric, limit,
+                                                                                             against)
+
+
+def _noninferior(row: Row, rows: Sequence[Row], metric: str, margin: float, against: str) -> dict[str, Any]:
+    from llmops.evaluate.noninferiority import LEVEL, drop_of, noninferiority_p, worst_drop
+    from llmops.evaluate.paired_tests import holm
+    from llmops.evaluate.power import needed
+
+    up, body = _more_is_better(row, metric), versus(row, metric, against)
+    family = {name_of(one): p for one in rows if name_of(one) not in (against, "base") and state_of(one) == "ok"
+              and (p := noninferiority_p(versus(one, metric, against), margin, up)) is not None}
+    drop, worst = drop_of(body, up), worst_drop(body, up)
+    p = noninferiority_p(body, margin, up)
+    if p is None or drop is None:
+        return {"met": None, "detail": "unknown: " + quantity(
+            body.get("delta"), "the comparison holds no standard error").method}
+    adjusted = holm(family | {name_of(row): p})[name_of(row)]
+    words = [f"drop {drop:.4g}", f"at most {worst:.4g} with 95% confidence" if worst is not None else "",
+             f"p = {number(p)}" + (f", {number(adjusted)} by Holm over {len(family)} variants" if len(family) > 1
+                                   else "")]
+    met = adjusted <= LEVEL
+    if not met and drop < margin and body.get("delta_stderr"):
+        items = needed(margin, float(body["delta_stderr"]) * math.sqrt(body["n"]), max(drop, 0.0),
+                       share=body.get("mcnemar_p") is not None)
+        words.append(f"not shown with {body['n']} items" + (f", about {items:,} would be needed" if items else ""))
+    return {"met": met, "p": p, "p_holm": adjusted, "detail": "; ".join(word for word in words if word)}
+
+
+def _gap(row: Row, metric: str, limit: float, against: str) -> dict[str, Any]:
+    found = gaps(row, metric, against)
+    if not found:
+        return {"met": None, "detail": f"unknown: no group of {metric} has items enough to be judged"}
+    column, name, excess = found[0]
+    assert excess.value is not None
+    more = f" [{excess.ci95[0]:.4g}, {excess.ci95[1]:.4g}]" if excess.ci95 else ""
+    return {"met": excess.value <= limit + 1e-12, "group": f"{column}={name}",
+            "detail": f"{column}={name} lost {excess.value:.4g}{more} more than the rest{_shown(excess, limit)}"}
+
+
+def _shown(excess: Quantity, limit: float) -> str:
+    if excess.value is None or excess.ci95 is None or excess.value <= limit:
+        return ""
+    return "; shown" if excess.ci95[0] > limit else "; its interval reaches the limit, so this may be chance"
 
 
 def _interval(row: Row, metric: str, against: str, limit: float) -> str:

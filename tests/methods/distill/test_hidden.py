@@ -3,6 +3,7 @@ import torch
 
 from llmops.errors import LlmopsError
 from llmops.methods.distill import hidden_loss, uniform_pairs
+from llmops.methods.distill.hidden import projections
 
 
 def states(seed: int, n: int = 5, d: int = 4) -> torch.Tensor:
@@ -44,3 +45,18 @@ def test_states_that_cannot_be_compared_are_refused(student, teacher):
 def test_no_layers_are_refused():
     with pytest.raises(LlmopsError, match="at least one each"):
         uniform_pairs(0, 6)
+
+
+def test_a_projection_is_learned_where_the_widths_differ():
+    student, teacher = [states(0, d=3)], [states(1, d=4)]
+    (W,) = projections(1, 3, 4, seed=0)
+    torch.testing.assert_close(W.T @ W, torch.eye(3), atol=1e-6, rtol=0)
+    expected = float((student[0] @ W.T - teacher[0]).square().sum() / teacher[0].square().sum())
+    assert float(hidden_loss(student, teacher, [W])) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(W, projections(1, 3, 4, seed=0)[0]) and not torch.equal(W, projections(1, 3, 4, seed=1)[0])
+
+
+def test_a_projection_that_fits_leaves_no_loss():
+    student = states(0, n=9, d=3)
+    W = states(5, n=4, d=3)
+    assert float(hidden_loss([student], [student @ W.T], [W])) == pytest.approx(0, abs=1e-10)

@@ -6,12 +6,12 @@ import re
 
 from pydantic import Field, field_validator
 
-from llmops.options import Options
+from llmops.evaluate.slice_options import Sliced
 
 __all__ = ["ExactMatch"]
 
 
-class ExactMatch(Options):
+class ExactMatch(Sliced):
     """Greedy answer, normalised, equal to the reference."""
 
     data: str = Field(description="name of the data with prompts and answers")

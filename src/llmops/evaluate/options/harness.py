@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmops.options import Options
+from llmops.evaluate.slice_options import Sliced
 
 __all__ = ["Harness"]
 
 
-class Harness(Options):
+class Harness(Sliced):
     """Tasks of lm-evaluation-harness (the `harness` extra)."""
 
     tasks: list[str] = Field(min_length=1, description="task names, known to lm-eval or defined under `include`")

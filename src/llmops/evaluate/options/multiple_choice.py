@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmops.options import Options
+from llmops.evaluate.slice_options import Sliced
 
 __all__ = ["MultipleChoice"]
 
 
-class MultipleChoice(Options):
+class MultipleChoice(Sliced):
     """The choice with the highest log-likelihood is the right one."""
 
     data: str = Field(description="name of the data with question, choices, answer")

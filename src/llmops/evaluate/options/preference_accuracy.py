@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmops.options import Options
+from llmops.evaluate.slice_options import Sliced
 
 __all__ = ["PreferenceAccuracy"]
 
 
-class PreferenceAccuracy(Options):
+class PreferenceAccuracy(Sliced):
     """The better of two answers is the likelier one."""
 
     data: str = Field(description="name of the data with prompt, chosen, rejected")

@@ -5,8 +5,10 @@ the layers that change their input most: block influence (Men et al. 2024, "Shor
 
     BI_i = 1 - E_t [ <x_t, y_t> / (|x_t| |y_t|) ]        x, y: hidden states of token t before and after layer i
 
-A layer with a small BI turns its input by little, so the residual stream survives without it. Scores are taken once,
-on the whole model; removing layers one at a time and scoring again is left out.
+A layer with a small BI turns its input by little, so the residual stream survives without it. Or those without which
+the loss on calibration data rises most (perplexity drop: Kim et al. 2024, "Shortened LLaMA", arXiv 2402.02834). Either
+score can be taken of a whole run of neighbours instead (Gromov et al. 2024, arXiv 2403.17887: x before the first, y
+after the last of them), and again after some have gone: neighbours that do the same are then told apart.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 
-__all__ = ["block_influence", "even_layers", "influential_layers"]
+__all__ = ["block_influence", "even_layers", "in_rounds", "influential_layers", "least_run"]
 
 
 def even_layers(total: int, keep: int) -> list[int]:
@@ -52,6 +54,26 @@ def influential_layers(influence: Sequence[float], keep: int) -> list[int]:
     _check_count(len(influence), keep)
     ranked = sorted(range(len(influence)), key=lambda i: (-influence[i], i))
     return sorted(ranked[:keep])
+
+
+def least_run(scores: Sequence[float], drop: int) -> list[int]:
+    """The layers that stay when the run of `drop` neighbours with the least score goes; among equals the later one.
+
+    scores: of the run that begins at each layer, total - drop + 1 of them.
+    """
+    total = len(scores) + drop - 1
+    first = min(range(len(scores)), key=lambda i: (scores[i], -i))
+    return [i for i in range(total) if not first <= i < first + drop]
+
+
+def in_rounds(total: int, keep: int, rounds: int) -> list[int]:
+    """How many of `total` layers are left after each round, the last being `keep`; rounds that drop none are left out.
+
+    Raises LlmopsError unless 1 <= keep <= total.
+    """
+    _check_count(total, keep)
+    left = [total - round((total - keep) * (i + 1) / rounds) for i in range(rounds)]
+    return [n for i, n in enumerate(left) if n < ([total, *left][i])] or [keep]
 
 
 def _check_count(total: int, keep: int) -> None:

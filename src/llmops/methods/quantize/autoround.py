@@ -52,10 +52,12 @@ class Tuned:
 
 def autoround(weights: Mapping[str, Tensor], loss: Loss, batches: int, *, bits: int, group_size: int = -1,
               symmetric: bool = True, iterations: int = 200, looks: int = 5, seed: int = 0,
-              dtype: torch.dtype | None = None) -> tuple[dict[str, QuantizedWeight], Tuned]:
+              dtype: torch.dtype | None = None,
+              schemes: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[dict[str, QuantizedWeight], Tuned]:
     """Quantize all `weights` (out, in) of a block together.
 
     loss: (weights by name, float32; which of the `batches`) -> scalar that can be differentiated by the weights;
+    schemes: bits, group_size and symmetric of single weights, by name, in place of the ones for all;
     looks: how often the mean over all batches is taken on the way; dtype: of the stored scale.
     Cost: `iterations` forward and backward passes, and looks x batches forward ones. Raises LlmopsError as `rtn` does,
     StepError when the loss is NaN.
@@ -63,7 +65,9 @@ def autoround(weights: Mapping[str, Tensor], loss: Loss, batches: int, *, bits: 
     if not weights or batches < 1 or iterations < 0:
         raise LlmopsError(f"given {len(weights)} weights, {batches} batches and {iterations} iterations; expected at "
                           "least one weight and one batch, and 0 iterations or more")
-    layers = {name: _Layer(W, bits, group_size, symmetric, dtype or W.dtype) for name, W in weights.items()}
+    for_all = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    layers = {name: _Layer(W, dtype=dtype or W.dtype, **{**for_all, **(schemes or {}).get(name, {})})
+              for name, W in weights.items()}
 
     def mean() -> float:
         with torch.no_grad():
@@ -101,7 +105,7 @@ def _move(layers: Mapping[str, _Layer], loss: Loss, batch: int, rate: float) -> 
 class _Layer:
     """One weight, its offsets V and the factors of its range."""
 
-    def __init__(self, W: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+    def __init__(self, W: Tensor, *, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
         check(W, bits)
         self.G = grouped(W.detach(), group_size).float()
         self.bits, self.group_size, self.symmetric, self.dtype = bits, group_size, symmetric, dtype

@@ -8,16 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmops.methods.prune.options.shared import Pattern
+from llmops.methods.prune.options.shared import Masks, MeasuredMasks, Pattern
 
 if TYPE_CHECKING:
     from llmops.methods.prune.options.depth import Depth
     from llmops.methods.prune.options.magnitude import Magnitude
+    from llmops.methods.prune.options.sparsegpt import Sparsegpt
     from llmops.methods.prune.options.wanda import Wanda
+    from llmops.methods.prune.options.width import Width
 
-__all__ = ["Depth", "Magnitude", "Pattern", "Wanda"]
+__all__ = ["MASKING", "Depth", "Magnitude", "Masks", "MeasuredMasks", "Pattern", "Sparsegpt", "Wanda", "Width"]
 
-_HOMES = {"Magnitude": "magnitude", "Wanda": "wanda", "Depth": "depth"}
+#: The methods that leave single zeros, which everything after them has to keep.
+MASKING = ("magnitude", "wanda", "sparsegpt")
+
+_HOMES = {"Magnitude": "magnitude", "Wanda": "wanda", "Sparsegpt": "sparsegpt", "Depth": "depth", "Width": "width"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmops.methods.quantize.options.shared import BITS, KV_CACHE, Integers, KvDtype
+from llmops.methods.quantize.options.shared import (
+    BITS,
+    FACTORS,
+    KV_CACHE,
+    ROTATE,
+    Integers,
+    KvDtype,
+    Rotate,
+    parts,
+)
 from llmops.options import Options
 
 __all__ = ["Auto"]
@@ -27,8 +36,12 @@ class Auto(Options):
                                                "list each is tried with each scheme. At 8 bits always a whole row. "
                                                "Default: 128")
     symmetric: bool = Field(True, description="false stores a zero point for every scale")
-    solver: Literal["gptq", "rtn", "awq"] = Field("gptq", description="how each layer is quantized in the end: by the "
-                                                  "method with its default options, rtn with clip: mse")
+    solver: Literal["gptq", "rtn", "awq", "autoround"] = Field(
+        "gptq", description="how each layer is quantized in the end: by the method with its default options, rtn with "
+                            "clip: mse")
+    iterations: int = Field(200, ge=1, le=100_000, description="solver autoround: steps of the descent for each block")
+    factors: Literal["awq"] | None = Field(None, description=FACTORS + ". For solver gptq and autoround")
+    rotate: Rotate = Field(None, description=ROTATE)
     sensitivity: Literal["kl", "gradient"] = Field(
         "kl", description="what fewer bits cost a layer: the measured divergence of the next-token distribution, or "
                           "its second-order estimate, which takes one backward pass for all layers")
@@ -39,6 +52,11 @@ class Auto(Options):
                                                       "Default: 16 for kl, all for gradient")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")
     kv_cache: KvDtype | None = Field(None, description=KV_CACHE)
+
+    @property
+    def rotations(self) -> tuple[str, ...]:
+        """The parts of `rotate`, none when it is left out."""
+        return parts(self.rotate)
 
     @property
     def sizes(self) -> list[int]:

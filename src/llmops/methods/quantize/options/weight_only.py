@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from llmops.methods.quantize.options.shared import BITS, BLOCK, FIXED, KV_CACHE, KvDtype, Scales, Scheme
+from llmops.methods.quantize.options.shared import (
+    BITS,
+    BLOCK,
+    FIXED,
+    KV_CACHE,
+    ROTATE,
+    KvDtype,
+    Rotate,
+    Scales,
+    Scheme,
+    parts,
+)
 from llmops.options import Options
 
 __all__ = ["WeightOnly"]
@@ -28,15 +37,12 @@ class WeightOnly(Options, defer_build=True):
                                                        "the head, too")
     embeddings: bool = Field(False, description="token embeddings in 8 bits, and with them a head that is tied to them")
     kv_cache: KvDtype | None = Field(None, description=KV_CACHE)
-    rotate: Literal["hadamard"] | list[Literal["r1", "r2"]] | None = Field(
-        None, description="rotate the weights before rounding, the function unchanged and nothing left to run "
-                          "(Ashkboos et al. 2024): the stream between the blocks (r1), the values of each head (r2), "
-                          "or both (hadamard)")
+    rotate: Rotate = Field(None, description=ROTATE)
 
     @property
     def rotations(self) -> tuple[str, ...]:
         """The parts of `rotate`, none when it is left out."""
-        return ("r1", "r2") if self.rotate == "hadamard" else tuple(self.rotate or ())
+        return parts(self.rotate)
 
     @property
     def bits(self) -> int:

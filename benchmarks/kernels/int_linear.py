@@ -1,0 +1,42 @@
+"""The weight-only integer linear layer: its machine code, its checks, its timings."""
+
+from __future__ import annotations
+
+from tests.kernels.offline import Compiled
+
+from llmops_kernels.int_linear import constants, int_linear_kernel
+from llmops_kernels.reference.int_linear import layout
+
+LIMITS = {("fp16", 4): 3.2, ("bf16", 4): 3.6, ("fp16", 8): 2.5, ("bf16", 8): 2.5}  # thread-instructions a weight
+
+#          dtype, bits, group, zero point, BLOCK_M, BLOCK_N, warps, stages, parts, swapped
+TILES = [("fp16", 4, 128, False, 16, 64, 4, 4, 4, False), ("bf16", 4, 128, False, 16, 64, 4, 4, 4, False),
+         ("fp16", 4, 128, True, 16, 64, 4, 4, 4, False), ("bf16", 4, 128, True, 16, 64, 4, 4, 4, False),
+         ("fp16", 4, 64, False, 16, 64, 4, 4, 4, False), ("bf16", 4, 64, True, 16, 64, 4, 4, 4, False),
+         ("fp16", 4, 32, False, 16, 64, 2, 4, 4, False), ("bf16", 4, 32, False, 16, 64, 2, 4, 4, False),
+         ("fp16", 4, -1, False, 16, 64, 4, 4, 4, False), ("bf16", 4, -1, True, 16, 64, 4, 4, 4, False),
+         ("fp16", 8, -1, False, 16, 128, 4, 3, 4, False), ("bf16", 8, -1, False, 16, 128, 4, 3, 4, False),
+         ("fp16", 8, 128, False, 16, 128, 4, 3, 4, True), ("bf16", 8, 128, False, 16, 128, 4, 3, 4, True),
+         ("fp16", 3, 128, False, 16, 64, 2, 4, 4, False), ("bf16", 3, 128, False, 16, 64, 2, 4, 4, False),
+         ("fp16", 2, 128, False, 16, 64, 2, 4, 4, False), ("bf16", 2, 64, True, 16, 64, 2, 4, 4, False),
+         ("fp16", 4, 128, False, 32, 64, 4, 3, 2, True), ("bf16", 4, 128, False, 32, 64, 4, 3, 2, True),
+         ("fp16", 4, 128, True, 64, 64, 4, 3, 1, True), ("bf16", 4, 128, False, 64, 64, 4, 3, 1, True),
+         ("bf16", 4, 32, False, 64, 64, 4, 3, 1, True), ("bf16", 8, -1, False, 64, 64, 4, 3, 1, True),
+         ("bf16", 3, 128, False, 64, 64, 4, 3, 1, True)]
+
+
+def compiled() -> list[Compiled]:
+    return [_case(*tile) for tile in TILES]
+
+
+def _case(dtype: str, bits: int, group: int, zero: bool, m: int, n: int, warps: int, stages: int, parts: int,
+          swap: bool) -> Compiled:
+    known = constants(bits, group, zero, False, dtype == "bf16")
+    types = {"x_ptr": f"*{dtype}", "q_ptr": "*i16", "scale_ptr": f"*{dtype}",
+             "y_ptr": "*fp32" if parts > 1 else f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",
+             "bias_ptr": f"*{dtype}"}
+    name = f"int_linear {dtype} {bits} bits, group {group}{', zeros' if zero else ''}, {m}x{n}, {warps} warps"
+    return Compiled(name, int_linear_kernel, types,
+                    known | {"PARTS": parts, "EVEN_K": True, "SWAP": swap, "BLOCK_M": m, "BLOCK_N": n}, warps, stages,
+                    odd=("M", "chunks", "per_part"), weights=n * layout(bits, group).chunk,
+                    limit=LIMITS.get((dtype, bits), 0.0) if m < 64 else 0.0, matrix="HGMMA" if swap else "HMMA")

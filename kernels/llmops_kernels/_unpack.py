@@ -1,0 +1,146 @@
+"""Bit fields of 16-bit words -> fp16 or bf16 integers, in about one instruction a weight.
+
+A register holds two words, so every instruction works on two codes. Field at bit b, width w, of fp16:
+
+    t = (word & mask << b) | 0x6400       the number 1024 + code * 2^b: the code sits in the mantissa
+    y = t * 2^-b - (1024 * 2^-b + offset) exact, one fused multiply-add; offset undoes the unsigned storage, and holds
+                                          the zero point when there is one
+
+The mantissa of fp16 takes fields up to bit 9, that of bf16 (0x4300: 128) up to bit 6; a field further up is first
+shifted down, by as few different amounts as do, since equal shifts are computed once. 3-bit codes put the high bit of
+another word beside the two low ones. 8-bit codes in bf16 don't fit: their low seven bits and their sign bit become 128
++ low and -128 or -256, which add up to the two's complement number. Without zero points both go to the tensor cores,
+since one more matrix instruction is cheaper than the additions.
+
+The idea of the magic number is Kim et al., "Who Says Elephants Can't Run", 2022, section 4.2. `lop3` computes any
+function of three bits in one instruction: 0xEA is (a & b) | c, 0x6A is (a & b) ^ c.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+
+from ._interpret import INTERPRET
+from ._triton import tl, triton
+from .reference.int_linear import HIGH_BITS, layout
+
+__all__ = ["base", "field", "less", "programs"]
+
+
+def _pair(value: float, bf16: bool) -> str:
+    """The 32-bit constant that holds `value` twice."""
+    half, wide = struct.pack("<e", value), struct.pack("<f", value)
+    bits = struct.unpack("<H", wide[2:] if bf16 else half)[0]
+    return f"0x{bits << 16 | bits:08x}"
+
+
+def _down(i: int, bits: int, bf16: bool) -> tuple[int, int]:
+    """(right shift of the word, bit where field i then begins)."""
+    if bits == 8:
+        return 8 * i, 0
+    at = (2 * (i % 8)) if bits == 3 else bits * i
+    room = (7 if bf16 else 10) - bits  # the last bit where a field can begin
+    step = {2: 6, 3: 6, 4: 4}[bits] if bf16 else 8
+    shift = at // step * step
+    assert at - shift <= room
+    return shift, at - shift
+
+
+@cache
+def base(i: int, bits: int, bf16: bool) -> float:
+    """What field i's number is too large by: the program adds -(base + zero point)."""
+    if bits == 8:
+        return 0.0 if bf16 else 1024.0 + 128.0
+    return (128.0 if bf16 else 1024.0) / (1 << _down(i, bits, bf16)[1]) + (1 << (bits - 1))
+
+
+@cache
+def programs(bits: int, bf16: bool, zero: bool) -> tuple[str, ...]:
+    """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero)."""
+    made = tuple(_program(i, bits, bf16, zero) for i in range(layout(bits, 128).fields))
+    if bits == 8 and bf16 and not zero:  # programs 2 and 3: the parts with the signs of fields 0 and 1
+        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc300c300, 0xEA;"])
+                      for i in (0, 1))
+    return made
+
+
+def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
+    shift, at = _down(i, bits, bf16)
+    kind, magic = ("bf16x2", 0x4300) if bf16 else ("f16x2", 0x6400)
+    lines = [f"shr.b32 w, $1, {shift};" if shift else "mov.b32 w, $1;",
+             f"mov.b32 one, {_pair(1.0, bf16)};",
+             "mov.b32 less, $3;" if zero else f"mov.b32 less, {_pair(-base(i, bits, bf16), bf16)};"]
+    if bits == 8 and bf16:
+        if not zero:
+            return _block([*lines, "lop3.b32 $0, w, 0x007f007f, 0x43004300, 0xEA;"])
+        return _block([*lines, "lop3.b32 v, w, 0x007f007f, 0x43004300, 0xEA;",
+                       "lop3.b32 w, w, 0x00800080, 0xc300c300, 0xEA;", "fma.rn.bf16x2 v, w, one, v;",
+                       "fma.rn.bf16x2 $0, v, one, less;"])
+    if bits == 8:
+        return _block([*lines, "lop3.b32 v, w, 0x00ff00ff, 0x64806480, 0x6A;", "add.f16x2 $0, v, less;"])
+    width = 2 if bits == 3 else bits
+    mask = ((1 << width) - 1) << at
+    lines.append(f"lop3.b32 v, w, 0x{mask << 16 | mask:08x}, 0x{magic << 16 | magic:08x}, 0xEA;")
+    if bits == 3:
+        move = HIGH_BITS[i] - (at + 2)
+        lines += [f"sh{'r' if move > 0 else 'l'}.b32 w, $2, {abs(move)};" if move else "mov.b32 w, $2;",
+                  f"lop3.b32 v, w, 0x{(4 << at) << 16 | (4 << at):08x}, v, 0xEA;"]
+    if at == 0 and not bf16:
+        return _block([*lines, "add.f16x2 $0, v, less;"])
+    return _block([*lines, f"mov.b32 one, {_pair(1 / (1 << at), bf16)};", f"fma.rn.{kind} $0, v, one, less;"])
+
+
+def _block(lines: list[str]) -> str:
+    return "{ .reg .b32 v, w, one, less; " + " ".join(lines) + " }"
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `field` adds to field i for zero points `zero`, float32: -(base + zero), exact in dtype."""
+    if INTERPRET:
+        return zero
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    HALF: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
+    AT16: tl.constexpr = (WIDTH * i) % 8
+    AT: tl.constexpr = 0 if BITS == 4 else (2 * (i % 8)) % 6
+    if dtype == tl.float16:
+        return ((-1152 if BITS == 8 else -(1024 >> AT16) - HALF) - zero).to(tl.float16)
+    else:
+        return ((0 if BITS == 8 else -(128 >> AT) - HALF) - zero).to(tl.bfloat16)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAM: tl.constexpr,  # type: ignore[no-untyped-def]
+          dtype: tl.constexpr, i: tl.constexpr):
+    """Field i of int16 words (BLOCK_N, RUN) as exact numbers of dtype: code - zero.
+
+    high: the words of the high bits for 3 bits; add: `less` of the zero points, (BLOCK_N, 1), with ZERO; anything
+    otherwise. The interpreter knows no assembly: there it is integer arithmetic and gives float32.
+    """
+    if INTERPRET:
+        bare = word.to(tl.int32) & 0xFFFF
+        if BITS == 8:
+            code = (bare >> (8 * (i % 2))) & 255
+            if i >= 2:
+                value = tl.where(code > 127, -256, -128).to(tl.float32)
+            elif ZERO or dtype == tl.float16:
+                value = tl.where(code > 127, code - 256, code).to(tl.float32)
+            else:
+                value = (128 + (code & 127)).to(tl.float32)
+        elif BITS == 3:  # AT: HIGH_BITS[i]
+            AT: tl.constexpr = (2 + 2 * i if i < 4 else 2 * i - 5 if i < 8 else 2 * i - 6 if i < 11 else 0 if i == 11
+                                else 2 * i - 13 if i < 15 else 1)
+            top = (((high.to(tl.int32) & 0xFFFF) >> AT) & 1) << 2
+            value = (((bare >> (2 * (i % 8))) & 3) | top).to(tl.float32) - 4.0
+        else:
+            value = ((bare >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32) - (1 << (BITS - 1))
+        if ZERO:
+            value = value - add
+        return value
+    elif dtype == tl.float16:
+        return tl.inline_asm_elementwise(PROGRAM, "=r,r,r,r", [word, high, add], dtype=tl.float16, is_pure=True,
+                                         pack=2)
+    else:
+        return tl.inline_asm_elementwise(PROGRAM, "=r,r,r,r", [word, high, add], dtype=tl.bfloat16, is_pure=True,
+                                         pack=2)

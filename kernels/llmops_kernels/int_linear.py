@@ -1,0 +1,229 @@
+"""Weight-only linear layer on 2-, 3-, 4- and 8-bit integers: y = x @ ((codes - zero) * scale).T + bias.
+
+At a few tokens the layer costs what it takes to read its weight, so the kernel streams words of packed codes, turns
+every bit field into fp16 or bf16 integers in registers (`_unpack.py`, about one instruction a weight), multiplies them
+on the tensor cores and scales the sum of each group: no weight is ever rounded. The layout (`reference/int_linear.py`)
+gives whole runs of neighbouring columns from one mask, and tiles that are contiguous in memory.
+
+Which way a call goes, by its number of tokens M (the table of `config.py`, else `tiles`):
+
+    M <= 16    16 tokens a tile, which the tensor cores take at once; split along K until the chip is full. Every part
+               sums in float32 into a workspace of its own, a second kernel adds the parts in order: the result is the
+               same bits every time, which atomics can't promise.
+    to 512     tiles of 32 or 64 tokens with the operands swapped: wgmma takes its left one from registers, so unpacked
+               weights never pass through shared memory (3.3 instructions a weight, against 4.1).
+    above      the weight is dequantized once into a dense matrix and cuBLAS multiplies: at thousands of tokens that is
+               within a tenth of dense speed, which a fused kernel has yet to beat.
+
+Groups of 32, 64, 128 columns or whole rows, symmetric or with zero points; other groups go to `int_matmul`.
+Not written: a stream-K schedule for ragged shapes.
+
+Shapes: x (M, K) fp16 or bf16, any row stride; y (M, N); words, scale, zero as `pack` lays them out; bias (N).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, config
+from ._interpret import dot, narrow
+from ._library import define, ops
+from ._triton import tl, triton
+from ._unpack import field, less, programs
+from .reference import int_linear as reference
+from .reference.int_linear import TILE_ROWS, Packed, dequantize, layout, pack, unpack
+
+__all__ = ["Packed", "dequantize", "int_linear", "int_linear_kernel", "launch", "pack", "tiles", "unpack"]
+
+DENSE_FROM = 512  # tokens from which a call dequantizes and multiplies densely, where no table says otherwise
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # type: ignore[no-untyped-def]
+                      M, N, K, stride_xm, stride_ym, tall, chunks, per_part,
+                      BITS: tl.constexpr, RUN: tl.constexpr, FIELDS: tl.constexpr, GROUPS: tl.constexpr,
+                      ZERO: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
+                      PROGRAMS: tl.constexpr, SWAP: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr):
+    """One (BLOCK_M, BLOCK_N) tile of y, over the chunks of part program_id(1) of K.
+
+    GROUPS: scales of a row and chunk; 0: one scale a row, applied at the end. PARTS: y is (PARTS, M, N) float32.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    SPAN: tl.constexpr = WORDS * TILE * RUN  # words of a tile
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    band = 8 * tiles_n  # programs that are near in time share x and weights in the L2 cache
+    first_m = (tl.program_id(0) // band) * 8
+    high_m = tl.minimum(tiles_m - first_m, 8)
+    pid_m = first_m + (tl.program_id(0) % band) % high_m
+    pid_n = (tl.program_id(0) % band) // high_m
+    part = tl.program_id(1)
+
+    rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rk = tl.arange(0, RUN)
+    first = part * per_part
+    last = tl.minimum(first + per_part, chunks)
+    tile = ((rn // TILE).to(tl.int64) * chunks + first) * SPAN
+    q = q_ptr + (tile + (rn % TILE) * RUN)[:, None] + rk[None, :]
+    x = x_ptr + rm[:, None].to(tl.int64) * stride_xm + (first * (RUN * FIELDS) + rk)[None, :]
+    scale = scale_ptr + first.to(tl.int64) * GROUPS * tall + rn
+    zero = zero_ptr + first.to(tl.int64) * GROUPS * tall + rn
+    alive = rm[:, None] < M
+    acc = tl.zeros((BLOCK_N if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_N), tl.float32)
+    FEW: tl.constexpr = FIELDS // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
+    if ZERO and GROUPS == 0:
+        points = tl.load(zero).to(tl.float32)
+    for chunk in tl.range(first, last):
+        word = tl.load(q, eviction_policy="evict_first")
+        other = word
+        high = word
+        if BITS == 3:
+            other = tl.load(q + TILE * RUN, eviction_policy="evict_first")
+            high = tl.load(q + 2 * TILE * RUN, eviction_policy="evict_first")
+        if GROUPS == 0:
+            total = acc
+        for i in tl.static_range(FIELDS):
+            if EVEN_K:
+                a = tl.load(x + i * RUN, mask=alive, other=0.0)
+            else:
+                a = tl.load(x + i * RUN, mask=alive & (rk + (chunk * FIELDS + i) * RUN < K)[None, :], other=0.0)
+            if i % FEW == 0 and GROUPS > 0:
+                total = tl.zeros_like(acc)
+            add = word
+            if ZERO:
+                if GROUPS > 0:
+                    points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
+                add = less(points, i, BITS, dtype)[:, None]
+            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS[i], dtype, i)
+            total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
+            if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
+                w = field(word, high, add, BITS, ZERO, PROGRAMS[FIELDS + i], dtype, i + FIELDS)
+                total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
+            if i % FEW == FEW - 1 and GROUPS > 0:
+                factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)
+                acc += total * (factor[:, None] if SWAP else factor[None, :])
+        if GROUPS == 0:
+            acc = total
+        q += SPAN
+        x += RUN * FIELDS
+        scale += GROUPS * tall
+        zero += GROUPS * tall
+    if SWAP:
+        acc = acc.T
+    if GROUPS == 0:
+        acc *= tl.load(scale).to(tl.float32)[None, :]
+    if BIAS and PARTS == 1:
+        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    at = (part.to(tl.int64) * M + rm.to(tl.int64))[:, None] * stride_ym + rn[None, :]
+    tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=alive & (rn[None, :] < N))
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def sum_parts_kernel(parts_ptr, bias_ptr, y_ptr, M, N, stride_ym,  # type: ignore[no-untyped-def]
+                     PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """y (M, N) = the parts (PARTS, M, N) float32 added in order, plus the bias."""
+    row = tl.program_id(1).to(tl.int64)
+    rn = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + (row + part * M) * N + rn, mask=rn < N, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * stride_ym + rn, narrow(total, y_ptr.dtype.element_ty), mask=rn < N)
+
+
+# ---------------------------------------------------------------------------------------------------- tiles
+def tiles(m: int, n: int, k: int, bits: int, group_size: int, processors: int) -> config.Config:
+    """Tiles that work on any device: what a call takes where the table has nothing nearer."""
+    how = layout(bits, group_size)
+    if m > DENSE_FROM:
+        return {"DENSE": 1}
+    if m > 16:  # two programs a processor fit: one unpacks while the other's products run
+        found = {"BLOCK_M": 32 if m <= 32 else 64, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4, "num_stages": 3}
+    elif how.run == 128:
+        found = {"BLOCK_M": 16, "BLOCK_N": 128, "SWAP": int(how.groups > 0), "num_warps": 4, "num_stages": 3}
+    else:  # with runs of 32, two warps copy 16 bytes a thread where four would copy 8
+        found = {"BLOCK_M": 16, "BLOCK_N": 64, "SWAP": 0, "num_warps": 4 if how.run == 64 else 2, "num_stages": 4}
+    made = triton.cdiv(n, found["BLOCK_N"]) * triton.cdiv(m, found["BLOCK_M"])
+    parts = -(-2 * processors // made) if m <= 16 else 2 * processors // made  # fill the chip; never a second wave
+    return found | {"PARTS": max(1, min(triton.cdiv(k, how.chunk) // 2, parts, 16))}
+
+
+def constants(bits: int, group_size: int, zero: bool, bias: bool, bf16: bool) -> dict[str, object]:
+    """What the kernel is compiled for, beside its tiles."""
+    how = layout(bits, group_size)
+    return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "ZERO": zero, "BIAS": bias,
+            "PROGRAMS": programs(how.bits, bf16, zero), "TILE": TILE_ROWS}
+
+
+# ---------------------------------------------------------------------------------------------------- launch
+def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,
+           group_size: int, rows: int, out: Tensor | None = None, tile: config.Config | None = None) -> Tensor:
+    """Run the kernels, unchecked. out: where y goes, rows of any stride; tile: not the table's, nor the rule's."""
+    M, K = x.shape
+    y = torch.empty(M, rows, dtype=x.dtype, device=x.device) if out is None else out
+    if M == 0 or rows == 0:
+        return y
+    device = x.device.index if x.is_cuda else None
+    if tile is None:
+        shape = config.key(rows, K, bits=bits, group=group_size)
+        tile = (config.pick("int_linear", shape, M, config.device_name(device))
+                or tiles(M, rows, K, bits, group_size, config.processors(device)))
+    if tile.get("DENSE"):
+        weight = dequantize(words, scale, zero, bits, group_size, rows, K, x.dtype)
+        dense = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return dense if out is None else out.copy_(dense)
+    how = layout(bits, group_size)
+    parts, chunks = tile["PARTS"], words.shape[1]
+    target = y if parts == 1 else torch.empty(parts, M, rows, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(rows, tile["BLOCK_N"]), parts)
+    int_linear_kernel[grid](
+        x, words, scale, scale if zero is None else zero, scale if bias is None else bias, target, M, rows, K,
+        x.stride(0), target.stride(-2), scale.shape[1], chunks, triton.cdiv(chunks, parts),
+        **constants(bits, group_size, zero is not None, bias is not None, x.dtype == torch.bfloat16),
+        PARTS=parts, EVEN_K=K % how.chunk == 0, SWAP=bool(tile.get("SWAP")), BLOCK_M=tile["BLOCK_M"],
+        BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], num_stages=tile["num_stages"])
+    if parts > 1:
+        sum_parts_kernel[(triton.cdiv(rows, 1024), M)](target, scale if bias is None else bias, y, M, rows, y.stride(0),
+                                                       PARTS=parts, BIAS=bias is not None, BLOCK=1024, num_warps=4)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------- op
+def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,
+          group_size: int, rows: int) -> None:
+    """Raises ValueError when dtypes, shapes, devices or the group size do not fit together."""
+    how = layout(bits, group_size)
+    checks.activations(x, x.shape[-1])
+    K = x.shape[1]
+    checks.group(group_size, K, reference.GROUPS)
+    tall, chunks = -(-rows // 128) * 128, -(-K // how.chunk)
+    checks.tensor("words", words, torch.int16, (tall // TILE_ROWS, chunks, how.words, TILE_ROWS, how.run), like=x)
+    checks.tensor("scale", scale, (*checks.HALVES, torch.float32), (max(1, chunks * how.groups), tall), like=x)
+    if zero is not None:
+        checks.tensor("zero", zero, torch.int16, tuple(scale.shape), like=x)
+    if bias is not None:
+        checks.tensor("bias", bias, (*checks.HALVES, torch.float32), (rows,), like=x)
+
+
+def fake(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,
+         group_size: int, rows: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+define("int_linear(Tensor x, Tensor words, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
+       "int rows) -> Tensor", check=check, cpu=reference.int_linear, cuda=launch, fake=fake)
+
+
+def int_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """y (M, N) in x's dtype; `weight` from `pack`. Also torch.ops.llmops.int_linear, on the weight's parts."""
+    if weight.columns != x.shape[-1]:
+        raise ValueError(f"x is {tuple(x.shape)}; expected (M, {weight.columns})")
+    y: Tensor = ops.int_linear(x, weight.words, weight.scale, weight.zero, bias, weight.bits, weight.group_size,
+                               weight.rows)
+    return y

@@ -1,0 +1,17 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+from llmops.parser import Argument
+
+__all__ = ["JSON", "QUIET", "RECIPE", "RUN", "RUNS", "SET", "WIDE"]
+
+RECIPE: Argument = ("recipe",), {"metavar": "RECIPE", "help": "A recipe file, or the name of a packaged one."}
+SET: Argument = ("--set",), {
+    "dest": "sets", "metavar": "PATH=VALUE", "action": "append", "default": [],
+    "help": "Override a value, as variants.tuned.finetune.rank=8; may be repeated."}
+RUNS: Argument = ("--runs",), {"metavar": "DIR", "help": "Where runs lie (default: $LLMOPS_RUNS, or runs)."}
+JSON: Argument = ("--json",), {"dest": "as_json", "action": "store_true", "help": "Print JSON for a machine to read."}
+QUIET: Argument = ("-q", "--quiet"), {"action": "store_true", "help": "No progress on standard error."}
+WIDE: Argument = ("--wide",), {"action": "store_true", "help": "Every column."}
+RUN: Argument = ("run",), {"metavar": "RUN", "nargs": "?", "help": "Name of a run (default: the latest)."}

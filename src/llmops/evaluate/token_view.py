@@ -1,0 +1,63 @@
+"""Two models on the same tokens: at which token of an answer they part, and what each would have said there.
+
+    KL(P || Q) = sum_v p_v (log p_v - log q_v) at every position that predicts a token of the answer, in nats
+    P: the reference, Q: the variant
+
+The answer is the reference's own. Where it was written greedily its tokens are the reference's most likely ones, so the
+first token at which the variant's differ is where its answer begins to be another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmops.evaluate.live import accepts, device_of, scoring
+
+__all__ = ["Shown", "TokenView", "answer_log_probabilities", "view"]
+
+Shown = tuple[Sequence[int], Sequence[int]]  # prompt ids, ids of the reference's answer
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token of an answer: its text, KL there, each model's probability of it, each model's own choice."""
+
+    token: str
+    kl: float
+    p: float
+    q: float
+    says: str
+    says_variant: str
+
+
+def answer_log_probabilities(model: Any, shown: Shown) -> Tensor:
+    """(tokens of the answer, vocabulary) log-probabilities in fp32 on the CPU; call it under `scoring(model)`."""
+    prompt, answer = shown
+    ids = torch.tensor([[*prompt, *answer][:-1]], device=device_of(model))
+    keep = {"logits_to_keep": len(answer)} if accepts(model, "logits_to_keep") else {}
+    logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -len(answer):]
+    found: Tensor = logits.float().log_softmax(-1).cpu()
+    return found
+
+
+def view(variant: Any, reference: Any, tokenizer: Any, shown: Sequence[Shown]) -> list[list[TokenView]]:
+    """Every token of every answer. The two have one vocabulary (`tokens.compare_tokens` refuses others)."""
+    found = []
+    with scoring(variant, reference):
+        for each in shown:
+            log_q, log_p = (answer_log_probabilities(model, each) for model in (variant, reference))
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+            found.append([TokenView(_text(tokenizer, token), float(kl[place]), float(log_p[place, token].exp()),
+                                    float(log_q[place, token].exp()), _text(tokenizer, int(log_p[place].argmax())),
+                                    _text(tokenizer, int(log_q[place].argmax())))
+                          for place, token in enumerate(each[1])])
+    return found
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.decode([token]))

@@ -1,0 +1,54 @@
+"""Run by test_int_linear.py under Triton's interpreter. A JSON line a case: how far the kernel is from float64.
+
+Every call reads x out of a wider buffer whose other columns are NaN, and writes into rows of a wider buffer that is
+NaN before: what a kernel reads or writes beyond its own shows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from llmops_kernels.int_linear import launch, pack
+
+
+def case(bits: int, group: int, ms: list[int], n: int, k: int, dtype: str, zero: bool, bias: bool,
+         tile: dict[str, int] | None, seed: int = 0) -> dict[str, Any]:
+    made = torch.Generator().manual_seed(seed * 7919 + bits * 1000 + n + k + zero)
+    half, typed = 1 << (bits - 1), getattr(torch, dtype)
+    codes = torch.randint(-half, half, (n, k), generator=made, dtype=torch.int8)
+    codes.view(-1)[: 2 * half] = torch.arange(-half, half).to(torch.int8)  # every code occurs
+    size = k if group == -1 else group
+    scale = torch.exp(torch.empty(n, k // size).uniform_(-6.9, 0.0, generator=made))  # over three decades
+    scale[n // 2] *= 30  # one outlier row
+    scale = scale.to(typed)
+    points = torch.randint(-half, half, scale.shape, generator=made, dtype=torch.int8) if zero else None
+    extra = torch.randn(n, generator=made).to(typed) if bias else None
+    shifted = codes.double() if points is None else codes.double() - points.double().repeat_interleave(size, 1)
+    dense = shifted * scale.double().repeat_interleave(size, 1)
+    packed = pack(codes, scale, points, bits=bits, group_size=group)
+    worst, rows, repeat, spilled = 0.0, 0.0, 0.0, 0
+    for m in ms:
+        wide = torch.full((m, k + 40), torch.nan, dtype=typed)
+        wide[:, 8:8 + k] = torch.randn(m, k, generator=made)
+        x = wide[:, 8:8 + k]
+        results = []
+        for _ in range(2):
+            out = torch.full((m, n + 24), torch.nan, dtype=typed)
+            launch(x, packed.words, packed.scale, packed.zero, extra, bits, group, n, out=out[:, 16:16 + n], tile=tile)
+            spilled += int((~out[:, :16].isnan()).sum()) + int((~out[:, 16 + n:].isnan()).sum())
+            results.append(out[:, 16:16 + n].double())
+        exact = x.double() @ dense.T + (0 if extra is None else extra.double())
+        away = results[0] - exact
+        worst = max(worst, float(away.norm() / exact.norm())) if away.isfinite().all() else float("nan")
+        rows = max(rows, float((away.norm(dim=0) / exact.norm(dim=0)).max()))  # an outlier row hides nothing
+        repeat = max(repeat, float((results[0] - results[1]).abs().max()))
+    return {"error": worst, "worst_row": rows, "repeat": repeat, "spilled": spilled}
+
+
+if __name__ == "__main__":
+    for line in json.loads(sys.argv[1]):
+        print(json.dumps(case(*line)), flush=True)

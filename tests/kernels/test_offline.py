@@ -1,0 +1,43 @@
+"""The machine code of every kernel for sm_90, read without a GPU: no spills, matrix units, wide copies."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from benchmarks import offline
+from tests.kernels.processes import python
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", offline.ops())
+def test_machine_code_is_as_required(op: str) -> None:
+    done = python("-m", "benchmarks.offline", "--json", op, interpreter=False)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
+    assert all(json.loads(line)["op"] == op for line in done.stdout.splitlines())
+
+
+def test_the_reader_finds_loops_and_widths() -> None:
+    from tests.kernels.offline import Code, Compiled, faults, instructions
+
+    sass = """
+.L_x_0:
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0020*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+        /*0050*/                   BRA `(.L_x_2);
+.L_x_2:
+"""
+    every, loop = instructions(sass)
+    assert len(every) == 6 and [op.split(".")[0] for op in loop] == ["LDGSTS", "HMMA", "BRA"]
+    case = Compiled("k", None, {}, {}, limit=3.0, matrix="HGMMA")
+    code = Code("k", 64, 8, 2, 240_000, 6, 3, 3.5, {"HMMA": 1}, 1, 2, {})
+    text = "\n".join(faults(case, code))
+    for part in ("8 bytes of stack, 2 spills", "240000 bytes of shared", "no HGMMA", "1 of 2 async", "3.5 thread-inst"):
+        assert part in text

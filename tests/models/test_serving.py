@@ -1,0 +1,196 @@
+"""Joined layers give the rows of the layers they are made of, and a served model writes what it wrote before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.twins import tokens, twin
+from torch import nn
+from transformers import CompileConfig
+
+from llmops.errors import LlmopsError
+from llmops.methods.quantize import rtn
+from llmops.methods.quantize.floats import FLOATS, AnyWeight
+from llmops.models.joined import Joined, Part, join, joined
+from llmops.models.kernel_tiles import tiles_used
+from llmops.models.kv_cache import attach
+from llmops.models.quantized import kernels, pack
+from llmops.models.serving import StepGraph, serve, serving
+
+GENERATE = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True,
+            "return_dict_in_generate": True}
+Round = Callable[[torch.Tensor], AnyWeight]
+SCHEMES: dict[str, Round] = {
+    "w4a16 in groups of 32, zero points": lambda W: rtn(W, bits=4, group_size=32, symmetric=False),
+    "w3a16": lambda W: rtn(W, bits=3, group_size=64), "w8a16": lambda W: rtn(W, bits=8),
+    "w8a8": lambda W: replace(rtn(W, bits=8), activation_bits=8),
+    **{kind: (lambda W, kind=kind: rtn(W, bits=FLOATS[kind])) for kind in ("fp8-tensor", "fp8-channel", "fp8-block",
+                                                                          "mxfp4")}}
+
+
+def packed(name: str, scheme: str, kernel: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    model, _ = twin(name, dtype)
+    weights = {layer: SCHEMES[scheme](module.weight.data) for layer, module in model.named_modules()
+               if isinstance(module, nn.Linear) and layer != "lm_head"}
+    return pack(model, weights, kernel)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(tokens(2, 24)).logits.float()
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_format_runs_on_the_ops_of_the_kernels_as_on_the_current_path(scheme: str) -> None:
+    current, ops = packed("qwen2", scheme, "reference"), packed("qwen2", scheme, "ops")
+    if scheme != "mxfp4":  # has no kernel
+        assert all(name.startswith("ops") for name in kernels(ops)) and sum(kernels(ops).values()) == 28
+    wanted, found = logits(current), logits(ops)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2  # bfloat16 rounds elsewhere
+    wide = [packed("qwen2", scheme, kernel, torch.float32).model.layers[0].mlp.down_proj
+            for kernel in ("reference", "ops")]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one, other = (layer(x).float() for layer in wide)
+    assert float((one - other).norm() / one.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "dense"])
+@pytest.mark.parametrize("name", ["qwen2", "llama-untied-bias"])
+def test_joined_layers_change_no_bit(scheme: str, name: str) -> None:
+    model = twin(name, torch.float32)[0] if scheme == "dense" else packed(name, scheme, "reference", torch.float32)
+    before = model.model.layers[0].self_attn.k_proj
+    wanted = logits(model)
+    assert join(model) == 8  # qkv and gate-up of four blocks
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention.q_proj, Part) and attention.k_proj.out_features == before.out_features
+    found = logits(model)
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+    x = torch.randn(2, 3, 128)
+    alone = attention.k_proj(x)  # asked alone, and out of order
+    assert torch.allclose(alone, before(x), atol=1e-5) and torch.allclose(attention.k_proj(x), alone)
+    attention.q_proj(x), attention.v_proj(x)
+    assert attention.q_proj.whole.x is None  # nothing is kept alive between calls
+
+
+def test_what_does_not_fit_together_is_not_joined() -> None:
+    def linear(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        return nn.Linear(columns, rows, dtype=dtype)
+
+    assert joined([linear(4, 8), linear(4, 9)]) is None and joined([linear(4, 8), linear(4, 8, torch.float64)]) is None
+    model = packed("qwen2", "w3a16", "reference")
+    block = model.model.layers[0].mlp
+    assert joined([block.gate_proj, linear(256, 128)]) is None
+    other = packed("qwen2", "w8a16", "reference").model.layers[0].mlp
+    assert joined([block.gate_proj, other.up_proj]) is None and joined([block.gate_proj, block.up_proj]) is not None
+
+
+def test_a_joined_model_compiles_whole() -> None:
+    whole = Joined(nn.Linear(8, 6), (4, 2))
+    parts = [Part(whole, index, 8) for index in range(2)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return parts[0](x).sum(-1) + parts[1](x).sum(-1)
+
+    x = torch.randn(3, 8)
+    made = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(made(x), whole.linear(x).sum(-1), atol=1e-6)
+    assert whole.x is None
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "int4"])
+@torch.inference_mode()
+def test_a_served_model_writes_what_it_wrote_before(kv: str | None) -> None:
+    """Through `generate`, which asks for a compiled forward at decode and gets the step with its buffers."""
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :5] = 0
+    model = packed("llama", "w8a16", "reference", torch.float64)
+    if kv is not None:
+        attach(model, kv)
+    wanted = model.generate(ids, attention_mask=mask, **GENERATE)
+    step = serving(serve(model)).step
+    assert not step.capture and serving(serve(model)).joined == 8
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+    for _ in range(2):
+        found = model.generate(ids, attention_mask=mask, compile_config=compiled, **GENERATE)
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.logits, wanted.logits, strict=True))
+        assert step.buffers and serving(model).kv == kv
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GENERATE).sequences, wanted.sequences)
+
+
+@torch.inference_mode()
+def test_measuring_runs_a_served_model_on_its_own_cache() -> None:
+    from llmops.measure.workload import Runner
+
+    plain = Runner(packed("llama", "w8a16", "reference", torch.float64))
+    served = Runner(serve(packed("llama", "w8a16", "reference", torch.float64)), 6)
+    prompt = tokens(2, 9)
+    written = []
+    for runner in (plain, served):
+        token, cache = runner.prefill(prompt)
+        found = [token]
+        for _ in range(5):
+            token, cache = runner.step(token, cache)
+            found.append(token)
+        written.append(torch.cat(found, 1))
+    assert torch.equal(*written)
+    assert type(cache).__name__ == "StaticCache" and runner.request(prompt, 3).decode_s > 0
+    assert serving(served.model).cache(2, 128) is cache and int(cache.get_seq_length()) == 0
+
+
+def test_a_step_keeps_its_buffers_and_starts_anew_where_shapes_change() -> None:
+    seen: list[int] = []
+
+    def forward(x: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.append(x.data_ptr())
+        return x * scale
+
+    step = StepGraph(forward, capture=False)
+    for value in (1.0, 2.0):
+        assert torch.equal(step(x=torch.full((3,), value), scale=2.0), torch.full((3,), 2 * value))
+    assert torch.equal(step(x=torch.ones(4), scale=2.0), torch.full((4,), 2.0))
+    assert torch.equal(step(x=torch.ones(4), scale=3.0), torch.full((4,), 3.0))
+    assert seen[0] == seen[1] != seen[2] != seen[3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv", [None, "int8"])
+@torch.inference_mode()
+def test_a_recorded_step_writes_the_same_on_the_gpu(kv: str | None) -> None:
+    model = packed("llama", "w8a16", "auto").cuda()
+    if kv is not None:
+        attach(model, kv)
+    ids = tokens(2, 20).cuda()
+    wanted = model.generate(ids, **GENERATE).sequences
+    serve(model)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **GENERATE).sequences, wanted)
+    assert serving(model).step.recorded == 1
+
+
+def test_a_row_tells_the_tiles_of_its_kernels() -> None:
+    found = tiles_used(packed("qwen2", "w4a16 in groups of 32, zero points", "ops"))
+    assert sum(entry["layers"] for entry in found.values()) == 28
+    assert found["int_linear N=256,K=128,bits=4,group=32"]["from"] == "rule"
+    assert {"BLOCK_M", "num_warps"} <= set(found["int_linear N=256,K=128,bits=4,group=32"]["tiles"])
+    assert "int8_linear N=128,K=256" in tiles_used(packed("qwen2", "w8a8", "ops"))
+    assert "fp8_linear N=128,K=256,scales=block" in tiles_used(packed("qwen2", "fp8-block", "ops"))
+    assert tiles_used(packed("qwen2", "w8a8", "reference")) == {} == tiles_used(twin("llama")[0])
+
+
+def test_the_api_serves_where_it_is_asked_to() -> None:
+    import llmops
+
+    plain, served = (llmops.load("builtin:tiny", fast=fast)[0] for fast in (None, True))
+    assert serving(plain) is None and serving(served) is not None
+    with torch.inference_mode():
+        one, other = (model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False) for model in (plain, served))
+    assert torch.equal(one, other)
+    with pytest.raises(LlmopsError, match="load it with llmops.load.*fast=False"):
+        llmops.apply(served, None, {"quantize": {"method": "rtn", "scheme": "w8a16"}})
