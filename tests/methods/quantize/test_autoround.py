@@ -54,7 +54,7 @@ def test_the_written_steps_are_those_of_the_equations(symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     W, out = torch.randn(6, 64, generator=generator), torch.randn(6, 64, generator=generator)
     for bits in (2, 3):
-        layer = _Layer(W, bits, 16, symmetric, torch.float32)
+        layer = _Layer(W, bits=bits, group_size=16, symmetric=symmetric, dtype=torch.float32)
         layer.V.copy_(torch.rand(6, 4, 16, generator=generator) - 0.5)
         V, *factors = (each.clone().requires_grad_() for each in (layer.V, *layer.factors))
         high = layer.high * factors[0]
