@@ -128,7 +128,7 @@ def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
     _check_plain(job.model, taken[0])
     mixed = split_experts(job.model)  # what looks for linear layers would pass them by
     if mixed:
-        _check_mixture(mixed[0], taken[1], options)
+        _check_mixture(mixed[0], options)
     if taken[0] != "quantize":
         work = STEPS[taken](job, options)
     else:
@@ -139,14 +139,15 @@ def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
     return work
 
 
-def _check_mixture(name: str, method: str, options: Options) -> None:
+def _check_mixture(name: str, options: Options) -> None:
     """Raises LlmopsError for what readers do not take of experts, and for what was not tried on a router."""
     scheme, rotations = getattr(options, "scheme", ""), getattr(options, "rotations", ())
-    wrong = ("method: auto" if method == "auto" else f"scheme: {scheme}" if getattr(options, "number_format", None)
-             else "rotate" if rotations else "")
+    wrong = ("rotate" if rotations else f"scheme: {scheme}" if getattr(options, "number_format", None)
+             else "sensitivity: gradient" if getattr(options, "sensitivity", "") == "gradient" else "")
     if wrong:
         raise LlmopsError(f"{name} holds experts, which readers take in one scheme of integers; given {wrong}, "
-                          "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround, not rotated")
+                          "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround, not rotated, or "
+                          "method: auto with sensitivity: kl")
 
 
 def _check_plain(model: Any, kind: str) -> None:
