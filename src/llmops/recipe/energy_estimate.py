@@ -36,7 +36,7 @@ __all__ = ["check_budget", "energy", "likely_tokens"]
 
 BEST_FLOP_PER_J = 2.5e12  # dense bf16 at peak over board power; the best accelerators of 2025 reach 2.3e12
 BYTES_A_TOKEN = 4.0
-BUILTIN_TOKENS_A_ROW = 40.0  # with the chat template; a test holds it against the tokenizer
+BUILTIN_TOKENS_A_ROW = 16.0  # with the chat template; a test holds it against the tokenizer
 _TRAINING = ("finetune", "distill")
 
 
