@@ -158,7 +158,7 @@ def _block(runner: Runner, prompt: Tensor, options: MeasureOptions, meter: Meter
     lasting = _lasting(options, meter)
     batch = int(prompt.shape[0])
     prefills = 0
-    with meter.window(f"{arm} prefill {batch}") as before:
+    with meter.window(f"{arm} prefill {batch}", aligned=True) as before:
         if meter.sensor.provenance != "null":  # without energy, prefills alone would tell nothing new
             until = time.perf_counter() + lasting
             while prefills == 0 or time.perf_counter() < until:
@@ -166,7 +166,7 @@ def _block(runner: Runner, prompt: Tensor, options: MeasureOptions, meter: Meter
                 runner.sync()
                 prefills += 1
     requests: list[Timing] = []
-    with meter.window(f"{arm} requests {batch}") as window:
+    with meter.window(f"{arm} requests {batch}", aligned=True) as window:
         until = time.perf_counter() + lasting
         while not requests or time.perf_counter() < until:
             requests.append(runner.request(prompt, options.new_tokens))
@@ -177,7 +177,7 @@ def _block(runner: Runner, prompt: Tensor, options: MeasureOptions, meter: Meter
 def _idle_watts(meter: Meter, seconds: float) -> Quantity:
     if seconds <= 0:
         return Quantity.null("W", "idle power was not read (measure.idle_s: 0)")
-    with meter.window("idle") as window:
+    with meter.window("idle", aligned=True) as window:
         time.sleep(seconds)
     joules = window.energy
     if joules.value is None:
