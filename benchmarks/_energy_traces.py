@@ -114,7 +114,8 @@ class Case:
 
 
 def cases(window_s: float, each: int) -> list[Case]:
-    """`each` windows of every shape, up to a twentieth longer than `window_s`, without and with a tenth of the updates missing; the same in every process."""
+    """`each` windows of every shape, up to a twentieth longer than `window_s`, without and with a tenth of the updates
+    missing; the same in every process."""
     found = []
     for shape, make in SHAPES.items():
         for missed in (0.0, 0.1):

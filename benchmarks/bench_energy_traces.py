@@ -12,7 +12,7 @@ the same simulated clock, and run their own code:
     codecarbon    GPUDevice with the counter, and without one (power sampled once a second, as its thread does)
     naive         a power gauge (mean of a second) read once a second, times the time between
 
-and two lengths: as the protocol sizes windows (100 probed updates), and 60 ms, less than an update, where the right
+and two lengths: as the protocol sizes windows (120 probed updates), and 60 ms, less than an update, where the right
 answer is "not known". Then a RAPL counter that wraps within the window. Printed: median and largest relative error,
 and how often a reader said that it does not know.
 """
@@ -35,12 +35,12 @@ from statistics import median
 from typing import Any
 
 from _energy_traces import Case, Counter, cases, ramps
+from llmops.measure.decode import UPDATES_SIZED
 from llmops.measure.meter import Meter
 from llmops.measure.nvml import NvmlCounter
 from llmops.measure.probing import update_period
 from llmops.measure.rapl import open_rapl
 
-UPDATES = 100
 SHORT_S = 0.06
 Reading = tuple[float | None, str]  # joules or None for "not known", and what was said
 
@@ -203,7 +203,7 @@ def main() -> None:
     PERIOD[0] = probed(cases(10.0, 1)[0])
     print(f"period probed: {PERIOD[0] * 1000:.1f} ms (true: 100)")
     lines = []
-    for window_s in (UPDATES * PERIOD[0], SHORT_S):
+    for window_s in (UPDATES_SIZED * PERIOD[0], SHORT_S):
         whole = cases(window_s, given.each)
         readers: dict[str, list[Reading]] = {
             "llmops": list(map(ours(True), whole)), "llmops plain": list(map(ours(False), whole)),

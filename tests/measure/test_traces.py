@@ -158,13 +158,14 @@ def test_an_aligned_window_is_exact_where_a_plain_one_is_an_update_off() -> None
     with meter.window("aligned", aligned=True) as aligned:
         clock.advance(10.0)
     assert plain.energy.value == pytest.approx(100 * 0.1 + 400 * 9.9) and plain.wall_s == pytest.approx(10)
-    assert aligned.energy.value == pytest.approx(400 * 10.0, rel=0.0101)  # to a change: one update of the last 10 s more
+    assert aligned.energy.value == pytest.approx(400 * 10.0, rel=0.0101)  # one update more
     assert aligned.wall_s == pytest.approx(10)
 
 
 def test_an_aligned_window_does_not_wait_for_what_stands_still_or_died() -> None:
     clock = Clock()
-    trace = Trace([0.1 * step for step in range(300)], {"gpu0": [10.0 * step for step in range(300)], "off": [0.0] * 300})
+    trace = Trace([0.1 * step for step in range(300)], {"gpu0": [10.0 * step for step in range(300)],
+                                                        "off": [0.0] * 300})
     meter = Meter(Replay(trace, clock, update_period_s=0.1, ends_s=12.0), clock=clock, sleep=clock.advance)
     with meter.window("one is off", aligned=True) as window:
         clock.advance(5.0)
