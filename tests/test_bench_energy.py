@@ -39,9 +39,9 @@ def test_windows_of_the_protocol_are_within_one_percent_and_polling_is_not(bench
     assert ended.value.code == 0, capsys.readouterr().out
     lines = json.loads((tmp_path / "r.json").read_text())["lines"]
     worst = {reader: max(each["largest_error"] for each in lines if each["reader"] == reader
-                         and not each["case"].startswith("0.06")) for reader in ("llmops", "naive polling")}
+                         and not each["case"].startswith("0.06 ")) for reader in ("llmops", "naive polling")}
     assert worst["llmops"] < 0.01 < worst["naive polling"]
-    short = [each for each in lines if each["case"].startswith("0.06") and each["reader"] == "llmops"]
+    short = [each for each in lines if each["case"].startswith("0.06 ") and each["reader"] == "llmops"]
     assert short and all(each["not_known"] == each["windows"] for each in short)
     assert all("shorter than one update" in each["reason"] for each in short)
     wrapped = {each["reader"]: each["largest_error"] for each in lines if each["case"] == "rapl, wraps"}
