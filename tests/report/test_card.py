@@ -5,7 +5,7 @@ import yaml
 from tests.report.rows import EVIL, make_rows, null
 
 from llmops.report.card import card, front_matter
-from llmops.report.reading import what
+from llmops.report.words import what
 
 
 def parts(row, rows=None):

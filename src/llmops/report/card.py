@@ -25,7 +25,6 @@ from llmops.report.reading import (
     events,
     figure,
     group,
-    healed,
     joules_per_trained_token,
     looks,
     loss_curve,
@@ -41,9 +40,9 @@ from llmops.report.reading import (
     status_text,
     told_of_training,
     versus,
-    what,
 )
 from llmops.report.teaching import shared_words
+from llmops.report.words import healed, what
 
 __all__ = ["card", "front_matter"]
 

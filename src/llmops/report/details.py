@@ -21,9 +21,9 @@ from llmops.report.reading import (
     quantity,
     state_of,
     status_text,
-    what,
 )
 from llmops.report.sections import NOTHING, Page
+from llmops.report.words import what
 
 __all__ = ["environment", "every_figure", "logged", "method", "nulls", "quantities"]
 
