@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import StoreError
-from llmops.report import bits, building, details, sections, slices, teaching, why
+from llmops.report import bits, breakeven, building, details, sections, slices, spending, teaching, why
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
@@ -32,6 +32,8 @@ CONTENTS = {
     "table": "Table",
     "slices": "Groups",
     "why": "Changed answers",
+    "breakeven": "Break-even",
+    "spending": "Energy",
     "building": "Building",
     "teaching": "Teachers",
     "loss": "Loss",
@@ -39,7 +41,7 @@ CONTENTS = {
     "details": "Every figure",
     "method": "Method",
     "environment": "Environment",
-     "log": "Log"}
+    "log": "Log"}
 
 
 def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequence[str] | None = None,
@@ -69,8 +71,9 @@ def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
     """The page as text."""
     seen = Page(rows)
     body = [sections.outcome(seen), sections.family(seen), sections.charted(seen), sections.tabled(seen),
-            slices.section(seen), why.section(seen, explained), building.building(seen), teaching.teaching(seen),
-            building.curves(seen), bits.bits(seen), details.every_figure(seen), details.method(seen),
+            slices.section(seen), why.section(seen, explained), breakeven.section(seen), spending.section(seen),
+            building.building(seen), teaching.teaching(seen), building.curves(seen), bits.bits(seen),
+            details.every_figure(seen), details.method(seen),
             details.environment(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     found = [anchor for anchor in CONTENTS if any(f'id="{anchor}"' in part for part in body)]
