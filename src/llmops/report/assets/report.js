@@ -25,7 +25,7 @@
       const [x, y] = [Number(a), Number(b)];
       return a !== "" && b !== "" && !Number.isNaN(x) && !Number.isNaN(y) ? x - y : a.localeCompare(b);
     };
-    heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
       const next = { null: "descending", descending: "ascending", ascending: null }[head.getAttribute("aria-sort")];
       heads.forEach(each => each.removeAttribute("aria-sort"));
       if (next) head.setAttribute("aria-sort", next);
@@ -41,13 +41,16 @@
     }));
 
     const filter = document.getElementById("filter");
-    filter.addEventListener("input", () => {
-      const wanted = filter.value.toLowerCase();
+    const [run, state, won] = ["by-run", "by-state", "won"].map(id => document.getElementById(id));
+    const fits = row => row.textContent.toLowerCase().includes(filter.value.toLowerCase())
+      && (!run?.value || row.dataset.run === run.value) && (!state?.value || row.dataset.state === state.value)
+      && (!won?.checked || row.dataset.won === "1");
+    [filter, run, state, won].forEach(each => each?.addEventListener("input", () => {
       const rows = [...body.rows];
-      rows.forEach(row => { row.hidden = !row.textContent.toLowerCase().includes(wanted); });
+      rows.forEach(row => { row.hidden = !fits(row); });
       const left = rows.filter(row => !row.hidden).length;
-      document.getElementById("count").textContent = wanted ? `${left} of ${rows.length}` : "";
-    });
+      document.getElementById("count").textContent = left < rows.length ? `${left} of ${rows.length}` : "";
+    }));
   }
 
   // The arrow keys walk any table: from the link in its first column, or from wherever a cell was left.
