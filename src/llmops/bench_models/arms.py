@@ -63,7 +63,7 @@ def _arm(given: str, runs: str | None) -> Arm:
     if not model or (equals and not head):
         raise LlmopsError(f'given "{given}"; expected [NAME=][RUNTIME:]MODEL, as w4=llmops:runs/demo/tuned-w4')
     place = _place(model, runtime, runs)
-    label = name or f"{Path(model).name}-{runtime}"
+    label = name or f"{Path(model.removeprefix('builtin:')).name}-{runtime}"
     return Arm(label, runtime, str(place) if place is not None else model, fingerprint(place) if place else None)
 
 
@@ -82,8 +82,8 @@ def _place(model: str, runtime: str, runs: str | None) -> Path | None:
     is_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     home = Store(runs).runs
     if not is_id or runtime not in ("llmops", "transformers", "vllm") or (home / given.parts[0]).is_dir():
-        raise LlmopsError(f"{model}: is not there, neither as a path nor as RUN/VARIANT in {home}; expected a folder, a "
-                          "file, builtin:tiny, RUN/VARIANT, or a hub id for llmops, transformers and vllm")
+        raise LlmopsError(f"{model}: is not there, neither as a path nor as RUN/VARIANT in {home}; expected a folder, "
+                          "a file, builtin:tiny, RUN/VARIANT, or a hub id for llmops, transformers and vllm")
     return None
 
 
