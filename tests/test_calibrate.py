@@ -9,6 +9,7 @@ import torch
 from tests.twins import NAMES, tokens, twin
 from torch import nn
 
+from llmops import calibrate
 from llmops.calibrate import Block, block_influence, block_scores, walk, walk_blocks
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.prune import block_influence as influence
@@ -187,8 +188,11 @@ def test_wrong_calls_are_refused() -> None:
         gather(model, None, "none")
 
 
+@pytest.mark.parametrize("whole", [0, calibrate.WHOLE], ids=["a pass a turn", "one pass"])
 @pytest.mark.parametrize("name", NAMES)
-def test_layers_that_take_turns_see_the_earlier_ones_updated(name: str) -> None:
+def test_layers_that_take_turns_see_the_earlier_ones_updated(name: str, whole: int,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "WHOLE", whole)
     turns = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
     got: dict[str, torch.Tensor] = {}
 
@@ -198,7 +202,12 @@ def test_layers_that_take_turns_see_the_earlier_ones_updated(name: str) -> None:
         return rtn(layer.weight, bits=3, group_size=32).dequantize()
 
     model, _ = twin(name, torch.float32)
+    runs = []
+    _, blocks = decoder_layers(model)
+    handle = blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
     walk(model, tokens(), "hessian", update, ignore=["lm_head"], sequential=True, batch_size=4)
+    handle.remove()
+    assert len(runs) == (1 + 1 if whole else 2 + 1 + 2 * 5)  # capture; to find the turns; four turns and on
     brute, _ = twin(name, torch.float32)
     path, blocks = decoder_layers(brute)
     order = []
@@ -230,6 +239,43 @@ def test_layers_that_share_an_input_share_its_statistic() -> None:
     name = "model.layers.1.self_attn."
     assert together[f"{name}q_proj"] is together[f"{name}v_proj"] is not together[f"{name}o_proj"]
     assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("whole", [0, calibrate.WHOLE])
+def test_what_is_made_of_a_statistic_is_made_once_for_all_who_share_it(whole: int,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "WHOLE", whole)
+    made: list[torch.Tensor] = []
+    got: dict[str, int] = {}
+
+    def once(H: torch.Tensor) -> int:
+        made.append(H.clone())
+        H.zero_()  # its memory may be used: nobody looks at it any more
+        return len(made)
+
+    model, _ = twin("qwen2", torch.float32)
+    apart = gather(model, tokens(), "hessian")
+    walk(model, tokens(), "hessian", lambda name, layer, number: got.update({name: number}), ignore=["lm_head"],
+         sequential=True, once=once)
+    assert len(made) == 4 * len(decoder_layers(model)[1]) and got.keys() == apart.keys()
+    for name, number in got.items():
+        torch.testing.assert_close(made[number - 1], apart[name])
+
+    def failing(H: torch.Tensor) -> None:
+        raise LlmopsError("no")
+
+    with pytest.raises(LlmopsError, match=r"^model\.layers\.0\.self_attn\.q_proj: no$"):
+        walk(model, tokens(), "hessian", lambda *_: None, ignore=["lm_head"], sequential=True, once=failing)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_layer_that_does_not_run_is_named_whatever_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for whole in (0, calibrate.WHOLE):
+        monkeypatch.setattr(calibrate, "WHOLE", whole)
+        model, _ = twin("llama", torch.float32)
+        model.model.layers[1].unused = nn.Linear(8, 8)
+        with pytest.raises(StepError, match=r"layers\.1\.unused: no calibration token reached"):
+            walk(model, tokens(), "hessian", lambda *_: None, ignore=["lm_head"], sequential=True)
 
 
 def test_a_block_computes_in_float32_and_is_given_back_as_it_was_stored() -> None:

@@ -12,9 +12,9 @@ KERNELS = Path(__file__).parent.parent / "kernels" / "llmops_kernels"
 FLOORS = {
     **dict.fromkeys(("errors", "options", "quantity", "curves", "chain"), 0), **dict.fromkeys(("ops", "shelf"), 1),
     **dict.fromkeys(("methods", "block_stream"), 2), **dict.fromkeys(("models", "data"), 3),
-    **dict.fromkeys(("ledger", "locks", "train", "calibrate", "swaps", "evaluate", "measure", "formats",
+    **dict.fromkeys(("ledger", "locks", "train", "gathering", "swaps", "evaluate", "measure", "formats",
                      "importance"), 4),
-    **dict.fromkeys(("recipe", "report"), 5),
+    **dict.fromkeys(("recipe", "report", "calibrate"), 5),
     **dict.fromkeys((
         "store", "processes", "progress", "trackers", "screen", "recipes_folder", "build", "score", "runner", "api",
         "data_view", "preflight", "compare", "pairing", "gate", "champions", "explain", "arguments", "trust_commands",

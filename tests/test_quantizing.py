@@ -137,16 +137,16 @@ def test_events_tell_what_happened(place: Path) -> None:
 
 
 def test_damping_that_was_raised_and_thin_data_are_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmops.methods.quantize import gptq as solve
+    from llmops.methods.quantize.gptq import factorize
 
-    def indefinite(W: torch.Tensor, H: torch.Tensor, **options: Any) -> Any:
-        return solve(W, H - 0.05 * H.diagonal().mean() * torch.eye(len(H)), **options)
+    def indefinite(H: torch.Tensor, **options: Any) -> Any:
+        return factorize(H - 0.3 * H.diagonal().mean() * torch.eye(len(H)), **options)
 
-    monkeypatch.setattr(quantizing, "gptq", indefinite)
+    monkeypatch.setattr(quantizing, "factorize", indefinite)
     thin = job(place)
     thin.limits = lambda key: DataSource(source="train.jsonl", samples=1)
     work = apply_step("quantize", thin, METHODS["gptq"])
-    told = [event for event in work.events if "not positive definite with damping 0.01; solved with 0.1" in event]
+    told = [event for event in work.events if "not positive definite with damping 0.05; solved with 0.5" in event]
     assert told and told[0].startswith("model.layers.0.self_attn.q_proj: ")
     assert any("32 calibration tokens are fewer than the 256 inputs" in event for event in work.events)
 

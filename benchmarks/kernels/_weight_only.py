@@ -59,7 +59,7 @@ def _case(name: str, m: int, n: int, k: int, bits: int, group: int) -> Case:
         scale = torch.exp(torch.empty(n, groups, device=device).uniform_(-6.9, 0, generator=made)).to(torch.bfloat16)
         x = torch.randn(m, k, generator=made, device=device).to(torch.bfloat16)
         packed = pack(codes, scale, bits=bits, group_size=group)
-        more = _baselines.four_bits(x, codes, scale, k if group == -1 else group, bits) if seed == 0 else {}
+        more = _baselines.four_bits(x, codes, scale, k if group == -1 else group, bits)
         return {"llmops": lambda: int_linear.int_linear(x, packed),
                 "dequantize + cuBLAS": lambda: _then_dense(x, packed), "cuBLAS bf16": _baselines.dense(x, n, seed),
                 **more}

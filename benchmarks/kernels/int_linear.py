@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from benchmarks.kernels._weight_only import cases, checks
 from tests.kernels.offline import Compiled
 
 from llmops_kernels._dequantize import dequantize_integers_kernel
 from llmops_kernels.int_linear import constants, int_linear_kernel
 from llmops_kernels.reference.int_linear import layout
+
+__all__ = ["cases", "checks", "compiled"]
 
 LIMITS = {("fp16", 4): 3.2, ("bf16", 4): 3.6, ("fp16", 8): 2.5, ("bf16", 8): 2.5}  # thread-instructions a weight
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from benchmarks.kernels._nf4 import cases, checks
 from tests.kernels.offline import Compiled
 
 from llmops_kernels._dequantize import dequantize_pairs_kernel
 from llmops_kernels.nf4_linear import nf4_linear_kernel, program
+
+__all__ = ["cases", "checks", "compiled"]
 
 #         dtype, double quantization, BLOCK_M, BLOCK_N, warps, stages, parts
 TILES = [("fp16", False, 16, 128, 4, 3, 4), ("bf16", False, 16, 128, 4, 3, 4), ("bf16", True, 16, 128, 4, 3, 4),

@@ -43,9 +43,9 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, tall, 
         add = word
         if ZERO:
             add = less(tl.load(zero_ptr + at).to(tl.float32), i, BITS, dtype)[:, None]
-        w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS[i], dtype, i).to(tl.float32)
+        w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i).to(tl.float32)
         if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
-            w += field(word, high, add, BITS, ZERO, PROGRAMS[FIELDS + i], dtype, i + FIELDS).to(tl.float32)
+            w += field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS).to(tl.float32)
         w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
         columns = (chunk * FIELDS + i) * RUN + rk
         tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),

@@ -101,10 +101,10 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
                 if GROUPS > 0:
                     points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
                 add = less(points, i, BITS, dtype)[:, None]
-            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS[i], dtype, i)
+            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i)
             total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
-                w = field(word, high, add, BITS, ZERO, PROGRAMS[FIELDS + i], dtype, i + FIELDS)
+                w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS)
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if i % FEW == FEW - 1 and GROUPS > 0:
                 factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)
@@ -147,7 +147,7 @@ def constants(bits: int, group_size: int, zero: bool, bias: bool, bf16: bool) ->
     """What the kernel is compiled for, beside its tiles."""
     how = layout(bits, group_size)
     return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "ZERO": zero, "BIAS": bias,
-            "PROGRAMS": programs(how.bits, bf16, zero), "TILE": TILE_ROWS}
+            "PROGRAMS": "|".join(programs(how.bits, bf16, zero)), "TILE": TILE_ROWS}
 
 
 # ---------------------------------------------------------------------------------------------------- launch

@@ -28,7 +28,7 @@ SHELVED_FROM = 1 << 24
 
 def finite(value: Tensor, what: str) -> Tensor:
     """`value` itself. Raises StepError, `what` before "NaN", unless every entry is finite."""
-    if not bool(torch.isfinite(value).all()):
+    if value.numel() and not bool(torch.stack(torch.aminmax(value.detach())).isfinite().all()):  # NaN is least and most
         raise StepError(f"{what} NaN or infinity; expected finite values. Was training stable, and is the dtype "
                         f"wide enough (float16 overflows at 65504)?")
     return value

@@ -16,7 +16,9 @@ Only one block is on the accelerator; activations wait on the model's own device
 
 With `sequential` the layers of a block take turns in the order in which they run, those that see the very same tensor
 (q, k and v; gate and up) together, and every turn measures with the earlier ones already updated ("true-sequential").
-A turn's statistic is gathered once, whatever the number of its layers, and its forward pass ends at its last layer.
+Where the calibration set is small (`WHOLE`), all of it is one batch, and one forward pass of the block does everything:
+each layer is measured and updated just before it runs (`InPassing`). Else every turn is a pass, which ends at the
+turn's last layer.
 
 Experts (`models/experts.py`) see only the tokens that were sent to them, or all, as `Routing` says; all of a layer take
 one turn, as far as their statistics fit into `AT_ONCE` bytes. An expert that saw too few is given to the update without
@@ -37,116 +39,32 @@ silent zero.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmops.block_stream import Stream, finite, lent
-from llmops.errors import LlmopsError, StepError, unknown
+from llmops.errors import LlmopsError
+from llmops.gathering import STATISTICS, InPassing, Turn, measure, statistic_of, tail_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
 from llmops.models.expert_names import expert_of
-from llmops.models.experts import Routing, covered
-from llmops.models.tail import Tail, lent_tail, through
+from llmops.models.experts import Routing
+from llmops.models.tail import Tail
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
-Update = Callable[[str, nn.Linear, Tensor | None], Tensor | None]
+Update = Callable[[str, nn.Linear, Any], Tensor | None]
+Once = Callable[[Tensor], Any]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
 TailUpdate = Callable[[Tail], None]
-Named = Sequence[tuple[str, nn.Linear]]
-Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
 
-
-# ---------------------------------------------------------------------------------------------------- statistics
-class _Norm:
-    """(in,) L2 norm of each input feature over all tokens."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        self.total = self.total + x.float().square().sum(0).double()
-
-    def result(self, tokens: int) -> Tensor:
-        return torch.as_tensor(self.total).sqrt().float()
-
-
-class _AbsMax:
-    """(in,) largest |x| of each input feature."""
-
-    def __init__(self) -> None:
-        self.peak: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        peak = x.abs().amax(0).float()
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
-
-    def result(self, tokens: int) -> Tensor:
-        assert self.peak is not None
-        return self.peak
-
-
-class _Hessian:
-    """(in, in) H = 2/N sum_t x_t x_t^T, float32: the Hessian of the layer's squared output error (GPTQ, OBS)."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        wide = x.float()
-        if self.total is None:
-            self.total = wide.t() @ wide
-        else:
-            self.total.addmm_(wide.t(), wide)
-
-    def result(self, tokens: int) -> Tensor:
-        assert self.total is not None
-        return self.total.mul_(2.0 / tokens)  # the only one: it is in^2
-
-
-STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm, "x_absmax": _AbsMax,
-                                                   "hessian": _Hessian}
-
-
-AT_ONCE = 2 << 30  # bytes that the statistics of one turn of experts may take
-
-
-class _Reached(Exception):
-    """Ends a forward pass of which the rest is not needed."""
-
-
-class _Gather:
-    """Adds up one linear layer's statistic through a forward hook; with `stop`, the pass ends there."""
-
-    def __init__(self, name: str, layer: nn.Linear, make: Callable[[], Any], stop: bool = False) -> None:
-        self.name, self.tokens, self.statistic, self.stop = name, 0, make(), stop
-        self.handle = layer.register_forward_pre_hook(self.hook)
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2)
-        self.tokens += x.shape[0]
-        self.statistic.add(x)
-        if self.stop:
-            raise _Reached
-
-    def result(self, routing: Routing) -> Tensor | None:
-        """The statistic; None for the layer of an expert that saw too few tokens."""
-        self.handle.remove()
-        if not routing.enough(self.name, self.tokens):
-            return None
-        if not self.tokens:
-            raise StepError(f"{self.name}: no calibration token reached this layer; expected every linear layer to be "
-                            f"used. Give more data, or name the layer in ignore")
-        value: Tensor = self.statistic.result(self.tokens)
-        return finite(value, f"{self.name}: the input activations hold")
+#: Bytes that the activations of one block may take (all of them, as if none was freed) for one pass on all samples.
+WHOLE = 1 << 29
 
 
 # ---------------------------------------------------------------------------------------------------- the walk
@@ -154,7 +72,7 @@ class _Gather:
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
          compute: torch.dtype | None = None, prepare: BlockUpdate | None = None, tail: TailUpdate | None = None,
-         progress: Progress | None = None, routing: Routing | None = None) -> None:
+         once: Once | None = None, progress: Progress | None = None, routing: Routing | None = None) -> None:
     """Give every linear layer to `update` and put the weight it returns in its place. The model changes in place.
 
     tokens:     (samples, length) int64 without padding; may be None when statistic is "none"
@@ -165,45 +83,52 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     sequential: whether the layers of a block take turns, as the module's docstring says
     compute:    dtype in which a block computes and update sees its weights; as stored by default
     prepare:    called with every block before its layers are measured
+    once:       makes of a statistic what update gets in its place, once for the layers of a turn that share an input;
+                nobody else looks at the statistic after that, so it may take its memory
     tail:       called with a head outside the blocks before it is measured, where data is run
     progress:   called with (blocks done, blocks in all)
     routing:    how experts are measured; it is told how many tokens each saw. Those with too few get no statistic
 
     Raises LlmopsError for a wrong call, StepError naming the layer when a weight or an activation is NaN or infinite.
     """
-    make = _statistic(statistic)
+    make = statistic_of(statistic)
     if make is not None and (tokens is None or tokens.numel() == 0):
         raise LlmopsError(f'statistic "{statistic}" needs calibration tokens (samples, length); none were given')
     path, blocks = decoder_layers(model)
     todo = _targets(model, path, blocks, ignore)
-    stream = Stream(model, blocks, tokens, batch_size, device, compute) \
+    stream = Stream(model, blocks, tokens, _batch(blocks, todo, tokens, batch_size, sequential), device, compute) \
         if make is not None and tokens is not None else None
     routing = _begun(routing, tokens)
     for index, block in enumerate(blocks):
-        layers = _inside(todo, f"{path}.{index}")
+        name = f"{path}.{index}"
+        layers = _inside(todo, name)
         with lent(block, stream.device if stream else device, compute):
             if prepare is not None:
-                for name, layer in layers:
-                    finite(layer.weight, f"{name}: the weight holds")
-                prepare(Block(f"{path}.{index}", block, dict(layers), [], stream, index, routing))
-            alone: list[Turn] = [[[layer] for layer in layers]]
-            for turn in _turns(stream, index, layers) if stream and sequential else alone:
-                gathered = _measure(stream, index, turn, make, routing) if stream and make and turn else {}
-                for name, layer in chain.from_iterable(turn):
-                    _replace(name, layer, update, gathered.get(name))
-            if stream:
-                stream.advance(index, f"{path}.{index}")
+                for full, layer in layers:
+                    finite(layer.weight, f"{full}: the weight holds")
+                prepare(Block(name, block, dict(layers), [], stream, index, routing))
+            if stream and make and sequential and len(stream.hidden) == 1 and not any(map(expert_of, dict(layers))):
+                with InPassing(layers, make, partial(_made, once), partial(_replace, update)) as passing:
+                    stream.advance(index, name)
+                passing.check()
+            else:
+                alone: list[Turn] = [[[layer] for layer in layers]]
+                for turn in turns_of(stream, index, layers) if stream and sequential else alone:
+                    found = measure(stream, index, turn, make, routing) if stream and make and turn else None
+                    _updated(turn, found, update, once)
+                if stream:
+                    stream.advance(index, name)
         if progress is not None:
             progress(index + 1, len(blocks))
-    outside = [(name, layer) for name, layer in todo.items() if not name.startswith(f"{path}.")]
+    outside = [(full, layer) for full, layer in todo.items() if not full.startswith(f"{path}.")]
     for name, layer in outside:
         if stream is None:
-            _replace(name, layer, update, None)
+            _replace(update, name, layer, None)
             continue
-        with _tail(stream, name, layer, compute) as end:
+        with tail_of(stream, name, layer, compute) as end:
             if tail is not None:
                 tail(end)
-            _replace(name, layer, update, end.measure(statistic))
+            _replace(update, name, layer, _made(once, name, end.measure(statistic)))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -244,7 +169,7 @@ def walk_blocks(model: nn.Module, tokens: Tensor, update: BlockUpdate, *, ignore
             progress(index + 1, len(blocks))
     if tail is not None:
         for name in outside:
-            with _tail(stream, name, todo[name], compute) as end:
+            with tail_of(stream, name, todo[name], compute) as end:
                 tail(end)
 
 
@@ -281,18 +206,19 @@ class Block:
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""
         layers = [(f"{self.name}.{name}", layer) for name, layer in linear_layers(self.module)]
-        return [[name for name, _ in group] for turn in _turns(self.flow, self.index, layers) for group in turn]
+        return [[name for name, _ in group] for turn in turns_of(self.flow, self.index, layers) for group in turn]
 
     def measure(self, statistic: str, names: Sequence[str]) -> dict[str, Tensor | None]:
         """The statistic of the layers `names` (full), each on its own; None for experts that saw too little."""
-        make = _statistic(statistic)
+        make = statistic_of(statistic)
         assert make is not None
         layers = [(name, self.module.get_submodule(name.removeprefix(self.name + "."))) for name in names]
-        return _measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
+        found = measure(self.flow, self.index, [[layer] for layer in layers], make, self.routing)
+        return dict(zip(names, found, strict=True))
 
     def put(self, name: str, weight: Tensor) -> None:
         """Put a new weight into the layer of a full name."""
-        _replace(name, self.layers[name], lambda *_: weight, None)
+        _replace(lambda *_: weight, name, self.layers[name], None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -329,12 +255,6 @@ def block_influence(model: nn.Module, tokens: Tensor, *, batch_size: int = 8, de
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
-def _statistic(name: str) -> Callable[[], Any] | None:
-    if name not in STATISTICS:
-        raise LlmopsError(unknown("statistic", name, STATISTICS))
-    return STATISTICS[name]
-
-
 def _inside(todo: Mapping[str, nn.Linear], block: str) -> list[tuple[str, nn.Linear]]:
     return [(name, layer) for name, layer in todo.items() if name.startswith(f"{block}.")]
 
@@ -343,52 +263,6 @@ def _begun(routing: Routing | None, tokens: Tensor | None) -> Routing:
     routing = Routing() if routing is None else routing
     routing.tokens = 0 if tokens is None else tokens.numel()
     return routing
-
-
-def _turns(stream: Stream, index: int, layers: Named) -> list[Turn]:
-    """The layers in the order in which they run; those that see the very same tensor in one group, one group a turn.
-
-    The experts of a layer that do the same take a turn together; one that no token reached is a group of its own there.
-    """
-    groups: list[tuple[Tensor, int, list[tuple[str, nn.Linear]]]] = []  # tensors are held, so none is another's heir
-    left = dict(layers)
-
-    def note(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if name not in left:
-            return
-        for other, version, group in groups:
-            if other.data_ptr() == x.data_ptr() and other.shape == x.shape and version == x._version:
-                group.append((name, left.pop(name)))
-                return
-        groups.append((x, x._version, [(name, left.pop(name))]))
-
-    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers]
-    try:
-        for batch in range(len(stream.hidden)):
-            if left:
-                stream.run(index, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _experts_together([*(group for _, _, group in groups), *([layer] for layer in left.items())])
-
-
-def _experts_together(groups: Sequence[Named]) -> list[Turn]:
-    """Groups in turns: one a turn, but experts that do the same together, up to AT_ONCE bytes of Hessians."""
-    turns: list[tuple[int, list[Named]]] = []  # (bytes, groups)
-    open_turn: dict[str, int] = {}  # what the layers of an expert are called, without its number -> its turn so far
-    for group in groups:
-        name, layer = group[0]
-        same = [re.sub(r"\.experts\.\d+\.", ".experts.*.", each) for each, _ in group]
-        place = open_turn.get(same[0]) if expert_of(name) else None
-        size = 4 * layer.in_features ** 2
-        if place is not None and turns[place][0] + size <= AT_ONCE:
-            turns[place] = (turns[place][0] + size, [*turns[place][1], group])
-        else:
-            open_turn.update(dict.fromkeys(same, len(turns)))
-            turns.append((size, [group]))
-    return [turn for _, turn in turns]
 
 
 def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequence[str]) -> dict[str, nn.Linear]:
@@ -423,7 +297,33 @@ def _is_tied(model: nn.Module, head: nn.Linear) -> bool:
     return embedding is not None and getattr(embedding, "weight", None) is head.weight
 
 
-def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | None) -> None:
+def _batch(blocks: nn.ModuleList, todo: Mapping[str, nn.Linear], tokens: Tensor, batch_size: int,
+           sequential: bool) -> int:
+    """Samples of a batch: all of them where layers take turns and what a block makes of all fits into `WHOLE` bytes."""
+    if not sequential or any(map(expert_of, todo)):
+        return batch_size
+    width = max(sum(layer.in_features + layer.out_features for _, layer in linear_layers(block)) for block in blocks)
+    return len(tokens) if 4 * width * tokens.numel() <= WHOLE else batch_size
+
+
+def _updated(turn: Turn, found: list[Tensor | None] | None, update: Update, once: Once | None) -> None:
+    """Update all layers of a turn. found: the statistic of each group, taken out one by one."""
+    for group in turn:
+        made = _made(once, group[0][0], found.pop(0) if found is not None else None)
+        for name, layer in group:
+            _replace(update, name, layer, made)
+
+
+def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
+    if once is None or statistic is None:
+        return statistic
+    try:
+        return once(statistic)
+    except LlmopsError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _replace(update: Update, name: str, layer: nn.Linear, statistic: Any) -> None:
     finite(layer.weight, f"{name}: the weight holds")
     try:
         weight = update(name, layer, statistic)
@@ -435,45 +335,3 @@ def _replace(name: str, layer: nn.Linear, update: Update, statistic: Tensor | No
         raise ValueError(f"{name}: new weight is {tuple(weight.shape)}; expected {tuple(layer.weight.shape)}")
     new = finite(weight, f"{name}: the new weight holds")
     layer.weight.data = new.to(layer.weight)  # not copied into the old one: written to, a mapped file's pages are kept
-
-
-def _measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any],
-             routing: Routing) -> dict[str, Tensor | None]:
-    """The statistic of every layer; the first one's of a group is everybody's there. A turn of one group ends there."""
-    gathers = [_Gather(*group[0], make, stop=len(turn) == 1) for group in turn]
-    found: dict[str, Tensor | None] = {}
-    try:
-        with covered(stream.blocks[index], routing.everything):
-            for batch in range(len(stream.hidden)):
-                with suppress(_Reached):
-                    stream.run(index, batch)
-        for gather, group in zip(gathers, turn, strict=True):
-            result = gather.result(routing)
-            for name, _ in group:
-                routing.enough(name, gather.tokens)
-                found[name] = result
-    finally:
-        for gather in gathers:
-            gather.handle.remove()
-    return found
-
-
-def _tail(stream: Stream, name: str, head: nn.Linear,
-          compute: torch.dtype | None) -> AbstractContextManager[Tail]:
-    """The head behind the blocks, to be measured by the model's own forward, fed the last block's output."""
-
-    def measure(statistic: str, dtype: torch.dtype) -> Tensor:
-        make = _statistic(statistic)
-        assert make is not None
-        gather = _Gather(name, head, make, stop=True)
-        try:
-            for batch in range(len(stream.hidden)):
-                with suppress(_Reached):
-                    through(stream, dtype, batch)
-            found = gather.result(Routing())
-        finally:
-            gather.handle.remove()
-        assert found is not None  # a head is no expert
-        return found
-
-    return lent_tail(stream, name, head, compute, measure)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmops_kernels.nf4_linear import launch
-from llmops_kernels.reference.nf4_linear import TABLES, absmax_of
+from llmops_kernels.reference.nf4_linear import TABLES, absmax_of, dequantize
 
 
 def case(kind: str, blocksize: int, nested: bool, ms: list[int], n: int, k: int, dtype: str, bias: bool,
@@ -48,6 +48,20 @@ def case(kind: str, blocksize: int, nested: bool, ms: list[int], n: int, k: int,
     return {"error": worst, "repeat": repeat, "spilled": spilled}
 
 
+def far() -> dict[str, Any]:
+    """Rows of x and y that are 2^31 elements apart: most of the buffers is never touched, so it takes no memory."""
+    apart, made = (1 << 31) + 64, torch.Generator().manual_seed(0)
+    x = torch.empty(apart + 512, dtype=torch.float16).as_strided((2, 256), (apart, 1))
+    x.copy_(torch.randn(2, 256, generator=made))
+    out = torch.empty(apart + 512, dtype=torch.float16).as_strided((2, 64), (apart, 1))
+    codes = torch.randint(0, 256, (64 * 128, 1), generator=made, dtype=torch.uint8)
+    dense = dequantize(codes, torch.ones(256), "nf4", 64, 64, 256, torch.float64)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2}
+    launch(x, codes, torch.ones(256), None, None, None, None, "nf4", 64, 64, out=out, tile=tile)
+    exact = x.double() @ dense.T
+    return {"error": float((out.double() - exact).norm() / exact.norm()), "worst_row": 0.0, "repeat": 0.0, "spilled": 0}
+
+
 if __name__ == "__main__":
     for line in json.loads(sys.argv[1]):
-        print(json.dumps(case(*line)), flush=True)
+        print(json.dumps(far() if line == "far" else case(*line)), flush=True)

@@ -36,6 +36,8 @@ CASES: list[list[Any]] = [
     [2, 64, [3], 72, 448, "float16", True, False, SPLIT],
     [2, -1, [1], 64, 260, "bfloat16", False, False, DECODE],
     [6, 128, [3], 64, 256, "float16", False, False, DECODE],
+    [8, 128, [3], 136, 512, "bfloat16", False, False, None],
+    [3, 128, [17], 72, 512, "bfloat16", True, False, None],
     [4, 128, [40], 136, 640, "bfloat16", True, True, DENSE],
     [3, 64, [40], 72, 576, "float16", False, False, DENSE],
     [8, -1, [40], 72, 300, "bfloat16", False, False, DENSE],
@@ -44,7 +46,9 @@ CASES: list[list[Any]] = [
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    for case, result in zip(CASES, interpreted("interpret_int_linear.py", CASES), strict=True):
+    far, *results = interpreted("interpret_int_linear.py", ["far", *CASES])
+    assert far["error"] <= 5e-4
+    for case, result in zip(CASES, results, strict=True):
         limit = 3e-3 if case[5] == "bfloat16" else 5e-4
         assert result["error"] <= limit and result["worst_row"] <= 2 * limit, (case, result)
         assert result["repeat"] == 0.0 and result["spilled"] == 0, (case, result)

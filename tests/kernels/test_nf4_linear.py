@@ -29,7 +29,9 @@ CASES: list[list[Any]] = [
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    for case, result in zip(CASES, interpreted("interpret_nf4_linear.py", CASES), strict=True):
+    far, *results = interpreted("interpret_nf4_linear.py", ["far", *CASES])
+    assert far["error"] <= 5e-4
+    for case, result in zip(CASES, results, strict=True):
         assert result["error"] <= (3e-3 if case[6] == "bfloat16" else 5e-4), (case, result)
         assert result["repeat"] == 0.0 and result["spilled"] == 0, (case, result)
 

@@ -116,7 +116,7 @@ def awq_factors(block: calibrate.Block, options: WeightOnly, grid: int, storage:
                             **scheme(options, chosen, quantized[0]), steps=grid, shared=link.shared, dtype=storage)
         if scales.alpha:
             s = fold(block.module, link, scales.s, storage)
-            H.update(dict.fromkeys(targets, H[targets[0]] / torch.outer(s, s)))
+            H.update(dict.fromkeys(targets, H[targets[0]].div_(s).div_(s.unsqueeze(1))))  # in place: it is in^2
             count += 1
     return H, count
 

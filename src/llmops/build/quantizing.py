@@ -24,8 +24,9 @@ from llmops.build.layer_schemes import Chosen, check_groups, scheme, shared
 from llmops.build.preparing import Prepared, awq_factors, folded, head_awq_factors, prepare
 from llmops.methods.quantize.autoround import Tuned, autoround
 from llmops.methods.quantize.awq import awq_clip, output_error
-from llmops.methods.quantize.floats import AnyWeight
-from llmops.methods.quantize.gptq import Solved, gptq
+from llmops.methods.quantize.floats import FLOATS, AnyWeight
+from llmops.methods.quantize.gptq import Factor, Solved, factorize, gptq
+from llmops.methods.quantize.grid import group_of
 from llmops.methods.quantize.hqq import hqq
 from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant, WeightOnly
 from llmops.methods.quantize.rtn import rtn
@@ -88,7 +89,7 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
     weights: Weights = Kept()
     solved: dict[str, Solved] = {}
 
-    def update(name: str, layer: nn.Linear, H: Tensor | None) -> Tensor:
+    def update(name: str, layer: nn.Linear, H: Tensor | Factor | None) -> Tensor:
         if H is None:  # an expert that saw too little
             weights[name] = rtn(layer.weight, **how(name), dtype=job.storage)
             return weights[name].dequantize().to(layer.weight.dtype)
@@ -96,11 +97,19 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
                                            clip=options.clip, dtype=job.storage)
         return weights[name].dequantize().to(layer.weight.dtype)
 
+    def once(H: Tensor) -> Tensor | Factor:
+        """Layers that share an input share its factorisation, unless groups differ from layer to layer."""
+        if len(sizes) > 1:
+            return H
+        return factorize(H, group_size=min(sizes), damping=options.damping, order=options.order, overwrite=True)
+
+    bits = FLOATS.get(options.number_format or "", options.bits)
+    sizes = {each.group_size for each in chosen.values()} if chosen else {group_of(bits, options.group)}
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ready = prepare(job, options, chosen)
     how = _schemes(job, options, chosen, ready)
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True, prepare=ready.block,
-                   tail=ready.tail, compute=ready.compute(computed(job)), progress=bar(job), routing=routing)
+                   tail=ready.tail, compute=ready.compute(computed(job)), once=once, progress=bar(job), routing=routing)
     return _quantized(job, options, weights, ready, tokens, [*_troubles(solved), *routing.events(INSTEAD)])
 
 

@@ -31,6 +31,7 @@ from llmops.build.job import Job, Work
 from llmops.build.kv_cache import kv_cache_step, with_kv_cache
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.masking import magnitude_step, sparsegpt_step, wanda_step
+from llmops.build.on_integers import on_integers
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
 from llmops.build.shares import Shares
@@ -101,12 +102,15 @@ def held_zeros(job: Job) -> Mapping[str, Tensor]:
     """The zeros that a step has to keep: of what was pruned, where that is known; else all there are."""
     if job.zeros is not None:
         return job.zeros
-    before = job.unrounded() if is_packed(job.model) and job.unrounded is not None else None
+    known = is_packed(job.model) and not job.pruned_as_quantized and job.unrounded is not None
+    before = job.unrounded() if known and job.unrounded is not None else None
     return zero_bits(job.model if before is None else before)
 
 
 def _taken(taken: tuple[str, str], job: Job, options: Options) -> Work:
     kind = taken[0]
+    if kind == "prune" and is_packed(job.model):
+        return on_integers(taken[1], job, options)
     compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), *CUTTING)
     if compressing or not is_packed(job.model):
         work = (_compressed if compressing else _plainly)(taken, job, options)

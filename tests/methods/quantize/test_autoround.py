@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.quantize import QuantizedWeight, autoround, packing, rtn
-from llmops.methods.quantize.autoround import _Rounded
+from llmops.methods.quantize.autoround import _Layer
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 
@@ -48,20 +48,32 @@ def test_what_is_tuned_is_what_is_stored_and_better_than_rounding(bits: int, gro
         assert torch.all(((each.dequantize() - weights[name]).abs() <= 1.001 * step)[inside])
 
 
-def test_the_written_gradients_are_those_of_the_equations() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_written_steps_are_those_of_the_equations(symmetric: bool) -> None:
     """Against autograd through the equations themselves, `round` passed as if it were not there."""
     generator = torch.Generator().manual_seed(3)
-    W, out = torch.randn(6, 4, 16, generator=generator), torch.randn(6, 4, 16, generator=generator)
-    for bottom, top in ((-2.0, 1.0), (-4.0, 3.0)):
-        V = (torch.rand(6, 4, 16, generator=generator) - 0.5).requires_grad_()
-        s = (torch.rand(6, 4, 1, generator=generator) + 0.3).requires_grad_()
-        exact = W / s + V
-        plain = (exact + (exact.round() - exact).detach()).clamp(bottom, top) * s
-        ours = _Rounded.apply(V, s, W, torch.tensor(bottom), torch.tensor(top))
-        assert torch.equal(ours, plain)
-        for mine, theirs in zip(torch.autograd.grad(ours, (V, s), out), torch.autograd.grad(plain, (V, s), out),
-                                strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    W, out = torch.randn(6, 64, generator=generator), torch.randn(6, 64, generator=generator)
+    for bits in (2, 3):
+        layer = _Layer(W, bits=bits, group_size=16, symmetric=symmetric, dtype=torch.float32)
+        layer.V.copy_(torch.rand(6, 4, 16, generator=generator) - 0.5)
+        V, *factors = (each.clone().requires_grad_() for each in (layer.V, *layer.factors))
+        high = layer.high * factors[0]
+        low = -high if symmetric else layer.low * factors[1]
+        s = (layer.sign * (high - low) / (2**bits - 1)).unsqueeze(-1)
+        bottom, top = (torch.as_tensor(end).expand(6, 4).unsqueeze(-1) for end in layer.grid().bounds())
+        exact = layer.G / s + V
+        steps = exact + (exact.round() - exact).detach()
+        plain = (steps.clamp(bottom, top) * s).flatten(1)
+        gradients = torch.autograd.grad(plain, (V, *factors), out)
+        assert bool((gradients[0] == 0).any())  # where it was clamped
+        made, idle = layer.rounded()
+        torch.testing.assert_close(made, plain.detach())
+        made.requires_grad_().grad = out.clone()
+        layer.step(idle, 0.03, made)
+        for mine, before, gradient, (least, most) in zip((layer.V, *layer.factors), (V, *factors), gradients,
+                                                         ((-0.5, 0.5), (0, 1), (0, 1)), strict=False):
+            torch.testing.assert_close(mine, (before - 0.03 * gradient.sign()).clamp(least, most).detach())
+        assert made.grad is None
 
 
 def test_never_above_the_start_even_when_every_step_makes_it_worse() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.quantize import QuantizedWeight, gptq, packing, rtn
-from llmops.methods.quantize.gptq import inverse_factor
+from llmops.methods.quantize.gptq import factorize, inverse_factor
 from llmops.methods.quantize.grid import fit
 
 
@@ -72,7 +72,8 @@ def test_matches_optimal_brain_quantization_in_float64(bits: int, size: int, sym
     W, H = made()
     codes, scales = brute_force(W, H, bits, size, symmetric, order, 0.01)
     for block in (16, 128):  # smaller than, and larger than, the groups
-        ours, _ = gptq(W, H, bits=bits, group_size=size, symmetric=symmetric, order=order, block=block)
+        ours, _ = gptq(W, H, bits=bits, group_size=size, symmetric=symmetric, order=order, block=block,
+                       damping=0.01)
         torch.testing.assert_close(ours.scale, scales, rtol=2e-3, atol=1e-6)
         assert (ours.codes != codes).float().mean() < 0.01  # float32 may turn a tie, and what follows it in that row
 
@@ -106,6 +107,23 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert (U.double().t() @ U.double() - inverse).norm() < 1e-3 * inverse.norm()
 
 
+@pytest.mark.parametrize("order", ["groups", "activation", "none"])
+def test_a_factor_made_once_serves_every_layer_that_shares_the_input(order: str) -> None:
+    W, H = made(columns=288)  # large enough to be inverted in halves
+    factor = factorize(H.clone(), group_size=32, order=order, overwrite=True)
+    for rows in (W[:8], W[8:]):
+        shared, told = gptq(rows, factor, bits=3, group_size=32, clip="mse")
+        alone, also = gptq(rows, H, bits=3, group_size=32, clip="mse", order=order)
+        assert torch.equal(shared.codes, alone.codes) and torch.equal(shared.scale, alone.scale) and told == also
+    kept = H.clone()
+    factorize(H, group_size=32)
+    assert torch.equal(kept, H)
+    with pytest.raises(LlmopsError, match="factorised for groups of 32; expected groups of 96"):
+        gptq(W, factor, bits=3, group_size=96)
+    with pytest.raises(LlmopsError, match="group_size 40 does not divide"):
+        factorize(H, group_size=40)
+
+
 def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_change_nothing_else() -> None:
     W, H = made()
     dead = torch.tensor([3, 40, 95])
@@ -124,11 +142,11 @@ def test_damping_is_raised_until_it_holds_and_told() -> None:
     W, H = made()
     low = torch.linalg.eigvalsh(H.double()).min()
     broken = H - (low + 0.05 * H.diagonal().mean()).float() * torch.eye(len(H))  # least eigenvalue: -5 % of the mean
-    ours, solved = gptq(W, broken, bits=4, group_size=32)
+    ours, solved = gptq(W, broken, bits=4, group_size=32, damping=0.01)
     assert solved.failed == pytest.approx((0.01,)) and solved.damping == pytest.approx(0.1)
     assert rise(ours, W, H) < rise(rtn(W, bits=4, group_size=32), W, H)
     with pytest.raises(StepError, match=r"damping 0\.01, 0\.1, 1; expected a positive definite"):
-        gptq(W, hopeless(H), bits=4)
+        gptq(W, hopeless(H), bits=4, damping=0.01)
 
 
 def hopeless(H: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def autoround(weights: Mapping[str, Tensor], loss: Loss, batches: int, *, bits: 
 
     def mean() -> float:
         with torch.no_grad():
-            rounded = {name: layer.rounded() for name, layer in layers.items()}
+            rounded = {name: layer.rounded()[0] for name, layer in layers.items()}
             value = sum(float(loss(rounded, batch)) for batch in range(batches)) / batches
         if value != value:
             raise StepError("the loss of the block is NaN; expected finite calibration activations")
@@ -91,41 +92,14 @@ def autoround(weights: Mapping[str, Tensor], loss: Loss, batches: int, *, bits: 
 
 
 def _move(layers: Mapping[str, _Layer], loss: Loss, batch: int, rate: float) -> None:
-    """One signed step of every offset and range."""
+    """One signed step of every offset and range, each as soon as its weight's gradient is there: it is not kept."""
+    leaves: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        made, idle = layer.rounded()
+        leaves[name] = made.requires_grad_()
+        made.register_post_accumulate_grad_hook(partial(layer.step, idle, rate))
     with torch.enable_grad():
-        value = loss({name: layer.rounded() for name, layer in layers.items()}, batch)
-        learned = [tensor for layer in layers.values() for tensor in layer.learned]
-        gradients = torch.autograd.grad(value, learned, allow_unused=True)
-    with torch.no_grad():
-        for tensor, gradient in zip(learned, gradients, strict=True):
-            if gradient is not None:
-                tensor -= rate * gradient.sign()
-        for layer in layers.values():
-            layer.V.clamp_(-0.5, 0.5)
-            for factor in layer.learned[1:]:
-                factor.clamp_(0, 1)
-
-
-class _Rounded(torch.autograd.Function):  # type: ignore[misc]
-    """s clamp(round(W / s + V)), with the gradients of eqs. 3 and 4: `round` passes them, `clamp` where it is idle.
-
-    V, W: (out, groups, group); s: (out, groups, 1). Written out because autograd would keep six tensors of W's size for
-    each layer; this keeps one, and the mask.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, V: Tensor, s: Tensor, W: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
-        free = torch.div(W, s).add_(V).round_()
-        steps = torch.maximum(torch.minimum(free, top), bottom)
-        ctx.save_for_backward(steps, steps == free, s, W)
-        return steps * s
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        steps, idle, s, W = ctx.saved_tensors
-        passed = gradient * idle
-        to_s = (gradient * steps).sum(-1, keepdim=True).sub_((passed * W).sum(-1, keepdim=True).div_(s))
-        return passed.mul_(s), to_s, None, None, None
+        torch.autograd.backward(loss(leaves, batch), inputs=list(leaves.values()))
 
 
 class _Layer:
@@ -137,37 +111,56 @@ class _Layer:
         self.bits, self.group_size, self.symmetric, self.dtype = bits, group_size, symmetric, dtype
         low, high = self.G.amin(-1).clamp(max=0), self.G.amax(-1).clamp(min=0)
         self.low, self.high = (-torch.maximum(-low, high), torch.maximum(-low, high)) if symmetric else (low, high)
-        self.V = torch.zeros_like(self.G, requires_grad=True)
+        self.V = torch.zeros_like(self.G)
         first, whole = (fit(self.G, bits, symmetric, dtype, clip).scale.float() for clip in ("mse", "absmax"))
-        self.sign = first.sign()  # of a scale; see `both_ways` of grid.py
+        self.sign = first.sign()  # of a scale, never 0; see `both_ways` of grid.py
         start = (first / whole).abs().clamp(max=1)
-        factors = [start.clone().requires_grad_() for _ in range(1 if symmetric else 2)]
-        self.learned = [self.V, *factors]  # V, then alpha, then beta
+        self.factors = [start.clone() for _ in range(1 if symmetric else 2)]  # alpha, beta
 
     def grid(self) -> Grid:
         """The grid of the range as it stands."""
-        high, low = self._range()
-        grid = grid_between(low.detach(), high.detach(), self.bits, self.symmetric, self.dtype)
+        high = self.high * self.factors[0]
+        low = -high if self.symmetric else self.low * self.factors[1]
+        grid = grid_between(low, high, self.bits, self.symmetric, self.dtype)
         return Grid(grid.scale * self.sign.to(self.dtype), grid.zero, grid.bits)
 
-    def _range(self) -> tuple[Tensor, Tensor]:
-        high = self.high * self.learned[1]
-        return high, -high if self.symmetric else self.low * self.learned[2]
-
-    def rounded(self) -> Tensor:
-        """(out, in) float32, exactly what `stored` stands for; gradients pass as if nothing were rounded."""
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """((out, in) float32, exactly what `stored` stands for; (out, groups, group) where nothing was clamped)."""
         grid = self.grid()
-        high, low = self._range()
-        s = self.sign * (high - low) / ((1 << self.bits) - 1)
-        s = (s + (grid.scale.float() - s).detach()).unsqueeze(-1)
-        bottom, top = (b.unsqueeze(-1) if isinstance(b, Tensor) else torch.tensor(b) for b in grid.bounds())
-        made: Tensor = _Rounded.apply(self.V, s, self.G, bottom, top)
-        return made.flatten(1)
+        s = grid.scale.float().unsqueeze(-1)
+        free = torch.div(self.G, s).add_(self.V).round_()
+        steps = free.clamp(*_ends(grid))
+        idle = steps == free
+        return steps.mul_(s).flatten(1), idle
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, idle: Tensor, rate: float, made: Tensor) -> None:
+        """Move V, alpha and beta against the gradient of `made`, which `rounded` gave with `idle`, and drop it.
+
+        With `round` passed as if it were not there (eqs. 3 and 4) dL/dV = s g where nothing was clamped, and dL/ds is
+        the sum of g times what a unit of s is worth there: W~ / s, less W / s where nothing was clamped. Of both, and
+        of the ranges' gradients, which are dL/ds times high and -low, only the sign counts: |s| may be left out.
+        """
+        assert made.grad is not None
+        g = made.grad.view_as(self.G)
+        made.grad = None
+        total = (g * made.detach().view_as(g)).sum(-1)
+        g.mul_(idle)
+        total.sub_((g * self.G).sum(-1))
+        self.V.sub_(g.mul_(self.sign.unsqueeze(-1)).sign_(), alpha=rate).clamp_(-0.5, 0.5)
+        for factor, reach in zip(self.factors, (self.high, -self.low), strict=False):
+            factor.sub_((total * reach).sign_(), alpha=rate).clamp_(0, 1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def stored(self) -> QuantizedWeight:
         """The codes and scales of the iterate as it stands."""
         grid = self.grid()
-        bottom, top = (b.unsqueeze(-1) if isinstance(b, Tensor) else torch.tensor(b) for b in grid.bounds())
-        exact = self.G / grid.scale.float().unsqueeze(-1) + self.V
-        return grid.weight(torch.maximum(torch.minimum(torch.round(exact), top), bottom), self.group_size)
+        exact = torch.div(self.G, grid.scale.float().unsqueeze(-1)).add_(self.V)
+        return grid.weight(exact.round_().clamp_(*_ends(grid)), self.group_size)
+
+
+def _ends(grid: Grid) -> tuple[Any, Any]:
+    """Least and largest step: two numbers, or two tensors (out, groups, 1)."""
+    low, high = (end.unsqueeze(-1) if isinstance(end, Tensor) else end for end in grid.bounds())
+    return low, high

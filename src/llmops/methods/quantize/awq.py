@@ -73,8 +73,9 @@ def awq_scales(Ws: Sequence[Tensor], H: Tensor, *, bits: Kind, group_size: int =
         loss = 0.0
         for W in wide:
             G = grouped(W * s, group_of(bits, group_size))
-            rounded = fit(G, bound(bits, G), symmetric, stored).nearest(G).flatten(1) / s
-            loss += float(output_error(rounded - W, H).sum())
+            rounded = fit(G, bound(bits, G), symmetric, stored).nearest(G).flatten(1).div_(s)
+            del G
+            loss += float(output_error(rounded.sub_(W), H).sum())
         if step == 0:
             best = Scales(s, 0.0, loss, loss)
         elif loss < best.loss:
@@ -108,12 +109,12 @@ def awq_clip(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetri
     kind = bound(bits, W)
     whole = grid_between(low, high, kind, symmetric, stored)
     chosen: Any = whole
-    least = whole.pooled(_group_error(whole.nearest(G) - G, blocks))
+    least = whole.pooled(_group_error(whole.nearest(G).sub_(G), blocks))
     for p in (1.0, *CLIPS):
         for tried in both_ways(grid_between(low * p, high * p, kind, symmetric, stored)):
-            error = tried.pooled(_group_error(tried.nearest(G) - G, blocks))
+            error = tried.pooled(_group_error(tried.nearest(G).sub_(G), blocks))
             chosen, least = tried.where(error < least, chosen), torch.minimum(error, least)
-    before, after = (whole.pooled(output_error((grid.nearest(G) - G).flatten(1), H).unsqueeze(1).expand_as(least))
+    before, after = (whole.pooled(output_error(grid.nearest(G).sub_(G).flatten(1), H).unsqueeze(1).expand_as(least))
                      for grid in (whole, chosen))
     chosen = chosen.where(after < before, whole)
     return chosen.weight(chosen.steps(G), group_size)  # type: ignore[no-any-return]
@@ -129,13 +130,13 @@ def input_size(H: Tensor) -> Tensor:
 
 def output_error(D: Tensor, H: Tensor) -> Tensor:
     """(out,) D_i H D_i^T: what a change D (out, in) of the weight does to each output, squared; times 2/N."""
-    return ((D @ H.float()) * D).sum(1)
+    return (D @ H.float()).mul_(D).sum(1)
 
 
 def _group_error(D: Tensor, blocks: Tensor) -> Tensor:
     """(out, groups) from D (out, groups, group) and the diagonal blocks (groups, group, group) of H."""
     D = D.transpose(0, 1)  # (groups, out, group)
-    return ((D @ blocks) * D).sum(-1).t()
+    return (D @ blocks).mul_(D).sum(-1).t()
 
 
 def _normalised(s: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ again; GPTQ does so in one fixed order of columns for all rows at once (arXiv 22
     paper   here        paper      here
     W       W, w_t      B          block
     Q       steps       lambda     damping * mean(diag H)
+    E       E / diag U
 
-`w_t` is W transposed, so that a column is contiguous. Updates are lazy on two levels: within a step of at most 32
-columns one at a time, to the rest of the block of 128 as one matrix product a step, to the rest of W as one a block.
+`w_t` is W transposed, so that a column is contiguous; the rows of U are divided by their diagonal once, and errors by
+nothing. Updates are lazy on two levels: within a step of at most 32 columns one at a time, to the rest of the block of
+128 as one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all
+layers that share an input.
 
 Deliberate differences from the paper and from others:
 
@@ -28,6 +31,8 @@ Deliberate differences from the paper and from others:
 - the searched clip counts an error in column j by 1 / [H^-1]_jj, what it costs once the others have made up for it, not
   by diag(H), which lets the few largest inputs alone decide a group's range.
 - a column whose input was always zero is rounded to nearest and gets no say: nothing tells that it stays unused.
+- damping is 0.05 of the mean diagonal, five times the paper's: H comes from a few thousand tokens, and is further from
+  the truth than that. It is what other text likes best at 3 and 2 bits (LOG.md), and costs nothing at 4.
 - damping that is too small for the factorisation is multiplied by 10, up to 1, and reported. There is no silent return
   to plain rounding: when all fails the step fails.
 - weights that are zero stay zero, so a pruned parent keeps its mask; the others make up for it.
@@ -47,7 +52,7 @@ from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
 from llmops.methods.quantize.grid import AnyGrid, Kind, check, fit, group_of, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
 
-__all__ = ["MOST_DAMPING", "ORDERS", "Solved", "gptq", "inverse_factor"]
+__all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "inverse_factor"]
 
 ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
@@ -65,56 +70,93 @@ class Solved:
     loss: float
 
 
+@dataclass(frozen=True)
+class Factor:
+    """All that the solver needs of H (in, in). U: unit upper triangular, its row j divided by U_jj, in the order `perm`
+    of the columns; diagonal: (in,) U_jj; importance: (in,) 1 / [H^-1]_jj, columns in their own order; order, size: what
+    `perm` was made for; damping, failed, dead: as in `Solved`."""
+
+    U: Tensor
+    diagonal: Tensor
+    perm: Tensor
+    importance: Tensor
+    order: str
+    size: int
+    damping: float
+    failed: tuple[float, ...]
+    dead: int
+
+
+def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: str = "groups",
+              overwrite: bool = False) -> Factor:
+    """What `gptq` makes of H first, for groups of `group_size` columns (-1: all).
+
+    overwrite: H is lost, and nothing of its size but the factor is allocated. Cost: in^3. Raises as `gptq`.
+    """
+    _check_hessian(H, order)
+    diagonal = H.diagonal().float().clone()
+    size = grouped(diagonal.unsqueeze(0), group_size).shape[-1]
+    perm = _order(diagonal, order, size)
+    U, used, failed = inverse_factor(H, damping, perm, overwrite=overwrite)
+    importance = torch.empty_like(diagonal)
+    importance[perm] = torch.linalg.vector_norm(U, dim=0).pow_(-2)
+    scale = U.diagonal().clone()
+    return Factor(U.div_(scale.unsqueeze(1)), scale, perm, importance, order, size, used, failed,
+                  int((diagonal <= 0).sum()))
+
+
 @overload
-def gptq(W: Tensor, H: Tensor, *, bits: int, group_size: int = ..., symmetric: bool = ..., damping: float = ...,
-         block: int = ..., order: str = ..., clip: str = ...,
+def gptq(W: Tensor, H: Tensor | Factor, *, bits: int, group_size: int = ..., symmetric: bool = ...,
+         damping: float = ..., block: int = ..., order: str = ..., clip: str = ...,
          dtype: torch.dtype | None = ...) -> tuple[QuantizedWeight, Solved]: ...
 
 
 @overload
-def gptq(W: Tensor, H: Tensor, *, bits: FloatFormat, group_size: int = ..., symmetric: bool = ..., damping: float = ...,
-         block: int = ..., order: str = ..., clip: str = ...,
+def gptq(W: Tensor, H: Tensor | Factor, *, bits: FloatFormat, group_size: int = ..., symmetric: bool = ...,
+         damping: float = ..., block: int = ..., order: str = ..., clip: str = ...,
          dtype: torch.dtype | None = ...) -> tuple[FloatWeight, Solved]: ...
 
 
-def gptq(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetric: bool = True, damping: float = 0.01,
-         block: int = 128, order: str = "groups", clip: str = "absmax",
+def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, symmetric: bool = True,
+         damping: float = 0.05, block: int = 128, order: str = "groups", clip: str = "absmax",
          dtype: torch.dtype | None = None) -> tuple[QuantizedWeight | FloatWeight, Solved]:
     """Quantize `W` (out, in) so that the layer's output on the inputs behind `H` changes least.
 
-    bits: as `rtn`; H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of
-    the mean of it; order: one of ORDERS; clip: as `rtn`, "mse" weighs column j by 1 / [H^-1]_jj; dtype: of the scale.
-    Cost: in^3 + out in^2 multiplications. Raises LlmopsError as `rtn` does, or when H does not fit W or holds NaN;
-    StepError when H cannot be factorised with damping up to 1.
+    bits: as `rtn`; H: (in, in), 2/N X X^T, any constant factor does, or its `factorize` for these groups, which has
+    then decided damping and order; damping: added to its diagonal, as a fraction of the mean of it; order: one of
+    ORDERS; clip: as `rtn`, "mse" weighs column j by 1 / [H^-1]_jj; dtype: of the scale. Cost: in^3 + out in^2
+    multiplications. Raises LlmopsError as `rtn` does, or when H does not fit W or holds NaN; StepError when H cannot be
+    factorised with damping up to 1.
     """
     check(W, bits)
-    _check_hessian(W, H, order)
+    inputs = len(H.U) if isinstance(H, Factor) else len(H)
+    if inputs != W.shape[1]:
+        raise LlmopsError(f"H is {(inputs, inputs)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
     kind = bound(bits, W)
     G = grouped(W, group_of(bits, group_size)).float()
     _, groups, size = G.shape
-    diagonal = H.diagonal().float()
-    perm = _order(diagonal, order, size)
-    U, used, failed = inverse_factor(H, damping, perm)
-    importance = torch.empty_like(diagonal)
-    importance[perm] = 1 / U.square().sum(0)  # 1 / [H^-1]_jj
+    factor = H if isinstance(H, Factor) else factorize(H, group_size=size, damping=damping, order=order)
+    if factor.size != size:
+        raise LlmopsError(f"H was factorised for groups of {factor.size}; expected groups of {size}, as the weight has")
 
     def fitted(part: Tensor, columns: Tensor) -> AnyGrid:
         """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
-        return fit(part, kind, symmetric, dtype or W.dtype, clip, importance[columns].view(-1, size))
+        return fit(part, kind, symmetric, dtype or W.dtype, clip, factor.importance[columns].view(-1, size))
 
-    fresh = order != "activation" and groups > 1  # each group's grid is made when it is reached
-    columns = torch.arange(groups * size, device=H.device)
+    fresh = factor.order != "activation" and groups > 1  # each group's grid is made when it is reached
+    columns = torch.arange(groups * size, device=W.device)
     grid = fit(G, kind, symmetric, dtype or W.dtype) if fresh else fitted(G, columns)
-    work = _Pass(G.flatten(1), U, perm, grid, size, fitted if fresh else None)
-    del U
+    work = _Pass(G.flatten(1), factor, grid, size, fitted if fresh else None)
     loss = work.solve(block)
-    return work.weight(group_size), Solved(used, failed, int((diagonal <= 0).sum()), loss)
+    return work.weight(group_size), Solved(factor.damping, factor.failed, factor.dead, loss)
 
 
-def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tuple[Tensor, float, tuple[float, ...]]:
+def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
+                   overwrite: bool = False) -> tuple[Tensor, float, tuple[float, ...]]:
     """(U, damping used, dampings that failed): upper triangular U, float32, with (H + damping mean(diag) I)^-1 = U^T U.
 
-    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. Raises StepError.
+    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. overwrite: H's memory
+    serves the inversion. Raises StepError.
     """
     order = (torch.arange(len(H), device=H.device) if perm is None else perm).flip(0)
     diagonal = H.diagonal().float()[order]
@@ -129,7 +171,9 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tup
         torch.linalg.cholesky_ex(A.t(), out=(A.t(), info))  # R reversed, in place: H = R R^T, R upper triangular
         L = A.t()
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
-            return _turned(_inverted(L.tril_())), damping, tuple(failed)
+            usable = overwrite and H.dtype == L.dtype and H.is_contiguous()
+            spare = H.view(-1) if usable else L.new_empty((len(L) + 1)**2 // 4)
+            return _turned(_inverted(L.tril_(), spare)), damping, tuple(failed)
         failed.append(damping)
         damping *= 10
     raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
@@ -137,18 +181,22 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tup
                     "calibration tokens, or use another method for this layer (ignore)")
 
 
-def _inverted(L: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, in its own place: [-L22^-1 L21 L11^-1] under the inverted halves."""
+def _inverted(L: Tensor, spare: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, in its own place: [-L22^-1 L21 L11^-1] under the inverted halves.
+
+    spare: at least a quarter as many numbers as L has, which are lost.
+    """
     n = len(L)
     if n <= 128:
         return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
     half = n // 2
-    upper, lower = _inverted(L[:half, :half]), _inverted(L[half:, half:])
-    L[half:, :half].copy_(lower @ L[half:, :half] @ upper).neg_()
+    upper, lower, below = _inverted(L[:half, :half], spare), _inverted(L[half:, half:], spare), L[half:, :half]
+    product = torch.mm(lower, below, out=spare[:below.numel()].view(below.shape))
+    torch.mm(product, upper, out=below).neg_()
     return L
 
 
-def _turned(X: Tensor, rows: int = 64) -> Tensor:
+def _turned(X: Tensor, rows: int = 16) -> Tensor:
     """X with both axes reversed, in its own place, some rows at a time."""
     n = len(X)
     for first in range(0, n // 2, rows):
@@ -163,61 +211,58 @@ def _turned(X: Tensor, rows: int = 64) -> Tensor:
 class _Pass:
     """One pass over the columns. Everything is transposed, (in, out) and (groups, out), and in the order of solving."""
 
-    def __init__(self, W: Tensor, U: Tensor, perm: Tensor, grid: AnyGrid, size: int,
+    def __init__(self, W: Tensor, factor: Factor, grid: AnyGrid, size: int,
                  fresh: Callable[[Tensor, Tensor], AnyGrid] | None) -> None:
-        self.perm = perm
-        self.w_t = W.t()[perm].contiguous()
+        self.factor, self.size, self.fresh = factor, size, fresh
+        self.w_t = W.t()[factor.perm].contiguous()
         self.keep_t = self.w_t != 0 if bool((W == 0).any()) else None
-        self.U, self.size, self.fresh = U, size, fresh
         self.steps_t = torch.empty_like(self.w_t)
         self.grids: list[Any] = [grid.part(g) for g in range(grid.scale.shape[1])]
 
     def solve(self, block: int) -> float:
         """Fill `steps_t` and return the loss. Cost: rows in^2 multiplications, nearly all in matrix products."""
-        n = len(self.w_t)
+        n, U, perm = len(self.w_t), self.factor.U, self.factor.perm
         step = next(s for s in range(min(_STEP, self.size), 0, -1) if self.size % s == 0) if self.fresh else _STEP
         unit = max(self.size, step) if self.fresh else step  # whole groups in a block: their weights are up to date
         block = -(-block // unit) * unit
-        loss = 0.0
+        loss = torch.zeros(())
         for start in range(0, n, block):
             stop = min(start + block, n)
             E = torch.empty_like(self.w_t[start:stop])
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 if self.fresh is not None and first % self.size == 0:
-                    columns = self.perm[first:first + self.size]
+                    columns = perm[first:first + self.size]
                     now = self.w_t[first:first + self.size].t().unsqueeze(1)
                     self.grids[int(columns[0]) // self.size] = self.fresh(now, columns)
                 self._columns(first, last, E[first - start:last - start])
                 if last < stop:
-                    self.w_t[last:stop].addmm_(self.U[first:last, last:stop].t(), E[first - start:last - start],
-                                               alpha=-1)
+                    self.w_t[last:stop].addmm_(U[first:last, last:stop].t(), E[first - start:last - start], alpha=-1)
             if stop < n:
-                self.w_t[stop:].addmm_(self.U[start:stop, stop:].t(), E, alpha=-1)
-            loss += float(E.square().sum()) / 2
-        self.w_t, self.U = self.w_t.new_empty(0), self.U.new_empty(0)  # done with, and large
-        return loss
+                self.w_t[stop:].addmm_(U[start:stop, stop:].t(), E, alpha=-1)
+            loss = loss + E.div_(self.factor.diagonal[start:stop].unsqueeze(1)).square_().sum() / 2
+        self.w_t = self.w_t.new_empty(0)  # done with, and large
+        return float(loss)
 
     def _columns(self, first: int, last: int, E: Tensor) -> None:
         """Round columns first..last one by one; E (last - first, out) takes their errors."""
-        part = self.U[first:last, first:last]
-        diagonal = part.diagonal().tolist()
-        group_of = (self.perm[first:last] // self.size).tolist()
+        part, W = self.factor.U[first:last, first:last], self.w_t[first:last]
+        group_of = (self.factor.perm[first:last] // self.size).tolist()
         grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(group_of)}
-        for i, j in enumerate(range(first, last)):
-            scale, rounded = grids[group_of[i]]
-            w = self.w_t[j]
-            steps = rounded(torch.div(w, scale, out=self.steps_t[j]))
+        every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), strict=True)
+        for i, (g, w, steps, error) in enumerate(every):
+            scale, rounded = grids[g]
+            rounded(torch.div(w, scale, out=steps))
             if self.keep_t is not None:
-                steps *= self.keep_t[j]
-            torch.addcmul(w, steps, scale, value=-1, out=E[i]).div_(diagonal[i])
-            if j + 1 < last:
-                self.w_t[j + 1:last].addr_(part[i, i + 1:], E[i], alpha=-1)
+                steps *= self.keep_t[first + i]
+            torch.addcmul(w, steps, scale, value=-1, out=error)
+            if i + 1 < len(W):
+                W[i + 1:].addr_(part[i, i + 1:], error, alpha=-1)
 
     def weight(self, group_size: int) -> QuantizedWeight | FloatWeight:
         """The result, its columns in their own order."""
         steps = torch.empty_like(self.steps_t)
-        steps[self.perm] = self.steps_t
+        steps[self.factor.perm] = self.steps_t
         rows = steps.shape[1]
         whole: AnyGrid = self.grids[0].joined(self.grids)
         return whole.weight(steps.t().reshape(rows, len(self.grids), self.size), group_size)
@@ -235,10 +280,10 @@ def _order(diagonal: Tensor, order: str, size: int) -> Tensor:
     return (within + firsts.unsqueeze(1))[largest].flatten()
 
 
-def _check_hessian(W: Tensor, H: Tensor, order: str) -> None:
+def _check_hessian(H: Tensor, order: str) -> None:
     if order not in ORDERS:
         raise LlmopsError(unknown("order", order, ORDERS))
-    if H.shape != (W.shape[1], W.shape[1]):
-        raise LlmopsError(f"H is {tuple(H.shape)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
-    if not bool(torch.isfinite(H).all()):
+    if H.dim() != 2 or H.shape[0] != H.shape[1]:
+        raise LlmopsError(f"H is {tuple(H.shape)}; expected (in, in), one row per input feature")
+    if not bool(torch.stack(torch.aminmax(H)).isfinite().all()):
         raise LlmopsError("the Hessian holds NaN or infinity; expected finite calibration activations")

@@ -57,11 +57,11 @@ class Grid:
     def steps(self, G: Tensor) -> Tensor:
         """round(G / s) within the grid, float32: the codes less their zero point. G: (out, groups, group)."""
         low, high = (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound for bound in self.bounds())
-        return torch.round(G / self.scale.float().unsqueeze(-1)).clamp(low, high)  # type: ignore[arg-type]
+        return torch.div(G, self.scale.float().unsqueeze(-1)).round_().clamp_(low, high)  # type: ignore[arg-type]
 
     def nearest(self, G: Tensor) -> Tensor:
         """The point of the grid nearest to each weight, float32. G: (out, groups, group)."""
-        return self.steps(G) * self.scale.float().unsqueeze(-1)
+        return self.steps(G).mul_(self.scale.float().unsqueeze(-1))
 
     def pooled(self, error: Tensor) -> Tensor:
         """(out, groups) errors, summed over the rows that share a scale: none do."""
@@ -99,7 +99,7 @@ def check(W: Tensor, bits: Kind) -> None:
     """Raises LlmopsError unless bits are 2..8 (or name a float format) and every weight is finite."""
     if isinstance(bits, int) and not 2 <= bits <= 8:
         raise LlmopsError(f"bits is {bits}; expected 2 to 8")
-    if not bool(torch.isfinite(W).all()):
+    if W.numel() and not bool(torch.stack(torch.aminmax(W.detach())).isfinite().all()):  # NaN is least and most
         raise LlmopsError("the weight holds NaN or infinity; expected finite values (was training stable?)")
 
 
@@ -176,23 +176,69 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
     squared errors, (groups, group) or (1, 1); all equal by default. Cost: len(SHRINK) passes over G, twice as many
     where a grid can be turned round.
     """
+    G = G.contiguous()  # a transposed one would make every pass several times slower
     low, high = G.amin(-1), G.amax(-1)
-    best = grid_between(low, high, bits, symmetric, dtype)
+    if isinstance(bits, FloatFormat):
+        return _searched_floats(G, low, high, bits, dtype, importance)
+    best: Any = grid_between(low, high, bits, symmetric, dtype)
+    least = _error(G, best, importance)
+    fewer = max(1, AT_ONCE // G.numel())
+    for first in range(0, len(SHRINK), fewer):  # several ranges in one pass where G is small
+        p = torch.tensor(SHRINK[first:first + fewer], device=G.device).view(-1, 1, 1)
+        least, best = _better(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance, least, best)
+    return best  # type: ignore[no-any-return]
+
+
+AT_ONCE = 1 << 16  # numbers that `searched` tries at once
+
+
+def _better(G: Tensor, tried: Grid, importance: Tensor | None, least: Tensor, best: Grid) -> tuple[Tensor, Grid]:
+    """(least error, its grid) of `best` and all `tried`, whose scales are (ranges, out, groups), either way round.
+
+    A grid and the one turned round have the same ratios G / s, and differ in where they are clamped.
+    """
+    scale = tried.scale.float()
+    ratio = G / scale.unsqueeze(-1)
+    rounded = ratio.round()
+    low, high = (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound for bound in tried.bounds())
+    ends = [(1, low, high)]
+    if tried.zero is None and tried.bits <= 4:
+        ends.append((-1, -high, -low))
+    for way, bottom, top in ends:
+        squared = rounded.clamp(bottom, top).sub_(ratio).square_()
+        error = _summed(squared, importance).mul_(scale.square())
+        lowest, which = error.min(0)
+        better = lowest < least
+        zero = None if tried.zero is None else tried.zero.gather(0, which.unsqueeze(0))[0]
+        taken = Grid(tried.scale.gather(0, which.unsqueeze(0))[0] * way, zero, tried.bits)
+        least, best = torch.where(better, lowest, least), taken.where(better, best)
+    return least, best
+
+
+def _searched_floats(G: Tensor, low: Tensor, high: Tensor, kind: FloatFormat, dtype: torch.dtype,
+                     importance: Tensor | None) -> FloatGrid:
+    best = float_between(low, high, kind, dtype)
     least = best.pooled(_error(G, best, importance))
-    ranges = bits.ranges if isinstance(bits, FloatFormat) else None
-    for p in ranges or SHRINK:
-        for tried in both_ways(grid_between(low * p, high * p, bits, symmetric, dtype)):
-            error = tried.pooled(_error(G, tried, importance))
-            better = error < least
-            least = torch.where(better, error, least)
-            best = tried.where(better, best)
+    for p in kind.ranges or SHRINK:
+        tried = float_between(low * p, high * p, kind, dtype)
+        error = tried.pooled(_error(G, tried, importance))
+        better = error < least
+        least, best = torch.where(better, error, least), tried.where(better, best)
     return best
+
+
+def _summed(squared: Tensor, importance: Tensor | None) -> Tensor:
+    """(..., out, groups) from (..., out, groups, group), weighted."""
+    if importance is None or importance.numel() == 1:
+        return squared.sum(-1)
+    if importance.shape[0] == 1:
+        return squared @ importance[0]
+    return squared.mul_(importance).sum(-1)
 
 
 def _error(G: Tensor, grid: AnyGrid, importance: Tensor | None) -> Tensor:
     """(out, groups) sum of squared errors."""
-    squared = (grid.nearest(G) - G).square_()
-    return (squared if importance is None else squared.mul_(importance)).sum(-1)
+    return _summed(grid.nearest(G).sub_(G).square_(), importance)
 
 
 def _largest_divisor(columns: int) -> int:

@@ -17,7 +17,7 @@ class Gptq(Calibrated):
 
     method: Literal["gptq"]
     factors: Literal["awq"] | None = Field(None, description=FACTORS)
-    damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; "
+    damping: float = Field(0.05, gt=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean; "
                                                          "ten times as much is tried, and told, where it fails")
     order: Literal["groups", "activation", "none"] = Field(
         "groups", description="columns by the size of their input: group by group, all together (with the grids of the "
