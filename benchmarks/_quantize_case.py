@@ -213,7 +213,8 @@ def verdict_table(lines: Sequence[dict[str, Any]]) -> str:
             continue
         by = f" ({line['ours_by']})", f" ({line['peer_by']})"
         sure = abs(line["ratio"] - 1) > line["half_width"]
-        said = ("won" if line["won"] else "lost") + ("" if sure else ", within the noise")
+        said = "equal" if (line["ratio"], line["half_width"]) == (1, 0) else (
+            ("won" if line["won"] else "lost") + ("" if sure else ", within the noise"))
         made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['ours']:.5g}{by[0]} | "
                     f"{line['peer']:.5g}{by[1]} | {line['ratio']:.4f} +- {line['half_width']:.4f} | {said} |")
     return "\n".join(made)

@@ -65,8 +65,11 @@ def test_tables_show_what_failed_and_what_was_not_run():
     assert "| awq | llmops | - | 12.5 (50.0%) |" in shown and "| awq | llm-compressor |  | failed |" in shown
     assert "| - | float32 | 10 (100.0%) | 10 (100.0%) |" in shown
     assert bench.skipped("gptq", 8) == "" and bench.skipped("awq", 4) == ""
-    assert "within the noise" in bench.verdict_table(bench.verdicts(
+    assert "1.0000 +- 0.0000 | equal |" in bench.verdict_table(bench.verdicts(
         [row("awq-llmops", perplexity=10.0), row("awq-llmcompressor", perplexity=10.0)], 9.0))
+    near = {**row("awq-llmops", perplexity=10.0), "losses": [math.log(10.0) + shift for shift in (0.1, 0.0, -0.1)]}
+    assert "| won, within the noise |" in bench.verdict_table(bench.verdicts(
+        [near, row("awq-llmcompressor", perplexity=10.0)], 9.0))
 
 
 def result(rows, **more):

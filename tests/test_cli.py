@@ -38,6 +38,7 @@ TAKES = {
     "promote": "RUN VARIANT --as --why --margin --saving --force --runs --json",
     "champions": "[NAME] --history --runs --json",
     "audit": "--expect --runs --json",
+    "bench kernels": "--scheme --shape --tokens --device --kernel --json",
     "completion": "SHELL",
 }
 

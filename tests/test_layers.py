@@ -19,7 +19,7 @@ FLOORS = {
         "store", "processes", "progress", "trackers", "screen", "recipes_folder", "build", "score", "runner", "api",
         "data_view", "preflight", "compare", "pairing", "gate", "champions", "explain", "arguments", "trust_commands",
         "pretrain", "doctor", "export", "parser", "planner", "startup", "__init__"), 6),
-    "cli": 7, "__main__": 8}
+    "bench": 6, "cli": 7, "__main__": 8}
 HOMES = {"transformers": {"models", "data", "train", "pretrain"}, "datasets": {"data"}}  # the loop is transformers' own
 
 

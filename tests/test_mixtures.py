@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmops
+from llmops.build.allocating import chosen_alike
 from llmops.build.job import Work, calibration
 from llmops.build.variant import apply_step
 from llmops.errors import LlmopsError
@@ -23,11 +24,14 @@ from llmops.formats.source import Source
 from llmops.formats.table import FORMATS
 from llmops.methods.prune.options import Magnitude, Wanda
 from llmops.methods.quantize import gptq, rtn
+from llmops.methods.quantize.options import Auto
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import split_experts
 from llmops.models.parity import sparsity
 from llmops.models.quantized import PackedLinear, load_quantized, save_quantized
+from llmops.models.schemes import average_bits
 from llmops.recipe import parse_recipe
+from llmops.report.bits import allocation_of
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +231,41 @@ def test_a_run_over_a_mixture_is_built_read_back_and_scored(place: Path, tmp_pat
 
 def test_mixtures_are_the_twins() -> None:
     assert {name for _, name in CASES} == set(MIXTURES)
+
+
+@pytest.mark.parametrize(("name", "solver"), [("mixtral", "gptq"), ("qwen2_moe", "awq"), ("qwen3_moe", "autoround")])
+def test_auto_gives_all_experts_one_scheme_and_the_rest_their_own(place: Path, name: str, solver: str,
+                                                                  tmp_path: Path) -> None:
+    more = {"iterations": 3} if solver == "autoround" else {}
+    work = apply_step("quantize", job(place, name), Auto(
+        method="auto", data="calib", length=32, group_size=32, candidates=["w3a16", "w4a16", "w8a16"], crops=2,
+        bits=4.4, solver=solver, **more))
+    assert work.packed.keys() == linears(twin(name)[0])
+    schemes = {key: (weight.bits, weight.group_size) for key, weight in work.packed.items()}
+    experts = {scheme for key, scheme in schemes.items() if expert_of(key) is not None}
+    assert len(experts) == 1 and len(set(schemes.values())) > 1 and average_bits(work.packed) <= 4.4
+    groups = [each for each in work.allocation["groups"] if expert_of(each["layers"][0]) is not None]
+    assert len({each["chosen"] for each in groups}) == 1 and len(groups) == (1 if name == "qwen2_moe" else 2)
+    assert all(cost > 0 for each in groups for cost in each["cost"][:1])
+    work.save(tmp_path)
+    with torch.no_grad():
+        logits = work.model(tokens(2, 24)).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+        assert torch.equal(plain(tokens(2, 24)).logits, logits)
+        assert torch.equal(load_quantized(tmp_path, kernel="reference")(tokens(2, 24)).logits, logits)
+    seen = allocation_of({"identity": {"variant": "q"}, "building": {"allocation": work.allocation}})
+    assert seen is not None and {"experts"} < {each.kind for each in seen.groups}
+
+
+def test_costs_of_experts_are_summed_and_chosen_together() -> None:
+    """The best of all choices that give the experts one scheme, by trying every one."""
+    draw = torch.Generator().manual_seed(0)
+    firsts = ["l.0.q_proj", "l.0.experts.0.gate_proj", "l.1.q_proj", "l.1.experts.0.gate_proj"]
+    costs = torch.rand(4, 3, generator=draw).sort(1, descending=True).values.tolist()
+    sizes = [[2 * size, 3 * size, 4 * size] for size in (10, 40, 10, 40)]
+    for budget in (200, 260, 310, 400):
+        found = chosen_alike(costs, sizes, budget, firsts)
+        every = [(sum(costs[i][c] for i, c in enumerate(c4)), c4) for c4 in
+                 ((a, e, b, e) for a in range(3) for b in range(3) for e in range(3))
+                 if sum(sizes[i][c] for i, c in enumerate(c4)) <= budget]
+        assert tuple(found) == min(every)[1]

@@ -118,6 +118,12 @@ def test_a_goal_against_another_variant_is_paired_from_the_items(finished):
     assert case.state == "passed" and "drop" in case.detail
 
 
+def test_a_run_that_has_not_ended_is_not_judged(copied):
+    (copied[1] / "r" / "result.json").unlink()
+    with pytest.raises(LlmopsError, match="run r has not ended"):
+        gate(str(copied[1]), "r")
+
+
 def test_a_tampered_ledger_judges_and_promotes_nothing(copied, capsys):
     _, runs = copied
     with closing(sqlite3.connect(runs / "ledger.db")) as db:

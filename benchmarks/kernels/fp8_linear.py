@@ -33,13 +33,13 @@ def compiled() -> list[Compiled]:
     return [*seen.values(), tensor, *(sums("fp32", scales) for scales in range(3))]
 
 
-def weights(n: int, k: int, kind: str, seed: int) -> tuple[Tensor, Tensor]:
+def weights(n: int, k: int, kind: str, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Every finite code, scales over three decades."""
-    made = seeded(seed)
-    codes = torch.randint(0, 256, (n, k), generator=made, dtype=torch.int32).to(torch.uint8)
+    made = seeded(seed, device)
+    codes = torch.randint(0, 256, (n, k), generator=made, dtype=torch.uint8, device=device)
     codes[(codes & 127) == 127] = 0x7E  # NaN becomes the largest
     shape = {"tensor": (1,), "channel": (n, 1), "block": (-(-n // 128), -(-k // 128))}[kind]
-    return codes.view(FP8), torch.exp(torch.empty(shape).uniform_(-6.9, 0, generator=made)) / 448
+    return codes.view(FP8), torch.exp(torch.empty(shape, device=device).uniform_(-6.9, 0, generator=made)) / 448
 
 
 def exact(a: Tensor, s: Tensor, w: Tensor, scale: Tensor, kind: str) -> Tensor:
@@ -70,7 +70,7 @@ def cases(dry: bool) -> list[Case]:
 
 def _case(name: str, kind: str, m: int, n: int, k: int) -> Case:
     def make(device: str, seed: int) -> dict[str, Callable[[], Any]]:
-        w, scale = (part.to(device) for part in weights(n, k, kind, seed))
+        w, scale = weights(n, k, kind, seed, device)
         x = activations(m, k, seed, device=device)
         a, s = quantize_tokens(x, FP8, group_size=128 if kind == "block" else -1)
         calls: dict[str, Callable[[], Any]] = {

@@ -51,11 +51,11 @@ def sums(code: str, scales: int) -> Compiled:
                     odd=("M", "stride_sa"), copies=False)
 
 
-def weights(n: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
+def weights(n: int, k: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Every code, and scales over three decades with a row thirty times its size."""
-    made = seeded(seed)
-    w = torch.randint(-128, 128, (n, k), generator=made, dtype=torch.int8)
-    scale = torch.exp(torch.empty(n, 1).uniform_(-6.9, 0, generator=made))
+    made = seeded(seed, device)
+    w = torch.randint(-128, 128, (n, k), generator=made, dtype=torch.int8, device=device)
+    scale = torch.exp(torch.empty(n, 1, device=device).uniform_(-6.9, 0, generator=made))
     scale[n // 2] *= 30
     return w, scale
 
@@ -78,7 +78,7 @@ def cases(dry: bool) -> list[Case]:
 
 def _case(name: str, m: int, n: int, k: int) -> Case:
     def make(device: str, seed: int) -> dict[str, Callable[[], Any]]:
-        w, scale = (part.to(device) for part in weights(n, k, seed))
+        w, scale = weights(n, k, seed, device)
         x = activations(m, k, seed, device=device)
         a, s = quantize_tokens(x)
         calls: dict[str, Callable[[], Any]] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from benchmarks.kernels._weight_only import cases, checks
 from tests.kernels.offline import Compiled
 
+from llmops_kernels._dequantize import dequantize_integers_kernel
 from llmops_kernels.int_linear import constants, int_linear_kernel
 from llmops_kernels.reference.int_linear import layout
+
+__all__ = ["cases", "checks", "compiled"]
 
 LIMITS = {("fp16", 4): 3.2, ("bf16", 4): 3.6, ("fp16", 8): 2.5, ("bf16", 8): 2.5}  # thread-instructions a weight
 
@@ -26,7 +30,18 @@ TILES = [("fp16", 4, 128, False, 16, 64, 4, 4, 4, False), ("bf16", 4, 128, False
 
 
 def compiled() -> list[Compiled]:
-    return [_case(*tile) for tile in TILES]
+    return [_case(*tile) for tile in TILES] + [_dense("bf16", 4, 128, True), _dense("fp16", 3, -1, False),
+                                               _dense("bf16", 8, -1, False)]
+
+
+def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
+    kept = ("BITS", "RUN", "FIELDS", "GROUPS", "ZERO", "PROGRAMS", "TILE")
+    every = constants(bits, group, zero, False, dtype == "bf16")
+    known = {name: every[name] for name in kept}
+    types = {"q_ptr": "*i16", "scale_ptr": f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",
+             "out_ptr": f"*{dtype}"}
+    return Compiled(f"dequantize {dtype} {bits} bits, group {group}", dequantize_integers_kernel, types, known, 4, 1,
+                    odd=("chunks",), copies=False)
 
 
 def _case(dtype: str, bits: int, group: int, zero: bool, m: int, n: int, warps: int, stages: int, parts: int,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from benchmarks.kernels._contract import LAYERS, ROWS, Case, Check
 from benchmarks.kernels._data import activations, cublas, limit, relative, seeded
-from benchmarks.kernels.int8_linear import sums, tiles
+from benchmarks.kernels.int8_linear import tiles
 from tests.kernels.offline import Compiled
 from torch import Tensor
 
-from llmops_kernels import _scaled_matmul, sparse24_linear
+from llmops_kernels import sparse24_linear
 
 MOST = 6.5  # thread-instructions a dense weight; an H200 issues 8.7 while it reads one at 4.3 TB/s
 
@@ -27,7 +27,7 @@ def compiled() -> list[Compiled]:
                 seen.setdefault(case.name, case)
     dense = Compiled("2:4 made dense", sparse24_linear.dense_kernel, {"v_ptr": "*i32", "places_ptr": "*u8",
                      "w_ptr": "*i64"}, {"BLOCK_N": 32}, 4, 3, copies=False)
-    return [*seen.values(), dense, sums("fp32", _scaled_matmul.BLOCK)]
+    return [*seen.values(), dense]
 
 
 def _product(dtype: str, tiles: dict[str, int]) -> Compiled:
@@ -44,11 +44,11 @@ def _product(dtype: str, tiles: dict[str, int]) -> Compiled:
                     limit=MOST, matrix="HGMMA" if swap or tiles["BLOCK_M"] >= 64 else "HMMA")
 
 
-def weight(n: int, k: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def weight(n: int, k: int, seed: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Tensor:
     """Dense, two of each four columns zero; one row thirty times its size."""
-    made = seeded(seed)
-    w = torch.randn(n, k // 4, 4, generator=made)
-    w.scatter_(-1, torch.rand(w.shape, generator=made).argsort(-1)[..., :2], 0.0)
+    made = seeded(seed, device)
+    w = torch.randn(n, k // 4, 4, generator=made, device=device)
+    w.scatter_(-1, torch.rand(w.shape, generator=made, device=device).argsort(-1)[..., :2], 0.0)
     w[n // 2] *= 30
     return w.view(n, k).to(dtype)
 
@@ -72,7 +72,7 @@ def cases(dry: bool) -> list[Case]:
 
 def _case(name: str, m: int, n: int, k: int) -> Case:
     def make(device: str, seed: int) -> dict[str, Callable[[], Any]]:
-        dense = weight(n, k, seed).to(device)
+        dense = weight(n, k, seed, device=device)
         prefill = device == "cuda" and torch.backends.cusparselt.is_available()
         packed, x = sparse24_linear.pack(dense, prefill=prefill), activations(m, k, seed, device=device)
         plain = sparse24_linear.Sparse24(packed.values, packed.places)

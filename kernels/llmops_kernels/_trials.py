@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import config, fp8_linear, int8_linear, int_linear, sparse24_linear
+from . import config, fp8_linear, int8_linear, int_linear, nf4_linear, sparse24_int4_linear, sparse24_linear
+from ._library import ops
 from .quantize_tokens import quantize_tokens
 
 __all__ = ["TRIALS", "Axes", "Trial"]
@@ -99,6 +100,25 @@ def _sparse24(n: int, k: int, m: int, device: str, processors: int) -> list[Tria
                   n * k * 9 // 8 + 2 * m * k, make)]
 
 
+def _sparse24_int4(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
+    if m >= sparse24_linear.DENSE_FROM:
+        return []
+
+    def make(seed: int) -> Callable[[], Tensor]:
+        made = _random(seed, device)
+        codes = torch.randint(-8, 8, (n, k // 4, 4), generator=made, dtype=torch.int8, device=device)
+        codes.scatter_(-1, torch.rand(codes.shape, generator=made, device=device).argsort(-1)[..., :2], 0)
+        scale = torch.rand(n, -(-k // 128), generator=made, device=device).to(torch.bfloat16)
+        packed = sparse24_int4_linear.pack(codes.view(n, k), scale)
+        x = torch.randn(m, k, generator=made, device=device).to(torch.bfloat16)
+        return lambda: sparse24_int4_linear.sparse24_int4_linear(x, packed)
+
+    axes = {"SPLIT": (1, 2, 3, 4, 6, 8, 12, 16), "BLOCK_N": (32, 64, 128), "num_stages": (2, 3, 4, 5),
+            "num_warps": (2, 4, 8)}
+    return [Trial(sparse24_int4_linear.OP, config.key(n, k), m, (sparse24_int4_linear.rule(m, n, k, processors),), axes,
+                  n * k * 3 // 8 + 2 * m * k, make)]
+
+
 def _int(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
     """4 bits in groups of 128, 8 bits in rows: a table has a key for each pair, and these are the usual ones."""
     def maker(bits: int, group: int) -> Callable[[int], Callable[[], Tensor]]:
@@ -129,6 +149,28 @@ def _int(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
     return found
 
 
+def _nf4(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
+    """Blocks of 64 with plain absmax; the key is one for quantized absmax, too."""
+    if k % 64:
+        return []
+
+    def make(seed: int) -> Callable[[], Tensor]:
+        made = _random(seed, device)
+        codes = torch.randint(0, 256, (n * k // 2, 1), generator=made, dtype=torch.uint8, device=device)
+        absmax = torch.rand(n * k // 64, generator=made, device=device)
+        x = torch.randn(m, k, generator=made, device=device).to(torch.bfloat16)
+        return lambda: ops.nf4_linear(x, codes, absmax, None, None, None, None, "nf4", 64, n)
+
+    starts = [nf4_linear.tiles(m, n, k, processors)]
+    if m > 64:
+        few = min(m, nf4_linear.DENSE_FROM)
+        starts.append({"DENSE": 1} if "DENSE" not in starts[0] else nf4_linear.tiles(few, n, k, processors))
+    axes = {"PARTS": (1, 2, 3, 4, 6, 8, 12, 16), "BLOCK_N": (64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8)}
+    return [Trial("nf4_linear", config.key(n, k, kind="nf4", block=64), m, tuple(starts), axes,
+                  n * k // 2 + 2 * m * k, make)]
+
+
 # N, K, M, device, processors -> what there is to find for that shape
 TRIALS: dict[str, Callable[[int, int, int, str, int], list[Trial]]] = {
-    "int_linear": _int, "int8_linear": _int8, "fp8_linear": _fp8, "sparse24_linear": _sparse24}
+    "int_linear": _int, "nf4_linear": _nf4, "int8_linear": _int8, "fp8_linear": _fp8, "sparse24_linear": _sparse24,
+    "sparse24_int4_linear": _sparse24_int4}

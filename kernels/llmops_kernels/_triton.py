@@ -30,6 +30,10 @@ class _Stand:
         return _Missing if function is None else _Missing(function)
 
     @staticmethod
+    def constexpr_function(function: Any) -> Any:
+        return function
+
+    @staticmethod
     def constexpr(value: Any) -> Any:
         return value
 

@@ -95,6 +95,12 @@ def _block(lines: list[str]) -> str:
     return "{ .reg .b32 v, w, one, less; " + " ".join(lines) + " }"
 
 
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def _pick(listing, i):  # type: ignore[no-untyped-def]
+    """Program i of a listing: kernels take one string, since Triton 3.6 loses strings in tuples."""
+    return listing.split("|")[i]
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """What `field` adds to field i for zero points `zero`, float32: -(base + zero), exact in dtype."""
@@ -111,7 +117,7 @@ def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAM: tl.constexpr,  # type: ignore[no-untyped-def]
+def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.constexpr,  # type: ignore[no-untyped-def]
           dtype: tl.constexpr, i: tl.constexpr):
     """Field i of int16 words (BLOCK_N, RUN) as exact numbers of dtype: code - zero.
 
@@ -139,8 +145,8 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAM: tl.c
             value = value - add
         return value
     elif dtype == tl.float16:
-        return tl.inline_asm_elementwise(PROGRAM, "=r,r,r,r", [word, high, add], dtype=tl.float16, is_pure=True,
-                                         pack=2)
+        return tl.inline_asm_elementwise(_pick(PROGRAMS, i), "=r,r,r,r", [word, high, add], dtype=tl.float16,
+                                         is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(PROGRAM, "=r,r,r,r", [word, high, add], dtype=tl.bfloat16, is_pure=True,
-                                         pack=2)
+        return tl.inline_asm_elementwise(_pick(PROGRAMS, i), "=r,r,r,r", [word, high, add], dtype=tl.bfloat16,
+                                         is_pure=True, pack=2)

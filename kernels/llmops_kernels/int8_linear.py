@@ -28,6 +28,7 @@ from .reference.int8_linear import int8_linear as reference
 __all__ = ["OP", "int8_linear", "launch", "rule", "w8a8"]
 
 OP = "int8_linear"
+WIDEST = 131072  # inputs whose products, 127 * 128 each, surely sum within int32
 OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -67,6 +68,8 @@ def launch(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor 
 
 def check(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     operands(a, w, torch.int8)
+    if a.shape[1] > WIDEST:
+        raise ValueError(f"a has {a.shape[1]} columns; expected at most {WIDEST}, beyond which a sum may pass 32 bits")
     checks.tensor("a_scale", a_scale, torch.float32, (a.shape[0], 1), like=a, contiguous=False)
     checks.tensor("w_scale", w_scale, torch.float32, (w.shape[0], 1), like=a)
     output(bias, dtype, w)

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from . import checks, config
-from ._interpret import dot, narrow
+from ._dequantize import dense_integers
+from ._interpret import INTERPRETED, dot, narrow
 from ._library import define, ops
+from ._split import sum_parts
 from ._triton import tl, triton
 from ._unpack import field, less, programs
 from .reference import int_linear as reference
@@ -99,10 +101,10 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
                 if GROUPS > 0:
                     points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
                 add = less(points, i, BITS, dtype)[:, None]
-            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS[i], dtype, i)
+            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i)
             total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
-                w = field(word, high, add, BITS, ZERO, PROGRAMS[FIELDS + i], dtype, i + FIELDS)
+                w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS)
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if i % FEW == FEW - 1 and GROUPS > 0:
                 factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)
@@ -122,19 +124,6 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     at = (part.to(tl.int64) * M + rm.to(tl.int64))[:, None] * stride_ym + rn[None, :]
     tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=alive & (rn[None, :] < N))
 
-
-@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def sum_parts_kernel(parts_ptr, bias_ptr, y_ptr, M, N, stride_ym,  # type: ignore[no-untyped-def]
-                     PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """y (M, N) = the parts (PARTS, M, N) float32 added in order, plus the bias."""
-    row = tl.program_id(1).to(tl.int64)
-    rn = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts_ptr + (row + part * M) * N + rn, mask=rn < N, other=0.0)
-    if BIAS:
-        total += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * stride_ym + rn, narrow(total, y_ptr.dtype.element_ty), mask=rn < N)
 
 
 # ---------------------------------------------------------------------------------------------------- tiles
@@ -158,7 +147,7 @@ def constants(bits: int, group_size: int, zero: bool, bias: bool, bf16: bool) ->
     """What the kernel is compiled for, beside its tiles."""
     how = layout(bits, group_size)
     return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "ZERO": zero, "BIAS": bias,
-            "PROGRAMS": programs(how.bits, bf16, zero), "TILE": TILE_ROWS}
+            "PROGRAMS": "|".join(programs(how.bits, bf16, zero)), "TILE": TILE_ROWS}
 
 
 # ---------------------------------------------------------------------------------------------------- launch
@@ -175,7 +164,11 @@ def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
         tile = (config.pick("int_linear", shape, M, config.device_name(device))
                 or tiles(M, rows, K, bits, group_size, config.processors(device)))
     if tile.get("DENSE"):
-        weight = dequantize(words, scale, zero, bits, group_size, rows, K, x.dtype)
+        if x.is_cuda or INTERPRETED:
+            known = constants(bits, group_size, zero is not None, False, x.dtype == torch.bfloat16)
+            weight = dense_integers(words, scale, zero, rows, K, x.dtype, known)
+        else:
+            weight = dequantize(words, scale, zero, bits, group_size, rows, K, x.dtype)
         dense = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return dense if out is None else out.copy_(dense)
     how = layout(bits, group_size)
@@ -188,10 +181,7 @@ def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
         **constants(bits, group_size, zero is not None, bias is not None, x.dtype == torch.bfloat16),
         PARTS=parts, EVEN_K=K % how.chunk == 0, SWAP=bool(tile.get("SWAP")), BLOCK_M=tile["BLOCK_M"],
         BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], num_stages=tile["num_stages"])
-    if parts > 1:
-        sum_parts_kernel[(triton.cdiv(rows, 1024), M)](target, scale if bias is None else bias, y, M, rows, y.stride(0),
-                                                       PARTS=parts, BIAS=bias is not None, BLOCK=1024, num_warps=4)
-    return y
+    return y if parts == 1 else sum_parts(target, bias, y)
 
 
 # ---------------------------------------------------------------------------------------------------- op

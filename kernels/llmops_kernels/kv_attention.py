@@ -105,10 +105,12 @@ def _scales(at, here, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
 def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr, mask_ptr, part_ptr,  # type: ignore[no-untyped-def]
                      norm_ptr, scale, softcap, T, G, H, N, window, splits, masked, q_b, q_h, q_t, code_b, code_h,
                      code_t, scale_b, scale_h, scale_t, length_b, first_b, mask_b, mask_t, mask_n,
-                     FORMAT: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+                     FORMAT: tl.constexpr, HAS_FIRST: tl.constexpr, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
                      SOFTCAP: tl.constexpr, EVEN: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                      BLOCK_N: tl.constexpr):
-    """Program (segment, batch row and key-value head, tile of rows): sums of one segment, unnormalised, in float32."""
+    """Program (segment, batch row and key-value head, tile of rows): sums of one segment, unnormalised, in float32.
+
+    MASK: 0 none, 1 one row for all queries, 2 a row a query."""
     segment, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     rows = T * G
@@ -148,6 +150,8 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
     v_ptr += code_from
     ks_ptr += scale_from
     vs_ptr += scale_from
+    if MASK > 0:
+        mask_ptr += batch * mask_b + start.to(tl.int64) * mask_n
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, width), tl.float32)
@@ -171,9 +175,12 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
         allowed = (key[None, :] < limit[:, None]) & here[None, :]
         if HAS_WINDOW:
             allowed &= key[None, :] >= limit[:, None] - window
-        if HAS_MASK:
-            allowed &= tl.load(mask_ptr + batch * mask_b + token[:, None] * mask_t + key[None, :].to(tl.int64) * mask_n,
-                               mask=real[:, None] & (key < masked)[None, :], other=0) != 0
+        if MASK == 1:  # one for all rows: a number a key
+            seen = tl.load(mask_ptr + n * mask_n, mask=here & (key < masked), other=0) != 0
+            allowed &= seen[None, :]
+        if MASK == 2:
+            allowed &= tl.load(mask_ptr + token[:, None] * mask_t + (n * mask_n)[None, :],
+                               mask=real[:, None] & (here & (key < masked))[None, :], other=0) != 0
         s = tl.where(allowed, s, float("-inf"))
         higher = tl.maximum(top, tl.max(s + exponent(tl.maximum(v_scale, 7.9e-31))[None, :], 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -196,6 +203,8 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
         v_ptr += BLOCK_N * code_t
         ks_ptr += BLOCK_N * scale_t
         vs_ptr += BLOCK_N * scale_t
+        if MASK > 0:
+            mask_ptr += BLOCK_N * mask_n
 
     out = (pair.to(tl.int64) * rows + row) * splits + segment
     tl.store(norm_ptr + out * 2, top, mask=real)
@@ -275,13 +284,14 @@ def launch(query: Tensor, k_codes: Tensor, k_scales: Tensor, v_codes: Tensor, v_
     counts = length if first is None else first
     seen = k_codes if mask is None else mask.view(torch.uint8)
     steps = [0 if size == 1 else stride for size, stride in zip(seen.shape, seen.stride(), strict=True)]
+    kind = 0 if mask is None else 1 if mask.shape[2] == 1 else 2
     if format == "int4":
         k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
     attention_kernel[(splits, B * H, parts)](
         query, k_codes, k_scales, v_codes, v_scales, length, counts, seen, part, norm, scale, softcap, T, G, H, N,
         window, splits, seen.shape[3], *query.stride()[:3], *k_codes.stride()[:3], *k_scales.stride()[:3],
         0 if length.shape[0] == 1 else length.stride(0), 0 if counts.shape[0] == 1 else counts.stride(0), steps[0],
-        steps[2], seen.stride(3), FORMAT=FORMATS[format], HAS_FIRST=first is not None, HAS_MASK=mask is not None,
+        steps[2], seen.stride(3), FORMAT=FORMATS[format], HAS_FIRST=first is not None, MASK=kind,
         HAS_WINDOW=window > 0, SOFTCAP=softcap > 0, EVEN=N % block_n == 0, D=D, BLOCK_M=block_m,
         BLOCK_N=block_n, num_warps=tile["num_warps"], num_stages=tile["num_stages"])
     padded = triton.next_power_of_2(splits)

@@ -30,14 +30,14 @@ from torch.nn import functional as F
 from . import checks, config
 from ._interpret import dot, narrow
 from ._library import define, ops
-from ._scaled_matmul import BLOCK, Config, add_up_kernel
+from ._split import sum_parts
 from ._triton import tl, triton
 from .int8_linear import splits
 from .reference import sparse24_linear as reference
 from .reference.sparse24_linear import CHUNK, places_width
 
-__all__ = ["DENSE_FROM", "OP", "Sparse24", "dense_kernel", "kernel", "launch", "pack", "rule", "sparse24_linear",
-           "to_dense"]
+__all__ = ["DENSE_FROM", "OP", "Sparse24", "as_words", "dense_kernel", "kernel", "launch", "pack", "rule",
+           "sparse24_linear", "to_dense"]
 
 OP = "sparse24_linear"
 DENSE_FROM = 65  # tokens from which a dense or a sparse matrix unit is worth more than bytes; an estimate
@@ -118,7 +118,7 @@ def dense_kernel(v_ptr, places_ptr, w_ptr, N, GROUPS, stride_v, stride_p,  # typ
 
 
 # ---------------------------------------------------------------------------------------------------- launch
-def rule(M: int, N: int, K: int, processors: int) -> Config:
+def rule(M: int, N: int, K: int, processors: int) -> config.Config:
     """Tiles for a shape that no table has."""
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "SWAP": 0, "num_warps": 4,
@@ -126,7 +126,7 @@ def rule(M: int, N: int, K: int, processors: int) -> Config:
 
 
 def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compressed: Tensor | None,
-           tiles: Config | None = None) -> Tensor:
+           tiles: config.Config | None = None) -> Tensor:
     """The kernel, or from DENSE_FROM tokens on a matrix product; `sparse24_linear` is the checked door to it."""
     M, K = x.shape
     N = values.shape[0]
@@ -139,7 +139,7 @@ def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compr
     index = x.device.index
     found = dict(tiles or config.pick(OP, config.key(N, K), M, config.device_name(index)) or rule(
         M, N, K, config.processors(index)))
-    words, pairs = _as_words(x), values.view(torch.int32)
+    words, pairs = as_words(x), values.view(torch.int32)
     every = places_width(K) // (CHUNK // 2)
     chunks = -(-every // found.pop("SPLIT"))
     split, swap = -(-every // chunks), bool(found.pop("SWAP"))
@@ -148,13 +148,10 @@ def launch(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compr
     kernel[(triton.cdiv(N, found["BLOCK_N"]), triton.cdiv(M, found["BLOCK_M"]), split)](
         words, pairs, places, offset, to, M, N, K // 4, words.stride(0), pairs.stride(0), places.stride(0), N, chunks,
         PARTIAL=split > 1, SWAP=swap, BF16=x.dtype == torch.bfloat16, BIAS=bias is not None, **found)
-    if split > 1:
-        add_up_kernel[(M, triton.cdiv(N, 256))](to, to, to, offset, y, M, N, 0, N, SPLIT=split, SCALES=BLOCK,
-                                                BIAS=bias is not None, BLOCK_N=256, num_warps=4)
-    return y
+    return y if split == 1 else sum_parts(to, bias, y)
 
 
-def _as_words(x: Tensor) -> Tensor:
+def as_words(x: Tensor) -> Tensor:
     """x as int64, a word for four columns; copied where its rows do not begin at whole words."""
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -165,7 +162,7 @@ def _many(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None, compre
     if compressed is None:
         return F.linear(x, to_dense(values, places), bias)
     tokens = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -tokens % 8))  # cuSPARSELt takes multiples of 8
+    padded = F.pad(x, (0, 0, 0, -tokens % 8)).contiguous()  # cuSPARSELt takes multiples of 8
     y: Tensor = torch._cslt_sparse_mm(compressed, padded.t(), bias=bias, transpose_result=True)
     return y[:tokens].contiguous()
 

@@ -183,6 +183,23 @@ def export(variant: str, to: str, kind: str | None, out: str | None, run: str | 
     _print_json(record) if as_json else print("\n".join(lines(record)))
 
 
+def bench_kernels(schemes: Sequence[str], shapes: Sequence[str], tokens: Sequence[int], device: str, kernel: str,
+                  as_json: bool) -> None:
+    """Time quantized layers beside torch: which op runs which shape here, and how much faster or slower it is."""
+    from llmops.bench import bench_kernels as bench
+    from llmops.bench import lines
+
+    results = list(bench(schemes, [_shape(shape) for shape in shapes], tokens, device=device, kernel=kernel))
+    _print_json(results) if as_json else print("\n".join(lines(results)))
+
+
+def _shape(given: str) -> tuple[int, int]:
+    sizes = given.split(",")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise LlmopsError(f"shape {given}; expected outputs,inputs as 4096,14336")
+    return int(sizes[0]), int(sizes[1])
+
+
 def completion(shell: str) -> None:
     """Print what makes SHELL (bash, zsh or fish) complete llmops; its first line says where it goes."""
     if shell not in SHELLS:
@@ -230,9 +247,21 @@ COMMANDS: dict[str, Command] = {
                (("--run",), {"metavar": "RUN", "help": "The run that VARIANT is of (default: the latest)."}), RUNS,
                (("--force",), {"action": "store_true", "help": "Write over an export that is there."}), JSON),
     **TRUST,
+    "bench kernels": (bench_kernels,
+                      (("--scheme",), {"dest": "schemes", "metavar": "SCHEME", "action": "append", "default": [],
+                                       "help": "w8a16, w4a16, w3a16, w2a16, w8a8, fp8, fp8-block or mxfp4; may be "
+                                               "repeated (default: all)."}),
+                      (("--shape",), {"dest": "shapes", "metavar": "OUT,IN", "action": "append", "default": [],
+                                      "help": "Size of a layer, as 4096,14336; may be repeated."}),
+                      (("--tokens",), {"metavar": "M", "type": at_least(1), "action": "append", "default": [],
+                                       "help": "Tokens at once; may be repeated."}),
+                      (("--device",), {"metavar": "DEVICE", "default": "auto", "help": "auto, cpu or cuda."}),
+                      (("--kernel",), {"metavar": "KERNEL", "default": "auto",
+                                       "help": "auto, torch, reference, triton or ops, as runtime.kernel."}), JSON),
     "completion": (completion, (("shell",), {"metavar": "SHELL", "help": "bash, zsh or fish."})),
 }
-GROUPS = {"recipes": "List and copy the recipes that come with llmops.",
+GROUPS = {"bench": "Time what runs compressed layers on this machine.",
+          "recipes": "List and copy the recipes that come with llmops.",
           "data": "Look at data as the model will see it."}
 ABOUT = ("One recipe fine-tunes, prunes, quantizes and distills an LLM, reloads every variant from disk, and writes "
          "down what each costs and is worth.")

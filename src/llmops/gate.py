@@ -79,7 +79,11 @@ def gate(runs: str | None, run: str | None, variants: Sequence[str] = (), goals:
     computed, and a ledger that was tampered with.
     """
     rows = rows_of(runs, run)
-    ledger = sound(Store(runs))
+    store = Store(runs)
+    ledger = sound(store)
+    if not (store.folder(str(rows[0]["identity"]["run"])) / "result.json").exists():
+        raise LlmopsError(f"run {rows[0]['identity']['run']} has not ended, so not all of its variants are scored; "
+                          "expected a finished run: run `llmops tune` again, it goes on from there")
     for name in variants:
         if name not in [name_of(row) for row in rows]:
             raise LlmopsError(unknown("variant", name, [name_of(row) for row in rows]))

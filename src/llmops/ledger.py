@@ -11,9 +11,7 @@ hashes, written in the same transaction (`chain.py`); `audit` finds what was cha
 
 from __future__ import annotations
 
-import getpass
 import json
-import socket
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -256,6 +254,9 @@ def _with_name(line: str, named: Mapping[tuple[str, int], str]) -> str:
 
 def whoami() -> str:
     """`user@host`, or what of it is known."""
+    import getpass
+    import socket
+
     try:
         user = getpass.getuser()
     except (KeyError, OSError, ImportError):  # a container without the user's name

@@ -34,6 +34,7 @@ from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attached
 from llmops.models.load import load
 from llmops.models.parity import count_parameters, sparsity
+from llmops.models.sparse24 import run_as_pruned
 from llmops.pairing import reasoned, references, stored_score
 from llmops.quantity import Quantity
 from llmops.recipe.plan import Plan, Stage
@@ -197,9 +198,13 @@ class Scorer:
 
     def _open(self, variant: str) -> tuple[Any, Any]:
         runtime, source = self.recipe.runtime, self.recipe.model
-        return load(source_of(variant, self.recipe, self.store, self.plan.keys), base_dir=self.recipe.base_dir,
-                    revision=source.revision, dtype=runtime.dtype, device=runtime.device, kernel=runtime.kernel,
-                    trust_remote_code=source.trust_remote_code)
+        model, tokenizer = load(source_of(variant, self.recipe, self.store, self.plan.keys),
+                                base_dir=self.recipe.base_dir, revision=source.revision, dtype=runtime.dtype,
+                                device=runtime.device, kernel=runtime.kernel,
+                                trust_remote_code=source.trust_remote_code)
+        if runtime.kernel in ("auto", "triton") and not hasattr(model, "peft_config"):
+            run_as_pruned(model)  # 2:4 weights, on a GPU
+        return model, tokenizer
 
     def _folder(self, variant: str) -> Path | None:
         from llmops.models.builtin import local_folder

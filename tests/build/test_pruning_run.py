@@ -12,7 +12,7 @@ from tests.runs import TUNED, recipe, workplace
 
 import llmops
 from llmops.models.load import load
-from llmops.models.zeros import lost_zeros, off_pattern, zero_bits
+from llmops.models.zeros import linear_weights, lost_zeros, off_pattern, zero_bits
 from llmops.recipe import parse_recipe
 from llmops.report.reading import what
 
@@ -25,6 +25,10 @@ VARIANTS: dict[str, Any] = {
                                                 "symmetric": False, **SEEN}},
     "gpt-qat": {"from": "gpt-w4", "finetune": {"method": "full", "data": "train", "max_steps": 2,
                                                "learning_rate": 1e-4}},
+    "w4": {"quantize": {"method": "rtn", "scheme": "w4a16", "group_size": 32, "symmetric": False}, "score": False},
+    "w4-sparse": {"from": "w4", "prune": {"method": "wanda", "sparsity": 0.5, **SEEN}},
+    "w4-short": {"from": "w4-sparse", "prune": {"method": "depth", "layers": [0, 2]}, "score": False},
+    "w4-healed": {"from": "w4-sparse", "finetune": LORA, "score": False},
     "whole": {"prune": {"method": "magnitude", "scope": "global", "sparsity": 0.3}},
     "whole-hqq": {"from": "whole", "quantize": {"method": "hqq", "scheme": "w4a16", "group_size": 32}, "score": False},
     "more": {"from": "whole", "prune": {"method": "wanda", "sparsity": 0.5, **SEEN}, "score": False},
@@ -96,6 +100,25 @@ def test_zeros_come_through_lora_quantization_and_training_of_the_quantized(done
         before = zero_bits(load(folder(done, parent), dtype="stored", device="cpu")[0])
         assert lost_zeros(load(folder(done, child), dtype="stored", device="cpu")[0], before)[0] == 0
         assert "zeros" in checks(done, child)
+
+
+def test_codes_of_a_quantized_model_that_is_pruned_are_the_same_or_zero(done: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def layers(name: str) -> dict[str, torch.Tensor]:
+        return dict(linear_weights(load(folder(done, name), dtype="stored", device="cpu")[0]))
+
+    before, sparse, short, healed = map(layers, ("w4", "w4-sparse", "w4-short", "w4-healed"))
+    for name, weight in sparse.items():
+        kept = weight != 0
+        assert torch.equal(weight[kept], before[name][kept]) and (~kept).float().mean() >= 0.5
+        assert (healed[name][~kept] == 0).all() and not torch.equal(healed[name], weight)
+    assert len(short) == 14 and all(
+        torch.equal(weight, sparse[name.replace("layers.1.", "layers.2.")]) for name, weight in short.items())
+    plain = AutoModelForCausalLM.from_pretrained(folder(done, "w4-short"))
+    assert plain.config.num_hidden_layers == 2
+    config = json.loads((folder(done, "w4-short") / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "pack-quantized"
 
 
 def test_shares_of_blocks_and_of_the_whole_are_as_asked(done: tuple[dict[str, Any], Path, Any]) -> None:

@@ -119,3 +119,9 @@ def test_any_step_trains_on_what_was_written_and_shares_its_cost(tmp_path, monke
     assert len(link.joinpath("rows.jsonl").read_text().splitlines()) == 64
     assert json.loads(link.joinpath("manifest.json").read_text())["teacher"] == "tuned"
     assert llmops.run(parsed, runs=tmp_path / "runs").failed == [] and asked == [64]
+    again = {**body, "variants": {"tuned": TUNED, "last": {"finetune": {
+        "method": "full", "data": "twice", "max_steps": 1}}}}
+    again["data"] = {**body["data"], "twice": {"synthesize": {"teacher": "base", "prompts": "written"}}}
+    rows = llmops.run(parse_recipe(again, base_dir=place), runs=tmp_path / "runs").rows
+    assert asked == [64, 64]  # the answers of base to the prompts that tuned has answered: those are there already
+    assert {entry["what"] for entry in rows[-1]["building"]["shared"]} == {"data twice", "data written"}

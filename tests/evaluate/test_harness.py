@@ -115,6 +115,25 @@ def test_rolling_tasks_are_means_of_their_items(folder, metric, monkeypatch):
 
 
 @needed
+def test_written_answers_give_lm_evals_own_figures(folder, monkeypatch):
+    model, tokenizer = twin("llama", torch.float32)
+    own = plain(model, tokenizer, folder, "written", monkeypatch)
+    [score] = run(model, tokenizer, "written", include=folder)
+    assert score.value.value == pytest.approx(own["exact_match,none"], abs=1e-12)
+    assert score.stderr == pytest.approx(own["exact_match_stderr,none"], abs=1e-12)
+
+
+@needed
+def test_documents_of_a_task_have_groups_and_clusters(folder):
+    model, tokenizer = twin("llama", torch.float32)
+    [score] = run(model, tokenizer, "written", include=folder, slices=["last"], cluster="text")
+    assert [item.groups["last"] for item in score.items] == ["rth.", "sea.", "ock."]
+    assert score.items[0].cluster == "The old river runs north."
+    with pytest.raises(DataError, match='slices names the column "topic"'):
+        run(model, tokenizer, "written", include=folder, slices=["topic"])
+
+
+@needed
 def test_written_answers_are_kept_and_pair_across_models(folder):
     model, tokenizer = twin("llama", torch.float32)
     other, _ = twin("llama", torch.float32, seed=1)

@@ -1,4 +1,4 @@
-"""Run by test_int8_linear.py, test_fp8_linear.py and test_sparse24_linear.py under Triton's interpreter.
+"""Run by the tests of 8-bit and 2:4 linears under Triton's interpreter.
 
 Outputs and workspaces are poisoned (torch's deterministic mode fills what `empty` gives with NaN and with the largest
 integer), operands are views with a stride, and everything runs twice.
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from benchmarks.kernels import fp8_linear as fp8_cases
 from benchmarks.kernels import int8_linear as int8_cases
+from benchmarks.kernels import sparse24_int4_linear as int4_cases
 from benchmarks.kernels import sparse24_linear as sparse_cases
 from benchmarks.kernels._data import activations, relative
 from torch import Tensor
 
-from llmops_kernels import _scaled_matmul, fp8_linear, int8_linear, sparse24_linear
+from llmops_kernels import _scaled_matmul, fp8_linear, int8_linear, sparse24_int4_linear, sparse24_linear
 from llmops_kernels.quantize_tokens import quantize_tokens
 from llmops_kernels.reference.int8_linear import int8_linear as int8_reference
 
@@ -86,6 +87,21 @@ def sparse(m: int, n: int, k: int, dtype: str, bias: bool, tiles: dict[str, int]
             "error": relative(y, exact) if y.numel() else 0.0, "rows": of_rows(y[:, kept], exact[:, kept])}
 
 
+def sparse_int4(m: int, n: int, k: int, dtype: str, rows: bool, bias: bool, tiles: dict[str, int], seed: int
+                ) -> dict[str, Any]:
+    codes, scale, wide = int4_cases.weight(n, k, rows, seed, TYPES[dtype])
+    x = strided(activations(m, k, seed, TYPES[dtype]), 4 + seed)
+    b = bias_of(n, bias)
+    packed = sparse24_int4_linear.pack(codes, scale)
+    dense = sparse24_int4_linear.to_dense(*packed, x.dtype)
+    chosen = sparse24_int4_linear.rule(m, n, k, 132) | tiles
+    call = (x, *packed, None if b is None else b.to(x.dtype), chosen)
+    y, again = sparse24_int4_linear.launch(*call), sparse24_int4_linear.launch(*call)
+    exact = x.double() @ wide.T + (0 if b is None else b.to(x.dtype).double())
+    return {"equal": torch.equal(dense, wide.to(x.dtype)), "repeats": torch.equal(y, again),
+            "error": relative(y, exact) if y.numel() else 0.0, "rows": of_rows(y, exact)}
+
+
 def into(seed: int) -> dict[str, Any]:
     """A product into a view: what lies between its rows stays."""
     w, scale = int8_cases.weights(70, 96, seed)
@@ -120,7 +136,7 @@ def far(which: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    functions = {"int8": int8, "fp8": fp8, "sparse": sparse, "into": into, "far": far}
+    functions = {"int8": int8, "fp8": fp8, "sparse": sparse, "sparse_int4": sparse_int4, "into": into, "far": far}
     for name, *case in json.loads(sys.argv[1]):
         torch.use_deterministic_algorithms(name != "far")  # poisons; a far tensor is too large to fill
         print(json.dumps(functions[name](*case)), flush=True)

@@ -78,5 +78,8 @@ def test_what_does_not_fit_is_said() -> None:
                          ((a, s, w, scale, torch.zeros(7)), r"bias is float32 \(7,\)")):
         with pytest.raises(ValueError, match=message):
             int8_linear(*bad)
+    wide = torch.zeros(1, 131073, dtype=torch.int8)
+    with pytest.raises(ValueError, match="expected at most 131072"):
+        int8_linear(wide, s[:1], wide, scale[:1])
     with pytest.raises(ValueError, match="dtype is torch.int32"):
         int8_linear(a, s, w, scale, dtype=torch.int32)

@@ -14,6 +14,7 @@ DECODE = {"BLOCK_M": 16, "BLOCK_N": 64, "PARTS": 1, "num_warps": 4, "num_stages"
 SPLIT = DECODE | {"PARTS": 3}
 MIDDLE = {"BLOCK_M": 32, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2}
 LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "PARTS": 2, "SWAP": 1, "num_warps": 8, "num_stages": 2}
+DENSE = {"DENSE": 1}
 #      bits, group, every M, N, K, dtype, zero point, bias, tile (None: the op's own rule), seed
 CASES: list[list[Any]] = [
     [4, 128, [1, 2, 3, 15, 16], 200, 640, "bfloat16", False, False, SPLIT],
@@ -34,14 +35,22 @@ CASES: list[list[Any]] = [
     [3, -1, [17], 64, 600, "float16", False, True, MIDDLE],
     [2, 64, [3], 72, 448, "float16", True, False, SPLIT],
     [2, -1, [1], 64, 260, "bfloat16", False, False, DECODE],
-    [6, 128, [3], 64, 256, "float16", False, False, DECODE]]
+    [6, 128, [3], 64, 256, "float16", False, False, DECODE],
+    [8, 128, [3], 136, 512, "bfloat16", False, False, None],
+    [3, 128, [17], 72, 512, "bfloat16", True, False, None],
+    [4, 128, [40], 136, 640, "bfloat16", True, True, DENSE],
+    [3, 64, [40], 72, 576, "float16", False, False, DENSE],
+    [8, -1, [40], 72, 300, "bfloat16", False, False, DENSE],
+    [2, 32, [40], 72, 288, "float16", True, False, DENSE]]
 
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    for case, result in zip(CASES, interpreted("interpret_int_linear.py", CASES), strict=True):
+    far, *results = interpreted("interpret_int_linear.py", ["far", *CASES])
+    assert far["error"] <= 5e-4
+    for case, result in zip(CASES, results, strict=True):
         limit = 3e-3 if case[5] == "bfloat16" else 5e-4
-        assert result["error"] <= limit and result["worst_row"] <= 1.5 * limit, (case, result)
+        assert result["error"] <= limit and result["worst_row"] <= 2 * limit, (case, result)
         assert result["repeat"] == 0.0 and result["spilled"] == 0, (case, result)
 
 

@@ -28,7 +28,7 @@ TURNED: list[list[Any]] = [["rope", "int8", "bfloat16", 2, 2, 3, 2, 64], ["rope"
 ATTENDED: list[list[Any]] = [
     ["attention", "int8", "bfloat16", 2, 2, 4, 1, 128, 200, {}],
     ["attention", "int8", "float16", 3, 1, 5, 3, 64, 150, {"first": True, "mask": True}],
-    ["attention", "fp8", "float16", 2, 1, 4, 1, 128, 128, {"window": 40}],
+    ["attention", "fp8", "float16", 2, 1, 4, 1, 128, 128, {"window": 40, "mask": True}],
     ["attention", "fp8", "bfloat16", 1, 2, 1, 20, 64, 70, {"softcap": 20.0}],
     ["attention", "int4", "float16", 3, 2, 4, 1, 64, 140, {"first": True}],
     ["attention", "int4", "bfloat16", 2, 1, 6, 2, 128, 256, {"mask": True, "window": 100}],

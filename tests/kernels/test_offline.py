@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -18,6 +19,16 @@ def test_machine_code_is_as_required(op: str) -> None:
     assert done.returncode in (0, 1), done.stderr[-3000:]
     assert done.returncode == 0, done.stderr
     assert all(json.loads(line)["op"] == op for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("op", offline.ops())
+def test_every_op_keeps_the_contract_and_is_in_the_table(op: str) -> None:
+    module = importlib.import_module(f"benchmarks.kernels.{op}")
+    names = [case.name for case in module.compiled()]
+    assert names and len(set(names)) == len(names)
+    assert callable(module.checks) and callable(module.cases)
+    table = (offline.ROOT / "docs" / "kernels.md").read_text()
+    assert not [name for name in names if f"| {name} |" not in table], "run python -m benchmarks.offline --write"
 
 
 def test_the_reader_finds_loops_and_widths() -> None:

@@ -9,6 +9,7 @@ from tests.twins import NAMES, tokens, twin
 from llmops.errors import ModelError
 from llmops.methods.finetune.lora import add_lora
 from llmops.models import nf4
+from llmops.models.kernel_tiles import tiles_used
 from llmops.models.load import load, merged
 from llmops.models.parity import count_parameters, sparsity
 from llmops.models.save import save_adapter
@@ -120,3 +121,20 @@ def test_a_record_that_cannot_be_read_says_so(saved):
         (folder / nf4.RECORD).write_text(wrong)
         with pytest.raises(ModelError, match=r"base\.json: cannot be read .* copy the whole folder again"):
             load(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_op_of_the_kernels_reads_the_codes_as_they_are(double: bool) -> None:
+    made = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 192, generator=made), torch.randn(48, generator=made)
+    layer = nf4.Linear4bit(weight, bias, "nf4", double, torch.float32)
+    x = torch.randn(2, 3, 192, generator=made).bfloat16()
+    own, before = layer(x).double(), layer.kernel
+    layer.asked = "ops"
+    found, exact = layer(x).double(), x.double() @ nf4.dequantized(layer).double().T + bias.double()
+    assert before.startswith("bitsandbytes:") and layer.kernel == "ops (nf4 codes as bitsandbytes stores them)"
+    assert float((found - exact).norm() / exact.norm()) < 4e-3 and float((found - own).norm() / own.norm()) < 1e-2
+    assert next(iter(tiles_used(torch.nn.ModuleList([layer])))) == "nf4_linear N=48,K=192"
+    trained = x.float().requires_grad_(True)
+    layer(trained).sum().backward()  # bitsandbytes' own way: the op has no derivative
+    assert trained.grad is not None

@@ -15,11 +15,13 @@ from transformers import CompileConfig
 from llmops.errors import LlmopsError
 from llmops.methods.quantize import rtn
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
+from llmops.models.fused import NORMS, fuse
 from llmops.models.joined import Joined, Part, join, joined
 from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attach
 from llmops.models.quantized import kernels, pack
 from llmops.models.serving import StepGraph, serve, serving
+from llmops.models.static_kv import StaticKVCache, StaticQuantizedLayer, use
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True,
             "return_dict_in_generate": True}
@@ -119,9 +121,12 @@ def test_a_served_model_writes_what_it_wrote_before(kv: str | None) -> None:
     for _ in range(2):
         found = model.generate(ids, attention_mask=mask, compile_config=compiled, **GENERATE)
         assert torch.equal(found.sequences, wanted.sequences)
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.logits, wanted.logits, strict=True))
+        limit = 1e-5 if kv is None else 2e-2  # norms differ in float32's last bit, and codes fall apart at ties
+        assert all(torch.allclose(a, b, atol=limit) for a, b in zip(found.logits, wanted.logits, strict=True))
         assert step.buffers and serving(model).kv == kv
-    assert torch.equal(model.generate(ids, attention_mask=mask, **GENERATE).sequences, wanted.sequences)
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be written to in another mode
+        again = model.generate(ids, attention_mask=mask, compile_config=compiled, **GENERATE)
+    assert torch.equal(again.sequences, wanted.sequences)
 
 
 @torch.inference_mode()
@@ -194,3 +199,45 @@ def test_the_api_serves_where_it_is_asked_to() -> None:
     assert torch.equal(one, other)
     with pytest.raises(LlmopsError, match="load it with llmops.load.*fast=False"):
         llmops.apply(served, None, {"quantize": {"method": "rtn", "scheme": "w8a16"}})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@torch.inference_mode()
+def test_fused_steps_are_the_steps_they_stand_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms exactly, in float32; attention with RoPE in the append, token by token, against the steps apart."""
+    plain, fused = (use(twin(name, torch.float64)[0], "int8") for _ in range(2))
+    turned: list[int] = []
+    update = StaticQuantizedLayer.update_turned
+    monkeypatch.setattr(StaticQuantizedLayer, "update_turned",
+                        lambda self, *args: turned.append(1) or update(self, *args))
+    norms = sum(type(module).__name__ in NORMS for module in fused.modules())
+    assert fuse(fused) == norms + 4 == fuse(fused) + 4
+    x = torch.randn(2, 5, 128)
+    one, other = (model.float().model.norm(x) for model in (plain, fused))
+    assert torch.allclose(one, other, atol=1e-6)
+    ids = tokens(2, 20)
+    written = [model.double().generate(ids, **GENERATE) for model in (plain, fused)]
+    assert torch.equal(*(out.sequences for out in written)) and len(turned) == 4 * 6
+    assert all(torch.allclose(a, b, atol=2e-2) for a, b in zip(*(out.logits for out in written), strict=True))
+
+
+def test_a_class_that_is_not_known_is_left_as_it_is() -> None:
+    model = twin("gemma2")[0]
+    before = logits(model)
+    assert fuse(model) == 0 and torch.equal(logits(model), before)
+
+
+def test_a_decode_step_compiles_whole() -> None:
+    """Codes in, RoPE and append fused, attention over codes: one graph without a break."""
+    model = use(twin("llama", torch.float32)[0], "int4")
+    join(model), fuse(model)
+    found = []
+    with torch.no_grad():
+        for forward in (model, torch.compile(model.forward, fullgraph=True, backend="aot_eager")):
+            cache = StaticKVCache(model.config, "int4", 128)
+            token = model(input_ids=tokens(1, 9), past_key_values=cache).logits[:, -1:].argmax(-1)
+            for _ in range(3):
+                out = forward(input_ids=token, past_key_values=cache).logits
+                found.append(out)
+                token = out[:, -1:].argmax(-1)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))

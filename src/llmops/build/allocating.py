@@ -7,6 +7,9 @@ later layers then see what earlier ones became, which the costs, taken one at a 
 8-bit codes until they were measured: a byte a weight and candidate. Where the solver's walk will rotate the weights or
 fold factors into them, costs are those of a copy to which the same was done before. The table of costs does not depend
 on the budget, so it is measured once for all budgets of the same parent, data and candidates.
+
+The experts of a mixture get one scheme, all of them: readers take it so. Their cost is the sum over the blocks of what
+the experts of each cost, as the choice takes costs to add up anyway; the picture shows it block by block.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -36,6 +39,8 @@ from llmops.methods.quantize.rtn import rtn
 from llmops.methods.quantize.sensitivity import divergence, fisher_cost, shift
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.models.embeddings import is_tied
+from llmops.models.expert_names import expert_of
+from llmops.models.experts import Routing
 from llmops.models.schemes import LayerScheme, average_bits, fused_groups
 
 __all__ = ["auto_step"]
@@ -50,7 +55,7 @@ def auto_step(job: Job, options: Auto) -> Work:
     tokens = calibration(job, options.data, options.length)
     schemes = [LayerScheme(bits, group, options.symmetric) for bits, group in options.grids()]
     shapes = _shapes(job, options)
-    groups = fused_groups(shapes)
+    groups = measured_groups(shapes)
     numbers = [sum(math.prod(shapes[name]) for name in group) for group in groups]
     sizes = _sizes(shapes, groups, schemes, torch.finfo(job.storage).bits)
     budget = _budget(job, options, sum(numbers), len(shapes), smallest(sizes))
@@ -58,7 +63,7 @@ def auto_step(job: Job, options: Auto) -> Work:
     costs, measured = _remembered(job, groups, schemes,
                                   lambda: _costs(_changed(job, options, shapes, schemes, tokens), options, groups,
                                                  schemes, tokens, crops, where))
-    choice = allocate(costs, sizes, budget)
+    choice = chosen_alike(costs, sizes, budget, [group[0] for group in groups])
     chosen = {name: schemes[c] for group, c in zip(groups, choice, strict=True) for name in group}
     work = _solve(job, options, chosen)
     predicted = sum(row[c] for row, c in zip(costs, choice, strict=True))
@@ -76,6 +81,30 @@ def auto_step(job: Job, options: Auto) -> Work:
                        f"expected to cost {predicted:.3g} nats a token")
     work.tokens += crops.numel() if measured else 0
     return work
+
+
+def measured_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Layers that are swapped together: those that servers fuse, and all experts of a block."""
+    names = list(names)
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        if (found := expert_of(name)) is not None:
+            experts.setdefault(found[0], []).append(name)
+    return [*fused_groups(name for name in names if expert_of(name) is None), *map(tuple, experts.values())]
+
+
+def chosen_alike(costs: Costs, sizes: Sequence[Sequence[int]], budget: int, firsts: Sequence[str]) -> list[int]:
+    """The candidate of each group as `allocate` chooses it, with one for all groups of experts. firsts: a layer of
+    each."""
+    apart = [place for place, name in enumerate(firsts) if expert_of(name) is None]
+    together = [place for place, name in enumerate(firsts) if expert_of(name) is not None]
+    dear, large = [costs[place] for place in apart], [list(sizes[place]) for place in apart]
+    if together:
+        dear.append([sum(column) for column in zip(*(costs[place] for place in together), strict=True)])
+        large.append([sum(column) for column in zip(*(sizes[place] for place in together), strict=True)])
+    found = allocate(dear, large, budget)
+    choice = dict(zip(apart, found, strict=False)) | dict.fromkeys(together, found[-1])
+    return [choice[place] for place in range(len(firsts))]
 
 
 def _counted(chosen: dict[str, LayerScheme]) -> str:
@@ -118,7 +147,8 @@ def _changed(job: Job, options: Auto, shapes: Mapping[str, Any], schemes: Sequen
                        compute=ready.compute(), progress=bar(job))
     else:
         calibrate.walk_blocks(copied.model, tokens, lambda _: None, ignore=options.ignore, prepare=ready.block,
-                              tail=ready.tail, compute=ready.compute(), progress=bar(job))
+                              tail=ready.tail, compute=ready.compute(), progress=bar(job),
+                              routing=Routing(options.experts == "all"))
     return copied
 
 
@@ -143,7 +173,7 @@ def _candidates(job: Job, options: Auto, schemes: Sequence[LayerScheme], tokens:
 
     if options.solver in ("gptq", "autoround"):  # of what sees the inputs, GPTQ is the quicker stand-in
         calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True,
-                       compute=computed(job), progress=bar(job))
+                       compute=computed(job), progress=bar(job), routing=Routing(options.experts == "all"))
     else:
         calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
     return found
@@ -230,7 +260,7 @@ def _solver_options(options: Auto) -> WeightOnly:
     """The options of the solver's own step; the scheme among them is no layer's."""
     shared: dict[str, Any] = {"method": options.solver, "scheme": options.candidates[0], "ignore": options.ignore,
                               "symmetric": options.symmetric, "rotate": options.rotate}
-    seen = {"data": options.data, "length": options.length}
+    seen = {"data": options.data, "length": options.length, "experts": options.experts}
     if options.solver == "rtn":
         return Rtn(clip="mse", **shared)
     if options.solver == "awq":

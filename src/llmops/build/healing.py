@@ -140,11 +140,13 @@ def softened(job: Job) -> tuple[dict[str, Tensor], list[str]]:
                       + ("is not there" if before is None else "has other weights around it"))
     if job.zeros is not None:
         keep = keep_masks(job.zeros, {name: (layer.out_features, layer.in_features) for name, layer in packed.items()})
-    elif job.keeps_zeros and before is not None:
+    elif job.keeps_zeros and before is not None and not job.pruned_as_quantized:
         keep = zero_masks(before)
     elif job.keeps_zeros:
+        why = ("it was pruned once it was quantized" if job.pruned_as_quantized else
+               "the variant that was pruned is not there")
         keep = {name: layer.dequantized() != 0 for name, layer in packed.items()}
-        events.append("the variant that was pruned is not there: all weights that are zero now stay zero, those that "
+        events.append(f"{why}: all weights that are zero now stay zero, those that "
                       "rounding made so too")
     layers = soften(job.model, keep=keep, near=near, seed=job.seed)
     if keep:

@@ -67,6 +67,12 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def pruned_as_quantized(self) -> bool:
+        """Whether zeros were made among the codes of a quantized model, so that what was quantized lacks them."""
+        at = {step.partition(":")[0] if step not in MASKING else "mask": i for i, step in enumerate(self.chain)}
+        return at.get("mask", -1) > at.get("quantize", len(self.chain))
+
+    @property
     def keeps_zeros(self) -> bool:
         return bool(self.zeros) or any(step in MASKING for step in self.chain)
 

@@ -75,7 +75,7 @@ def _global_mask(job: Job, options: Magnitude) -> tuple[Callable[[Tensor], Tenso
 
 
 def wanda_step(job: Job, options: Wanda) -> Work:
-    """By |weight| x activation norm within each row; activations are those of what was pruned before."""
+    """By |weight| x activation norm within each row; activations are those that what was pruned before gives."""
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ratios = block_ratios(job, options, tokens)
     zeroed = _Zeroing(most=0)  # each row is ranked by itself: one without weights is a sparsity that rounds to all
@@ -86,7 +86,8 @@ def wanda_step(job: Job, options: Wanda) -> Work:
                 else wanda_mask(layer.weight, x_norm, share, options.pattern))
         return zeroed(name, layer.weight, mask)
 
-    calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, progress=bar(job), routing=routing)
+    calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, sequential=options.sequential,
+                   progress=bar(job), routing=routing)
     return _pruned(job, options, [calibrated(tokens), *ratios.events, *routing.events(BY_SIZE)], tokens, ratios)
 
 
@@ -109,8 +110,8 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
         return weight
 
     compute = torch.float32 if job.model.device.type == "cpu" else None
-    calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True, compute=compute,
-                   progress=bar(job), routing=routing)
+    calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=options.sequential,
+                   compute=compute, progress=bar(job), routing=routing)
     events = [calibrated(tokens), *ratios.events, *_troubles(solved), *routing.events(BY_SIZE)]
     return _pruned(job, options, events, tokens, ratios)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmops.build.shared import Reading, Shared
@@ -49,7 +49,7 @@ class Shares:
         parts = self.stage.written.get(name)
         assert parts is not None, f"the plan does not know that {self.stage.variant} reads {name}"
         shared = Shared(self.store.written(key_of(parts)), parts, self.stage.key, self.reading)
-        prompts = self._prompts(how.prompts, open_teacher, tokenizer, progress)
+        prompts = self.rows(how.prompts, open_teacher, tokenizer, progress)
         kept: list[Any] = []
 
         def teacher() -> Any:
@@ -61,13 +61,6 @@ class Shares:
         self.used[name] = shared
         return load_rows(name, _read_from(name, self.recipe.data, str(shared.folder / FILE)), self.recipe.base_dir,
                          self.recipe.seed)
-
-    def _prompts(self, name: str, open_teacher: Callable[[str], Any], tokenizer: Any, progress: Progress | None
-                 ) -> Rows:
-        if writer_of(name, self.recipe.data) is None:
-            return load_rows(name, self.recipe.data, self.recipe.base_dir, self.recipe.seed)
-        inner = replace(self.stage, written={**self.stage.written, name: self.stage.written[name]})
-        return replace(self, stage=inner).rows(name, open_teacher, tokenizer, progress)
 
 
 def _read_from(name: str, data: Mapping[str, DataSource], file: str) -> dict[str, DataSource]:

@@ -31,6 +31,7 @@ from llmops.build.job import Job, Work
 from llmops.build.kv_cache import kv_cache_step, with_kv_cache
 from llmops.build.lora import lora_step, qlora_step
 from llmops.build.masking import magnitude_step, sparsegpt_step, wanda_step
+from llmops.build.on_integers import on_integers
 from llmops.build.preferences import dpo_step
 from llmops.build.quantizing import autoround_step, awq_step, gptq_step, hqq_step, rtn_step, smoothquant_step
 from llmops.build.shares import Shares
@@ -101,12 +102,15 @@ def held_zeros(job: Job) -> Mapping[str, Tensor]:
     """The zeros that a step has to keep: of what was pruned, where that is known; else all there are."""
     if job.zeros is not None:
         return job.zeros
-    before = job.unrounded() if is_packed(job.model) and job.unrounded is not None else None
+    known = is_packed(job.model) and not job.pruned_as_quantized and job.unrounded is not None
+    before = job.unrounded() if known and job.unrounded is not None else None
     return zero_bits(job.model if before is None else before)
 
 
 def _taken(taken: tuple[str, str], job: Job, options: Options) -> Work:
     kind = taken[0]
+    if kind == "prune" and is_packed(job.model):
+        return on_integers(taken[1], job, options)
     compressing = kind in ("quantize", "prune") and taken not in (("quantize", "kv_cache"), *CUTTING)
     if compressing or not is_packed(job.model):
         work = (_compressed if compressing else _plainly)(taken, job, options)
@@ -128,7 +132,7 @@ def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
     _check_plain(job.model, taken[0])
     mixed = split_experts(job.model)  # what looks for linear layers would pass them by
     if mixed:
-        _check_mixture(mixed[0], taken[1], options)
+        _check_mixture(mixed[0], options)
     if taken[0] != "quantize":
         work = STEPS[taken](job, options)
     else:
@@ -139,14 +143,15 @@ def _compressed(taken: tuple[str, str], job: Job, options: Options) -> Work:
     return work
 
 
-def _check_mixture(name: str, method: str, options: Options) -> None:
+def _check_mixture(name: str, options: Options) -> None:
     """Raises LlmopsError for what readers do not take of experts, and for what was not tried on a router."""
     scheme, rotations = getattr(options, "scheme", ""), getattr(options, "rotations", ())
-    wrong = ("method: auto" if method == "auto" else f"scheme: {scheme}" if getattr(options, "number_format", None)
-             else "rotate" if rotations else "")
+    wrong = ("rotate" if rotations else f"scheme: {scheme}" if getattr(options, "number_format", None)
+             else "sensitivity: gradient" if getattr(options, "sensitivity", "") == "gradient" else "")
     if wrong:
         raise LlmopsError(f"{name} holds experts, which readers take in one scheme of integers; given {wrong}, "
-                          "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround, not rotated")
+                          "expected a scheme of integers such as w4a16 by rtn, gptq, awq or autoround, not rotated, or "
+                          "method: auto with sensitivity: kl")
 
 
 def _check_plain(model: Any, kind: str) -> None:

@@ -114,10 +114,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_bitsandbytes(folder: Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu",
-                      trust_remote_code: bool = False) -> Any:
+                      kernel: str = "auto", trust_remote_code: bool = False) -> Any:
     """The model of a folder, by transformers, its layers ones that say what they hold.
 
-    dtype: of all that is not in few bits, and what 4-bit layers compute in; "auto" as stored.
+    dtype: of all that is not in few bits, and what 4-bit layers compute in; "auto" as stored. kernel: of 4-bit layers,
+    as in `ops/int_matmul.py`; "torch" and "reference" are bitsandbytes' own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -126,6 +127,7 @@ def load_bitsandbytes(folder: Path, *, dtype: torch.dtype | str = "auto", device
     for module in model.modules():
         if type(module) is bnb.Linear4bit and module.weight.quant_state.blocksize == BLOCK:
             module.__class__ = Linear4bit
+            module.asked = kernel
             module.compute_dtype = module.weight.quant_state.dtype = model.dtype
             module.compute_type_is_set = True
             module.support_avx512bf16_for_cpu = False

@@ -27,7 +27,7 @@ def tiles_used(model: Any, rows: int = 1) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for module in model.modules():
-        if isinstance(module, PackedLinear | FormattedLinear) and module.kernel_name in (TRITON, OPS):
+        if getattr(module, "kernel_name", None) in (TRITON, OPS):
             name, tiles, tuned = _tiles(module, rows)
             entry = found.setdefault(name, {"tiles": tiles, "from": "table" if tuned else "rule", "layers": 0})
             entry["layers"] += 1
@@ -36,7 +36,7 @@ def tiles_used(model: Any, rows: int = 1) -> dict[str, dict[str, Any]]:
 
 def _tiles(layer: Any, rows: int) -> tuple[str, Tiles, bool]:
     """(op and shape, its tiles, whether a table has them)."""
-    from llmops_kernels import config, fp8_linear, int8_linear, int_linear
+    from llmops_kernels import config, fp8_linear, int8_linear, int_linear, nf4_linear
 
     N, K, device = layer.out_features, layer.in_features, _device(layer)
     processors = config.processors(device)
@@ -44,6 +44,8 @@ def _tiles(layer: Any, rows: int) -> tuple[str, Tiles, bool]:
         group = -1 if layer.group_size in (-1, K) else layer.group_size
         op, shape = "int_linear", config.key(N, K, bits=layer.bits, group=group)
         rule: Tiles = int_linear.tiles(rows, N, K, layer.bits, group, processors)
+    elif not isinstance(layer, FormattedLinear):
+        op, shape, rule = "nf4_linear", config.key(N, K), nf4_linear.tiles(rows, N, K, processors)
     elif layer.kind == "w8a8":
         op, shape = int8_linear.OP, config.key(N, K)
         rule = int8_linear.rule(rows, N, K, processors)

@@ -55,7 +55,7 @@ def load(source: str | Path, *, base_dir: Path | None = None, revision: str | No
 
             wanted = computed_in(dtype, config_of(folder).get("dtype"), where)
             model = load_bitsandbytes(folder, dtype=DTYPES.get(wanted, wanted), device=where,
-                                      trust_remote_code=trust_remote_code)
+                                      kernel=kernel, trust_remote_code=trust_remote_code)
         else:
             model = _load_dense(folder or str(source), revision, dtype, where, trust_remote_code)
         tokenizer = load_tokenizer(folder or str(source), revision=revision, trust_remote_code=trust_remote_code)

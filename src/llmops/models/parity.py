@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.models.kv_cache import attached, unrounded
+from llmops.models.sparse24 import Sparse24Linear
 from llmops.models.zeros import lost_zeros, off_pattern
 from llmops.quantity import Quantity
 
@@ -140,13 +141,17 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def sparsity(model: nn.Module) -> tuple[int, int]:
-    """(zeros, weights) of the dense linear layers that are not the output head, fused experts included."""
+    """(zeros, weights) of the linear layers that are not the output head and hold no codes, fused experts included."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head
                and not hasattr(module, "packed_tensors")]
     weights += [parameter for module in model.modules() if hasattr(module, "down_proj")
                 for parameter in module._parameters.values() if parameter is not None and parameter.dim() == 3]
-    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+    pairs = [(int(module.in_features * module.out_features), module.values) for module in model.modules()
+             if isinstance(module, Sparse24Linear)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    zeros += sum(size - int(values.count_nonzero()) for size, values in pairs)
+    return zeros, sum(weight.numel() for weight in weights) + sum(size for size, _ in pairs)
 
 
 def _promised(model: Any, folder: Path, expected: Expected) -> list[dict[str, Any]]:

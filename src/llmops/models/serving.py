@@ -1,4 +1,4 @@
-"""A model made ready to generate fast: joined layers, a cache that does not move, and decode as one CUDA graph.
+"""A model made ready to generate fast: layers joined, steps fused, a cache that stays, decode as one CUDA graph.
 
     serve(model)   all of it, in place
     StepGraph      one step of decode, recorded once and replayed
@@ -27,6 +27,7 @@ from transformers.cache_utils import StaticLayer
 
 from llmops.models import static_kv
 from llmops.models.arch import text_config
+from llmops.models.fused import fuse
 from llmops.models.joined import join
 from llmops.models.kv_cache import attached
 
@@ -55,7 +56,8 @@ class StepGraph:
         key = (shape, *(_kind(leaf) for leaf in leaves))
         if key != self.key:
             self.key, self.graph, self.result = key, None, None
-            self.buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            with torch.inference_mode(False):  # they are kept, and written to in whatever mode comes next
+                self.buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for buffer, leaf in zip(self.buffers, leaves, strict=True):
             if isinstance(leaf, Tensor):
                 buffer.copy_(leaf)
@@ -125,6 +127,7 @@ def serve(model: Any, *, graph: bool | None = None) -> Any:
         return model
     model.eval()
     layers, kv = join(model), attached(model)
+    fuse(model)
     if not _static(model, kv):
         return model
     if kv is not None:

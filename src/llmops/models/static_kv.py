@@ -58,16 +58,19 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transforme
     def __init__(self, dtype: str, room: int) -> None:
         super().__init__()
         self.dtype, self.room = dtype, room
-        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):  # it is kept, and changed in whatever mode comes next
+            self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.parts: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # codes, scales of keys; of values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, H, _, D = key_states.shape
         width, numbers = (D // 2, 2) if self.dtype == "int4" else (D, 1)
-        codes, scales = ([torch.zeros(B, H, self.room, size, dtype=kind, device=key_states.device) for _ in range(2)]
-                         for size, kind in ((width, CODES[self.dtype]), (numbers, torch.bfloat16)))
-        self.parts = codes[0], scales[0], codes[1], scales[1]
-        self.cumulative_length = self.cumulative_length.to(key_states.device)
+        with torch.inference_mode(False):
+            codes, scales = ([torch.zeros(B, H, self.room, size, dtype=kind, device=key_states.device)
+                              for _ in range(2)]
+                             for size, kind in ((width, CODES[self.dtype]), (numbers, torch.bfloat16)))
+            self.parts = codes[0], scales[0], codes[1], scales[1]
+            self.cumulative_length = self.cumulative_length.to(key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Stored, Stored]:
@@ -78,8 +81,22 @@ class StaticQuantizedLayer(CacheLayerMixin):  # type: ignore[misc]  # transforme
             self.lazy_initialization(key_states, value_states)
         assert self.parts is not None
         kv_append(key_states, value_states, *self.parts, self.cumulative_length.view(1), self.dtype)
-        self.cumulative_length.add_(key_states.shape[-2])
-        length = self.cumulative_length.view(1)
+        return self._stored(key_states.shape[-2])
+
+    def update_turned(self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+                      ) -> tuple[Tensor, Stored, Stored]:
+        """`update` with RoPE first: (queries turned, keys, values). query (B, H G, T, D), cos, sin (B or 1, T, D)."""
+        from llmops_kernels.kv_append import kv_rope_append
+
+        if self.parts is None:
+            self.lazy_initialization(key, value)
+        assert self.parts is not None
+        turned = kv_rope_append(query, key, value, cos, sin, *self.parts, self.cumulative_length.view(1), self.dtype)
+        return turned, *self._stored(key.shape[-2])
+
+    def _stored(self, new: int) -> tuple[Stored, Stored]:
+        assert self.parts is not None
+        length = self.cumulative_length.add_(new).view(1)
         return Stored(*self.parts[:2], length, self.dtype), Stored(*self.parts[2:], length, self.dtype)
 
     def packed_tensors(self) -> list[Tensor]:

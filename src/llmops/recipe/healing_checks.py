@@ -1,4 +1,5 @@
-"""What may follow a quantized variant: training through the rounding, and nothing that would round it again.
+"""What may follow a quantized variant: training through the rounding, pruning that leaves the codes that stay, and
+nothing that would round it again.
 
 A healed variant is stored in the integers of its parent, so it is quantized too, and so are its own children. An
 adapter left apart on packed layers is not: it is merged into a base written out in 16 bits before any step, as one on a
@@ -22,6 +23,10 @@ __all__ = ["check_healing", "quantized_by"]
 
 #: Integer weights with activations in 16 bit: the formats whose rounding can be trained.
 _TRAINABLE = re.compile(r"w[2-8]a16\Z")
+
+
+#: Pruning that leaves the codes that stay as they are.
+_PRUNES = ("magnitude", "wanda", "depth")
 
 
 def quantized_by(variants: Mapping[str, Variant], name: str, dims: Dims | None = None) -> str | None:
@@ -48,8 +53,9 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
         return
     trail: Trail = ("variants", variant.name, "from")
     trains = variant.method in ("lora", "full", "dpo", "logits")
+    follows = trains or variant.method in _PRUNES
     if made_by == BASE:
-        if not (trains and dims is not None and dims.integers):
+        if not (follows and dims is not None and dims.integers):
             problems.add(trail, "given a base model that is quantized already (quantization_config or llmops_kv_cache "
                                 "in its config.json); expected 16- or 32-bit weights and cache: start from the model "
                                 "it was made of (it can be scored as it is: variants: {})")
@@ -61,13 +67,15 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
                             "same" + (f", and kv_cache: {dtype} here" if hasattr(variant.options, "scheme") else
                                       ", and this step before that one"))
         return
-    elif not trains:
+    elif not follows:
         problems.add(trail, _refusal(variant, made_by, variants[made_by].parent))
         return
     elif other := _beyond_integers(variants[made_by]):
-        problems.add(trail, f"given {shown(variant.parent)}, {other}, whose rounding cannot be trained; expected "
-                            "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or to train "
-                            f"{shown(variants[made_by].parent)} and quantize the result")
+        problems.add(trail, f"given {shown(variant.parent)}, {other}, whose rounding cannot be "
+                            f"{'trained' if trains else 'pruned'}; expected "
+                            "integer weights alone, with activations in 16 bit (w2a16 to w8a16), or to "
+                            f"{'train' if trains else 'prune'} {shown(variants[made_by].parent)} and quantize the "
+                            "result")
         return
     if variant.method in ("lora", "dpo"):
         _check_adapters(problems, ("variants", variant.name, variant.kind), variant.options, variant.parent)
@@ -75,7 +83,8 @@ def check_healing(problems: Problems, variants: Mapping[str, Variant], variant: 
 
 def _keeps_integers(variant: Variant) -> bool:
     """Whether a child of a quantized parent is stored in its integers."""
-    return variant.method in ("full", "logits") or (variant.method in ("lora", "dpo") and variant.options.merge)
+    merged = variant.method in ("lora", "dpo") and variant.options.merge
+    return variant.method in ("full", "logits", *_PRUNES) or merged
 
 
 def _beyond_integers(variant: Variant) -> str:

@@ -17,7 +17,7 @@ from llmops.recipe.hashing import FileHashes
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import read_dims
 from llmops.recipe.schema import BASE, Recipe
-from llmops.recipe.shared_keys import signal_parts, writer_of, written_parts, written_print
+from llmops.recipe.shared_keys import signal_parts, writer_of, written_names, written_parts, written_print
 
 __all__ = ["Plan", "Stage", "make_plan"]
 
@@ -125,8 +125,8 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
     base, keys = parts, {BASE: k.key_of(parts)}
     stages = [_stage(recipe, BASE, keys, parts, prints, store, scored, estimate(recipe, BASE, dims, reason))]
     for name, variant in recipe.variants.items():
-        texts = {data: written_parts(recipe, data, keys, prints, base) for data in variant.data_names()
-                 if data in written}
+        texts = {each: written_parts(recipe, each, keys, prints, base) for data in variant.data_names()
+                 for each in written_names(data, recipe.data)}
         prints |= {data: written_print(data, recipe.data, k.key_of(made)) for data, made in texts.items()}
         parts = k.build_parts(recipe, variant, keys, prints)
         keys[name] = k.key_of(parts)

@@ -7,11 +7,9 @@ before its first run, rows of a hub data set) is said to be unknown.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from llmops.data.options import DataSource
@@ -75,7 +73,8 @@ def _earlier(rows: Sequence[Mapping[str, Any]], score: str, against: str, run: s
     own = [each for each in found if each[0]] or found
     if not own:
         return None, None, 0
-    return own[-1][1], median(each[2] for each in own), len(own)
+    spreads = sorted(each[2] for each in own)
+    return own[-1][1], (spreads[(len(own) - 1) // 2] + spreads[len(own) // 2]) / 2, len(own)
 
 
 def _items(entry: Evaluation, recipe: Recipe) -> int | None:
@@ -116,6 +115,8 @@ def _root(source: DataSource, base_dir: Path) -> int | None:
         with open(path, "rb") as file:
             return sum(1 for line in file if line.strip())
     if path.suffix.lower() == ".csv":
+        import csv
+
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             return max(0, sum(1 for row in csv.reader(file) if row) - 1)
     return None

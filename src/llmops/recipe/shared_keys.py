@@ -20,7 +20,7 @@ from llmops.recipe.schema import Recipe, Variant
 if TYPE_CHECKING:
     from llmops.data.options import Synthesize
 
-__all__ = ["signal_parts", "writer_of", "writers_of", "written_parts", "written_print"]
+__all__ = ["signal_parts", "writer_of", "writers_of", "written_names", "written_parts", "written_print"]
 
 SIGNALS_VERSION = 1  # raise it when the same teacher would leave other signals
 WRITTEN_VERSION = 1  # raise it when the same teacher would write other data
@@ -54,15 +54,19 @@ def writer_of(name: str, data: Mapping[str, DataSource]) -> Synthesize | None:
         return None
 
 
-def writers_of(name: str, data: Mapping[str, DataSource]) -> list[str]:
-    """The variants that have to be there before the data `name` is: who writes it, and who wrote its prompts."""
+def written_names(name: str, data: Mapping[str, DataSource]) -> list[str]:
+    """The data that have to be written before `name` can be read: itself, its prompts, theirs, as far as variants write
+    them."""
     found: list[str] = []
-    seen: set[str] = set()
-    while name not in seen and (how := writer_of(name, data)) is not None:
-        seen.add(name)
-        found.append(how.teacher)
+    while name not in found and (how := writer_of(name, data)) is not None:
+        found.append(name)
         name = how.prompts
     return found
+
+
+def writers_of(name: str, data: Mapping[str, DataSource]) -> list[str]:
+    """The variants that have to be there before the data `name` is: who writes it, and who wrote its prompts."""
+    return [how.teacher for each in written_names(name, data) if (how := writer_of(each, data)) is not None]
 
 
 def written_parts(recipe: Recipe, name: str, keys: Mapping[str, str], prints: Mapping[str, str],

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmops.models.expert_names import expert_of
 from llmops.report.figures import number
 from llmops.report.markup import Markup, tag
 from llmops.report.reading import Row, group, name_of
@@ -82,7 +83,8 @@ def _group(body: Mapping[str, Any]) -> Group:
     layers = [str(each) for each in body["layers"]]
     numbers = [part for part in layers[0].split(".") if part.isdigit()]
     lasts = [name.rpartition(".")[2].removesuffix("_proj") for name in layers]
-    return Group(", ".join(lasts), int(numbers[0]) if numbers else None, layers,
+    kind = "experts" if expert_of(layers[0]) is not None else ", ".join(lasts)
+    return Group(kind, int(numbers[0]) if numbers else None, layers,
                  [float(each) for each in body["bits"]], [float(each) for each in body["cost"]], int(body["chosen"]))
 
 

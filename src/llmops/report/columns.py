@@ -187,14 +187,15 @@ def _delta(score_id: str, other: str, up: bool) -> Callable[[Row], Cell]:
             return Cell(NONE, None, reason, "dim")
         found = quantity(body.get("delta"), "the comparison holds no difference")
         return Cell(show(found, with_interval=True, difference=True, unit=False), found.value, _flips(body, found),
-                    _tone(found, up))
+                    _tone(found, body.get("p"), up))
 
     return cell
 
 
-def _tone(delta: Quantity, up: bool) -> Tone:
-    """good or bad only where the interval leaves 0 out."""
-    if delta.value is None or delta.ci95 is None or delta.ci95[0] <= 0 <= delta.ci95[1]:
+def _tone(delta: Quantity, p: Any, up: bool) -> Tone:
+    """good or bad only where the interval leaves 0 out, and the test (exact for right and wrong) agrees."""
+    agrees = not isinstance(p, int | float) or p <= 0.05
+    if delta.value is None or delta.ci95 is None or delta.ci95[0] <= 0 <= delta.ci95[1] or not agrees:
         return "dim" if delta.value is None else ""
     return "good" if (delta.value > 0) == up else "bad"
 

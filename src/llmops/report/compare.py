@@ -186,35 +186,34 @@ def _score(row: Row, reference: Row, score_id: str, up: bool, paired: Paired | N
     if problem:
         return Compared(value, problem=problem)
     try:
-        delta = _delta(row, reference, score_id, paired)
+        delta, p = _delta(row, reference, score_id, paired)
     except LlmopsError as error:
         return Compared(value, problem=str(error))
-    return Compared(value, delta, better=_better(delta, 0.0, up))
+    agrees = not isinstance(p, int | float) or p <= 0.05
+    return Compared(value, delta, better=_better(delta, 0.0, up) if agrees else None)
 
 
-def _delta(row: Row, reference: Row, score_id: str, paired: Paired | None) -> Quantity:
-    """Paired as stored, else paired anew, else unpaired: sqrt(stderr_a^2 + stderr_b^2), too wide for shared items."""
+def _delta(row: Row, reference: Row, score_id: str, paired: Paired | None) -> tuple[Quantity, Any]:
+    """(difference, p or None): paired as stored, else paired anew, else unpaired: sqrt(stderr_a^2 + stderr_b^2), too
+    wide for shared items."""
     same_run = all(group(row, "identity").get(key) == group(reference, "identity").get(key) for key in ("run",))
     body: Mapping[str, Any] | None = versus(row, score_id, name_of(reference)) if same_run else None
     body = body or (paired(row, reference, score_id) if paired is not None else None)
     if body:
         found = body.get("delta")
-        return found if isinstance(found, Quantity) else quantity(found, "the comparison holds no difference")
+        shown = found if isinstance(found, Quantity) else quantity(found, "the comparison holds no difference")
+        return shown, body.get("p")
     a, b = score(row, score_id), score(reference, score_id)
     assert a.value is not None and b.value is not None
     stderrs = [group(each, "quality", score_id).get("stderr") for each in (row, reference)]
     errors = [float(error) for error in stderrs if isinstance(error, int | float)]
     delta = a.value - b.value
+    worst = weakest([a.provenance, b.provenance])
     if len(errors) < 2:
-        return Quantity(delta, a.unit, weakest([a.provenance, b.provenance]), "unpaired; no standard error is known")
+        return Quantity(delta, a.unit, worst, "unpaired; no standard error is known"), None
     half = Z * math.hypot(*errors)
-    return Quantity(delta,
-    a.unit,
-    weakest([a.provenance,
-    b.provenance]),
-    "unpaired: the items are not at hand; interval from the two standard errors",
-    (delta - half,
-     delta + half))
+    how = "unpaired: the items are not at hand; interval from the two standard errors"
+    return Quantity(delta, a.unit, worst, how, (delta - half, delta + half)), None
 
 
 def _cost(row: Row, reference: Row, by: str, batch: str) -> Compared:

@@ -53,7 +53,9 @@ def _cell(body: Mapping[str, Any], compared: Mapping[str, Any] | None, worst: bo
     told_more = told(value)
     if compared:
         delta = quantity(compared.get("delta"), "no difference is in the row")
-        shown = delta.ci95 is not None and not delta.ci95[0] <= 0 <= delta.ci95[1] and delta.value is not None
+        p = compared.get("p_holm")
+        shown = (delta.ci95 is not None and not delta.ci95[0] <= 0 <= delta.ci95[1] and delta.value is not None
+                 and isinstance(p, int | float) and p <= 0.05)
         tone = ("good" if (delta.value > 0) == up else "bad") if shown and delta.value is not None else "dim"
         parts += [tag("br"), tag("span", show(delta, with_interval=True, difference=True), class_=tone)]
         told_more += f"; n = {compared.get('n')}, {compared.get('gained')} won, {compared.get('lost')} lost"

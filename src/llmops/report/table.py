@@ -93,7 +93,7 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
     if any("~" in cell.text for _, _, cell in cells):
         found.append("~ estimated, not measured")
     if any(column.id.endswith((" parent", " base")) for column in shown):
-        found.append("Δ paired difference with its 95% interval, green or red where it leaves 0 out")
+        found.append("Δ paired difference with its 95% interval, green or red where it leaves 0 out and p <= .05")
     ids = {column.id for column in shown}
     if "ratio" in ids and any(cell.value is not None for column, _, cell in cells if column.id == "ratio"):
         found.append("J/base: energy per token against base, ↓ saves, ↑ costs more, = no saving shown")

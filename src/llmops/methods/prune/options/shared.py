@@ -33,5 +33,7 @@ class MeasuredMasks(Masks):
     reach: float = Field(0.08, gt=0, lt=1, description="how far a block's sparsity may be from the average")
     outliers: float = Field(5.0, gt=1, description="owl: times the mean score of its block from which an entry counts "
                                                    "as an outlier")
+    sequential: bool = Field(True, description="measure each layer of a block with those before it pruned; false: all "
+                                               "of a block at once, as the papers do")
     experts: Literal["routed", "all"] = Field("routed", description="what experts of a mixture are measured on: the "
                                                                     "tokens that were sent to them, or all")

@@ -11,6 +11,7 @@ from llmops.methods.quantize.options.shared import (
     FACTORS,
     KV_CACHE,
     ROTATE,
+    Experts,
     Integers,
     KvDtype,
     Rotate,
@@ -48,6 +49,8 @@ class Auto(Options):
     judge: str | None = Field(None, description="name of data whose answers alone the cost of fewer bits is counted on "
                                                 "(chat rows, or prompt and completion, as the task asks them). "
                                                 "Default: every token of `data`")
+    experts: Experts = Field("routed", description="what experts of a mixture are measured on: the tokens that were "
+                                                   "sent to them, or all")
     crops: int | None = Field(None, ge=1, description="calibration crops that the sensitivity is measured on. "
                                                       "Default: 16 for kl, all for gradient")
     ignore: list[str] = Field(["lm_head"], description="layers left in 16 bit, by the end of their name")

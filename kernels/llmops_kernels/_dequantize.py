@@ -1,0 +1,85 @@
+"""Packed weights -> a dense matrix in fp16 or bf16, for calls with so many tokens that a dense matmul is the better
+way.
+
+One pass: the codes are read once, the matrix is written once. `int_linear` and `nf4_linear` use it above the number of
+tokens that their tables (or rules) name; the matrix lives for one call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._interpret import narrow
+from ._triton import tl, triton
+from ._unpack import field, less
+
+__all__ = ["dense_integers", "dense_pairs", "dequantize_integers_kernel", "dequantize_pairs_kernel"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, tall, chunks,  # type: ignore[no-untyped-def]
+                               BITS: tl.constexpr, RUN: tl.constexpr, FIELDS: tl.constexpr, GROUPS: tl.constexpr,
+                               ZERO: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+    """One tile of `reference/int_linear.py`'s layout: (TILE rows, RUN * FIELDS columns) of out (N, K)."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    chunk = tl.program_id(0)
+    rn = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    rk = tl.arange(0, RUN)
+    tile = (tl.program_id(1).to(tl.int64) * chunks + chunk) * (WORDS * TILE * RUN)
+    q = q_ptr + tile + (tl.arange(0, TILE) * RUN)[:, None] + rk[None, :]
+    word = tl.load(q)
+    other = word
+    high = word
+    if BITS == 3:
+        other = tl.load(q + TILE * RUN)
+        high = tl.load(q + 2 * TILE * RUN)
+    FEW: tl.constexpr = FIELDS // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
+    for i in tl.static_range(FIELDS):
+        at = (chunk * GROUPS + i // FEW).to(tl.int64) * tall + rn
+        add = word
+        if ZERO:
+            add = less(tl.load(zero_ptr + at).to(tl.float32), i, BITS, dtype)[:, None]
+        w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i).to(tl.float32)
+        if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
+            w += field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS).to(tl.float32)
+        w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
+        columns = (chunk * FIELDS + i) * RUN + rk
+        tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),
+                 mask=(rn[:, None] < N) & (columns[None, :] < K))
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def dequantize_pairs_kernel(q_ptr, absmax_ptr, table_ptr, out_ptr, elements,  # type: ignore[no-untyped-def]
+                            BLOCKSIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK bytes of two 4-bit codes, the first in the high half -> 2 * BLOCK elements table[code] * absmax."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = 2 * at < elements
+    codes = tl.load(q_ptr + at, mask=here, other=0).to(tl.int32)
+    absmax = tl.load(absmax_ptr + 2 * at // BLOCKSIZE, mask=here, other=0.0)
+    both = tl.join(tl.load(table_ptr + (codes >> 4)) * absmax, tl.load(table_ptr + (codes & 15)) * absmax)
+    out = 2 * (tl.program_id(0).to(tl.int64) * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(out_ptr + out, narrow(both.reshape(2 * BLOCK), out_ptr.dtype.element_ty), mask=out < elements)
+
+
+def dense_integers(words: Tensor, scale: Tensor, zero: Tensor | None, rows: int, columns: int, dtype: torch.dtype,
+                   constants: dict[str, Any]) -> Tensor:
+    """(rows, columns) in dtype; `constants` from `int_linear.constants`, for that dtype."""
+    out = torch.empty(rows, columns, dtype=dtype, device=words.device)
+    kept = {name: constants[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "ZERO", "PROGRAMS", "TILE")}
+    dequantize_integers_kernel[(words.shape[1], words.shape[0])](
+        words, scale, scale if zero is None else zero, out, rows, columns, scale.shape[1], words.shape[1], **kept,
+        num_warps=4)
+    return out
+
+
+def dense_pairs(codes: Tensor, absmax: Tensor, table: Tensor, blocksize: int, rows: int, columns: int,
+                dtype: torch.dtype) -> Tensor:
+    """(rows, columns) in dtype; absmax float32, one a block; table float32 (16)."""
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    dequantize_pairs_kernel[(triton.cdiv(rows * columns, 4096),)](codes, absmax, table, out, rows * columns,
+                                                                  BLOCKSIZE=blocksize, BLOCK=2048, num_warps=8)
+    return out
