@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from llmops.report.compare import Compared, Paired, compare
 from llmops.report.figures import show, told
 from llmops.report.markup import Child, Markup, tag
-from llmops.report.reading import Row, name_of
+from llmops.report.reading import Row, group, name_of
 from llmops.report.sections import scrolled
 from llmops.report.words import what
 
 __all__ = ["side_by_side"]
 
 
-def side_by_side(rows: Sequence[Row], against: str, paired: Paired | None = None) -> Markup:
-    """Every score and cost of the rows, each against the row named `against`; its interval, and why where it cannot be.
+def side_by_side(rows: Sequence[Row], paired: Paired | None = None) -> Markup:
+    """Every score and cost of the rows, each against the first of them; its interval, and why where it cannot be.
 
     paired: see `report.compare`; without it scores of two runs are compared unpaired, and say so.
     """
-    lines = compare(rows, [name_of(row) for row in rows], against=against, paired=paired)
-    labels = list(lines[0].cells) if lines else [name_of(row) for row in rows]
-    by_name = {name_of(row): row for row in rows}
+    several = len({_run_of(row) for row in rows}) > 1
+    by_name = {f"{_run_of(row)}/{name_of(row)}" if several else name_of(row): row for row in rows}
+    against, labels = next(iter(by_name)), list(by_name)
+    lines = compare(rows, labels, against=against, paired=paired)
     head = tag("tr", tag("th", "figure", scope="col"), [
-        tag("th", label, tag("br"), tag("span", what(by_name[label]) if label in by_name else "", class_="dim"),
+        tag("th", label, tag("br"), tag("span", what(by_name[label]), class_="dim"),
             scope="col", class_="num") for label in labels])
     body = [tag("tr", tag("th", line.figure, scope="row"),
                 [_cell(cell, line.kind, label == against) for label, cell in line.cells.items()]) for line in lines]
@@ -32,7 +33,11 @@ def side_by_side(rows: Sequence[Row], against: str, paired: Paired | None = None
     table = tag("table", tag("caption", "Side by side", class_="unseen"), tag("thead", head), tag("tbody", body),
                 class_="plain")
     return tag("section", tag("h2", "Side by side", id="side"), tag("p", note, class_="dim"),
-               scrolled("Side by side", table), aria_labelledby="side")
+               scrolled("Table, side by side", table), aria_labelledby="side")
+
+
+def _run_of(row: Row) -> str:
+    return str(group(row, "identity").get("run") or "")
 
 
 def _cell(cell: Compared, kind: str, reference: bool) -> Markup:

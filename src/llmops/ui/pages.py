@@ -116,31 +116,25 @@ def comparison(store: Store, wanted: Sequence[str]) -> str:
 
     Raises LlmopsError for a run or a variant that is not there, and for fewer than two rows.
     """
-    found: list[dict[str, Any]] = []
+    found: list[tuple[str, dict[str, Any], set[str]]] = []
     for each in dict.fromkeys(wanted):
         name, _, variant = each.partition("/")
         rows = rows_of(str(store.runs), name)
-        chosen_rows = [row for row in rows if not variant or name_of(row) == variant]
-        if not chosen_rows:
+        picked = [row for row in rows if not variant or name_of(row) == variant]
+        if not picked:
             raise LlmopsError(unknown(f"variant of {name}", variant, [name_of(row) for row in rows]))
-        found += [_renamed(row, name, {name_of(one) for one in rows}) for row in chosen_rows]
+        found += [(name, row, {name_of(one) for one in rows}) for row in picked
+                  if (name, name_of(row)) not in {(run, name_of(one)) for run, one, _ in found}]
     if len(found) < 2:
         raise LlmopsError(f"{len(found)} rows to compare; expected at least two: tick them in the list of runs")
-    names = [name_of(row) for row in found]
     ledger = store.ledger()
 
     def paired(row: Row, other: Row, score_id: str) -> Mapping[str, Any] | None:
-        return pair_rows(ledger, _original(row), _original(other), score_id)
+        return pair_rows(ledger, row, other, score_id)
 
-    count = len({name.partition("/")[0] for name in names})
-    return page(found, title=f"{len(found)} variants of {count} runs", home="/",
-                before=side_by_side(found, names[0], paired))
-
-
-def _original(row: Row) -> dict[str, Any]:
-    """The row with the name that the ledger knows it by."""
-    identity = group(row, "identity")
-    return {**row, "identity": {**identity, "variant": str(identity["variant"]).partition("/")[2]}}
+    return page([_renamed(row, name, siblings) for name, row, siblings in found], home="/",
+                title=f"{len(found)} variants of {len({name for name, _, _ in found})} runs",
+                before=side_by_side([row for _, row, _ in found], paired))
 
 
 def _renamed(row: Mapping[str, Any], run: str, siblings: set[str]) -> dict[str, Any]:

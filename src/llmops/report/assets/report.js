@@ -76,10 +76,12 @@
 
   // Where a figure came from, for whoever has no mouse to hover with.
   const bubble = document.getElementById("bubble");
-  const hide = () => { bubble.hidden = true; };
+  let told = null;
+  const hide = () => { bubble.hidden = true; told = null; };
   const say = at => {
     const words = at?.getAttribute("title") ?? at?.querySelector("title")?.textContent ?? at?.closest("[title]")?.getAttribute("title");
     if (!words) return hide();
+    told = at;
     bubble.textContent = words;
     bubble.hidden = false;
     const box = at.getBoundingClientRect();
@@ -98,7 +100,7 @@
   });
   document.addEventListener("focusout", hide);
   document.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
-  addEventListener("scroll", hide, { passive: true, capture: true });
+  addEventListener("scroll", () => { if (told) say(told); }, { passive: true, capture: true });
 
   // Printing opens the folds, unless they would be a book; what was closed is closed again.
   const MOST_PRINTED = 24;
