@@ -29,7 +29,7 @@ EIGHT_B, SEVENTY_B = (8, 4, 128), (8, 8, 128)  # key-value heads, queries a head
 
 def compiled() -> list[Compiled]:
     made = [_attention(*tile) for tile in TILES]
-    made += [_attention("bf16", "int8", 128, 16, 64, 4, 6.2, 1), _attention("bf16", "int4", 128, 16, 128, 4, 4.7, 1)]
+    made += [_attention("bf16", "int8", 128, 16, 64, 4, 6.2, 1), _attention("bf16", "int4", 128, 16, 128, 4, 4.8, 1)]
     return made + [Compiled(f"kv_attention join {name}", join_kernel,
                             {"part_ptr": "*fp32", "norm_ptr": "*fp32", "out_ptr": "*bf16"},
                             {"FORMAT": FORMATS[name], "D": 128, "SPLITS": 64, "CHUNK": 16}, 4, 1,
