@@ -44,10 +44,9 @@ def _attention(dtype: str, name: str, D: int, m: int, n: int, warps: int, limit:
     constants = {"FORMAT": FORMATS[name], "HAS_FIRST": False, "MASK": mask, "HAS_WINDOW": False, "SOFTCAP": False,
                  "EVEN": True, "D": D, "BLOCK_M": m, "BLOCK_N": n, "scale_t": 1}
     odd = ("T", "G", "H", "window", "splits", "length_b", "first_b", "mask_b", "mask_t", "mask_n")
-    # Codes come in copies of 16 bytes; the scale of a key is two or four bytes and comes in copies of four.
     told = f"kv_attention {dtype} {name}, heads of {D}, {m}x{n}{', mask' if mask else ''}"
     return Compiled(told, attention_kernel, types, constants, warps, 3, odd=odd, weights=2 * n * D, limit=limit,
-                    matrix="HMMA", copies=False)
+                    matrix="HMMA")
 
 
 def checks(device: str) -> Iterator[Check]:

@@ -14,8 +14,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.slow
 def test_machine_code_is_as_required() -> None:
-    """Of each op one set of tiles for each kernel and matrix instruction; `python -m benchmarks.offline --check` compiles
-    every one."""
+    """Of each op one set of tiles for each kernel and matrix instruction; `make kernels` compiles every one."""
     done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     assert done.returncode == 0, done.stderr
