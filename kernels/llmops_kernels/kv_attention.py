@@ -90,12 +90,9 @@ def _codes(at, here, FORMAT: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _values(at, here, KIND: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of codes of values, read two at a time (at: int16): a matrix product takes them across its rows, and single
-    bytes laid out for that are copied to shared memory 8 bytes at a time in place of 16."""
-    if EVEN and FORMAT != 1:
-        pairs = tl.load(at)
-    else:
-        pairs = tl.load(at, mask=here[:, None], other=0)
+    """A tile of codes of values, read two at a time (at: int16): a matrix product takes them across its rows, and
+    single bytes laid out for that are copied to shared memory 8 bytes at a time in place of 16."""
+    pairs = tl.load(at) if EVEN and FORMAT != 1 else tl.load(at, mask=here[:, None], other=0)
     return tl.interleave((pairs & 255).to(tl.int8), (pairs >> 8).to(tl.int8)).to(KIND, bitcast=True)
 
 
