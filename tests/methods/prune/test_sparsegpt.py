@@ -113,7 +113,7 @@ def test_what_the_layer_gives_is_nearer_than_with_wandas_mask_and_with_its_own_m
     def lost(new: torch.Tensor) -> float:
         return float(((new.double() - W) @ H @ (new.double() - W).T).trace())
 
-    found, report = sparsegpt(W, H, 0.5)
+    found, report = sparsegpt(W, H, 0.5, damping=0.01)  # these inputs are all there are
     wanda = W * wanda_mask(W, H.diagonal().sqrt(), 0.5)
     assert lost(found) < 0.75 * lost(wanda) and lost(found) < 0.75 * lost(W * report.mask)
     assert report.mask.float().mean() == 0.5

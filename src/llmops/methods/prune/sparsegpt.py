@@ -112,9 +112,9 @@ def sparsegpt(W: Tensor, H: Tensor | Factor, sparsity: float, pattern: str = "un
 
     W: (out, in); H: (in, in), 2/N X X^T, any constant factor does, or its `factorize` for this pattern, which has then
     decided damping and order; damping: added to its diagonal, as a fraction of the mean of it; block: columns that
-    share a threshold; order: one of ORDERS. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as `check_sparsity` and
-    `silenced_rows` do, or when H does not fit W or holds NaN; StepError when H cannot be factorised with damping up
-    to 1.
+    share a threshold; order: one of ORDERS. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as
+    `check_sparsity` and `silenced_rows` do, or when H does not fit W or holds NaN; StepError when H cannot be
+    factorised with damping up to 1.
     """
     shape = check_sparsity(sparsity, pattern, W.shape[1])
     inputs = len(H.U) if isinstance(H, Factor) else len(H)
