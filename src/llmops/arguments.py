@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmops.parser import Argument
 
-__all__ = ["JSON", "QUIET", "RECIPE", "RUN", "RUNS", "SET", "WIDE"]
+__all__ = ["JSON", "QUIET", "RECIPE", "RUN", "RUNS", "SET", "STARTS", "WIDE"]
 
 RECIPE: Argument = ("recipe",), {"metavar": "RECIPE", "help": "A recipe file, or the name of a packaged one."}
 SET: Argument = ("--set",), {
@@ -15,3 +15,11 @@ JSON: Argument = ("--json",), {"dest": "as_json", "action": "store_true", "help"
 QUIET: Argument = ("-q", "--quiet"), {"action": "store_true", "help": "No progress on standard error."}
 WIDE: Argument = ("--wide",), {"action": "store_true", "help": "Every column."}
 RUN: Argument = ("run",), {"metavar": "RUN", "nargs": "?", "help": "Name of a run (default: the latest)."}
+#: When `tune` may start, and what it shares the machine with.
+STARTS: tuple[Argument, ...] = (
+    (("--exclusive",), {"action": "store_true", "help": "Refuse to measure beside another llmops, or on a GPU that "
+                                                        "others use."}),
+    (("--green",), {"action": "store_true", "help": "Wait for the cleanest window of a forecast; needs --deadline."}),
+    (("--deadline",), {"metavar": "TIME", "help": "When a --green run is to be done: 90m, 12h or 2d from now."}),
+    (("--forecast",), {"metavar": "CSV", "help": "Of utc,zone,g_per_kwh (default: measure.intensity of the recipe)."}),
+    (("--lasts",), {"metavar": "TIME", "help": "How long a --green run takes (default: as long as before, or 1h)."}))

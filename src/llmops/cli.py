@@ -5,7 +5,7 @@ function, what it takes. It returns the exit code, or nothing for 0. Nothing hea
 imports what it calls, so that `validate` and `plan` answer at once.
 
 Exit codes: 0 done, 1 no variant meets the goals, 2 the recipe or the call is wrong, 3 a step failed (the others went
-on), 130 interrupted (what was finished is kept).
+on), 4 the budget is used up, 130 interrupted (both: what was finished is kept).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llmops import __version__
-from llmops.arguments import JSON, QUIET, RECIPE, RUN, RUNS, SET, WIDE
+from llmops.arguments import JSON, QUIET, RECIPE, RUN, RUNS, SET, STARTS, WIDE
+from llmops.bench_commands import COMMANDS as BENCH
 from llmops.errors import LlmopsError, unknown
 from llmops.formats.options import ABOUT as EXPORTS
 from llmops.parser import Command, Program, at_least
@@ -31,12 +32,16 @@ DOCTOR_WIDTH = 28  # columns for the names of checks
 SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config.fish"}
 
 
-def tune(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool, quiet: bool, wide: bool) -> int:
+def tune(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool, quiet: bool, wide: bool, exclusive: bool,
+         green: bool, deadline: str | None, forecast: str | None, lasts: str | None) -> int:
     """Build, reload and score every variant of RECIPE, and print the table. A second run does no work."""
+    from llmops.green import asked
     from llmops.progress import Watcher
     from llmops.runner import run
 
-    result = run(_recipe_path(recipe), sets=sets, runs=runs, watcher=Watcher(quiet))
+    wanted = asked(green, deadline, forecast, lasts)
+    sets = [*sets, "measure.exclusive=true"] if exclusive else sets
+    result = run(_recipe_path(recipe), sets=sets, runs=runs, watcher=Watcher(quiet), green=wanted)
     if as_json:
         _print_json(result.rows)
     else:
@@ -212,7 +217,7 @@ def completion(shell: str) -> None:
 
 
 COMMANDS: dict[str, Command] = {
-    "tune": (tune, RECIPE, SET, RUNS, JSON, QUIET, WIDE),
+    "tune": (tune, RECIPE, SET, RUNS, JSON, QUIET, WIDE, *STARTS),
     "plan": (plan, RECIPE, SET, RUNS,
              (("--data",), {"action": "store_true", "help": "Prove the data instead: rows, masks, terminators, "
                                                             "template (reads all of it)."}), JSON),
@@ -247,6 +252,7 @@ COMMANDS: dict[str, Command] = {
                (("--run",), {"metavar": "RUN", "help": "The run that VARIANT is of (default: the latest)."}), RUNS,
                (("--force",), {"action": "store_true", "help": "Write over an export that is there."}), JSON),
     **TRUST,
+    **BENCH,
     "bench kernels": (bench_kernels,
                       (("--scheme",), {"dest": "schemes", "metavar": "SCHEME", "action": "append", "default": [],
                                        "help": "w8a16, w4a16, w3a16, w2a16, w8a8, fp8, fp8-block or mxfp4; may be "
@@ -260,7 +266,7 @@ COMMANDS: dict[str, Command] = {
                                        "help": "auto, torch, reference, triton or ops, as runtime.kernel."}), JSON),
     "completion": (completion, (("shell",), {"metavar": "SHELL", "help": "bash, zsh or fish."})),
 }
-GROUPS = {"bench": "Time what runs compressed layers on this machine.",
+GROUPS = {"bench": "Compare models, runtimes and layers on this machine.",
           "recipes": "List and copy the recipes that come with llmops.",
           "data": "Look at data as the model will see it."}
 ABOUT = ("One recipe fine-tunes, prunes, quantizes and distills an LLM, reloads every variant from disk, and writes "

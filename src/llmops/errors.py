@@ -5,6 +5,7 @@
     |- DataError           a data source that cannot be used; carries file and line where there is one
     |- ModelError          a model folder that cannot be loaded, or is not what it says
     |- StoreError          the store or the ledger cannot be read or written
+    |- BudgetReached       exit 4: the budget is used up; what was finished is kept
     '- StepError           exit 3: a step ran and failed; its siblings go on
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["DataError", "LlmopsError", "ModelError", "RecipeError", "StepError", "StoreError", "nearest", "unknown"]
+__all__ = ["BudgetReached", "DataError", "LlmopsError", "ModelError", "RecipeError", "StepError", "StoreError",
+           "nearest", "unknown"]
 
 
 class LlmopsError(Exception):
@@ -39,6 +41,12 @@ class ModelError(LlmopsError):
 
 class StoreError(LlmopsError):
     """The store or the ledger cannot be read or written."""
+
+
+class BudgetReached(LlmopsError):
+    """The energy or carbon that a recipe allows itself is used up. Ends the run, not only the step."""
+
+    exit_code = 4
 
 
 class StepError(LlmopsError):

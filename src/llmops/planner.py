@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from llmops.recipe import Recipe, load_recipe, parse_recipe
 from llmops.recipe.plan import Plan, make_plan
 from llmops.store import Store
 
-__all__ = ["as_recipe", "plan"]
+__all__ = ["as_recipe", "budgeted", "plan"]
 
 
 def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (),
@@ -18,7 +19,19 @@ def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str]
     """What `run` would do: the stages in order, which of them are done, and what the rest needs. Loads no model."""
     parsed, store = as_recipe(recipe, sets), Store(runs)
     rows = store.ledger().rows() if (store.runs / "ledger.db").exists() else []
-    return make_plan(parsed, store.builds, rows)
+    made = make_plan(parsed, store.builds, rows)
+    return replace(made, advice=(*made.advice, *budgeted(made, store, rows)))
+
+
+def budgeted(made: Plan, store: Store, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lines on the recipe's budget. Raises LlmopsError when what is left to do is known to need more."""
+    if made.recipe.budget is None:
+        return []
+    from llmops.grids import grid_of
+    from llmops.recipe.energy_estimate import check_budget
+
+    grid = grid_of(made.recipe) if made.recipe.budget.carbon_g is not None else None
+    return check_budget(made, rows, store.folder(made.recipe.name), grid)
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, sets: Sequence[str] = ()) -> Recipe:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmops.curves import Point, Points
@@ -21,7 +22,7 @@ from llmops.curves import Point, Points
 if TYPE_CHECKING:
     from llmops.screen import Screen
 
-__all__ = ["Under", "Watcher", "duration", "log", "time_left"]
+__all__ = ["Under", "Watcher", "duration", "log", "log_file", "time_left"]
 
 log = logging.getLogger("llmops")
 EVERY_S = 30.0  # between two lines where there is no terminal
@@ -156,3 +157,20 @@ def _totals(under: Under) -> str:
     if "energy_j" in figures:
         parts += [f"{figures['energy_j']:,.4g} J", f"{1000 * figures['joules_per_token']:.3g} mJ/token"]
     return "; " + ", ".join(parts)
+
+
+class log_file:  # noqa: N801 - reads as what it is: `with log_file(path):`
+    """Everything llmops logs, and every Python warning, goes to a file while the block lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self.handler = logging.FileHandler(path, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def __enter__(self) -> None:
+        log.addHandler(self.handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+    def __exit__(self, *_: object) -> None:
+        log.removeHandler(self.handler)
+        self.handler.close()

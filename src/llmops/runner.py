@@ -12,32 +12,36 @@ what the other has made.
 from __future__ import annotations
 
 import json
-import logging
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops import __version__
-from llmops.errors import LlmopsError, StoreError
-from llmops.explain import explained, origin
+from llmops.charges import Charges
+from llmops.errors import BudgetReached, LlmopsError, StoreError
+from llmops.explain import origin
 from llmops.ledger import SCHEMA, Ledger
 from llmops.pairing import completed, references
-from llmops.planner import as_recipe, plan
+from llmops.planner import as_recipe, budgeted, plan
 from llmops.processes import join, terminable
-from llmops.progress import Watcher, log
-from llmops.quantity import Quantity, weakest
+from llmops.progress import Watcher, log, log_file
+from llmops.publish import Result, publish
+from llmops.quantity import Quantity
 from llmops.recipe import Recipe
 from llmops.recipe.plan import Plan, Stage, make_plan
-from llmops.report.verdict import judge
 from llmops.store import Store, replace_file
+from llmops.stored import storage
 
 if TYPE_CHECKING:
+    from llmops.green import Green, Start
     from llmops.score import Scorer
+    from llmops.train import Progress
 
 __all__ = ["Result", "plan", "publish", "run"]
 
@@ -46,81 +50,44 @@ POLL_S = 0.5  # between two looks at a lock that another process has
 TRAINED = ("looks", "attempts", "merge", "trace", "allocation", "search", "teaching", "shared")
 
 
-@dataclass
-class Result:
-    """What a run came to. `rows`: one a variant, in the order of the plan, verdicts included."""
-
-    name: str
-    folder: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def failed(self) -> list[str]:
-        """Variants that failed, were skipped, or are broken."""
-        return [row["identity"]["variant"] for row in self.rows if row["status"]["state"] != "ok"]
-
-    @property
-    def winner(self) -> str | None:
-        return next((row["identity"]["variant"] for row in self.rows if row["verdict"].get("winner")), None)
-
-    @property
-    def exit_code(self) -> int:
-        """0 done, 1 no variant meets the goals, 3 a step failed."""
-        if self.failed:
-            return 3
-        return 1 if any(row["goals"] for row in self.rows) and self.winner is None else 0
-
-
 def run(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (), runs: str | Path | None = None,
-        watcher: Watcher | None = None) -> Result:
+        watcher: Watcher | None = None, green: Green | None = None) -> Result:
     """Do everything the recipe asks for that is not done yet, and return the rows.
 
     recipe: a path, a mapping as the file would hold it, or a Recipe. runs: where runs lie (default `$LLMOPS_RUNS`, or
-    `runs/`). Raises LlmopsError when the recipe is wrong; a step that fails raises nothing, its row says why. Under
-    torchrun rank 0 returns; the others take part in the training and exit when rank 0 is done.
+    `runs/`). green: wait for the cleanest window of a forecast. Raises LlmopsError when the recipe is wrong, and
+    BudgetReached when its budget is used up; a step that fails raises nothing, its row says why. Under torchrun rank 0
+    returns; the others take part in the training and exit when rank 0 is done.
     """
     parsed, store = as_recipe(recipe, sets), Store(runs)
     with terminable(), join(parsed, store):
-        return _run(parsed, store, watcher or Watcher(quiet=True))
+        return _run(parsed, store, watcher or Watcher(quiet=True), green)
 
 
-def _run(parsed: Recipe, store: Store, watcher: Watcher) -> Result:
+def _run(parsed: Recipe, store: Store, watcher: Watcher, green: Green | None = None) -> Result:
     ledger = store.ledger()
     walk = _Walk(make_plan(parsed, store.builds, ledger.rows()), store, ledger, watcher)
     folder = store.folder(parsed.name)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "recipe.yaml", parsed.text)
     replace_file(folder / "origin.json", json.dumps(origin(parsed), indent=1))
-    with _log_file(folder / "log.txt"):
+    with log_file(folder / "log.txt"):
         if not all(stage.done for stage in walk.plan.stages):
             from llmops.preflight import preflight
             from llmops.trackers import check_trackers
 
             check_trackers(parsed)
-            for line in (*walk.plan.advice, *preflight(walk.plan)):
+            for line in (*walk.plan.advice, *budgeted(walk.plan, store, ledger.rows()), *preflight(walk.plan)):
                 watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
-        walk.all()
+            walk.begin(green)
+        try:
+            with walk.open:
+                walk.all()
+        except BudgetReached:
+            if walk.rows:
+                publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
+            raise
     return publish(parsed.name, store, ledger, [stage.variant for stage in walk.plan.stages])
-
-
-def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | None = None) -> Result:
-    """Judge a run's rows and write its page, its `result.json`, and a card into every variant's folder."""
-    from llmops.report import card, html
-
-    rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
-    ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
-    folder = store.folder(name)
-    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
-    replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
-    for row in ordered:
-        build = store.build(row["identity"]["key"])
-        if build.is_dir():
-            store.link(name, row["identity"]["variant"], row["identity"]["key"])
-            replace_file(build / "README.md", card.card(row, ordered))
-        for entry in row["building"].get("shared") or []:
-            if entry["what"].startswith("data "):
-                store.link_written(name, entry["what"].removeprefix("data "), entry["key"])
-    return Result(name, folder, ordered)
 
 
 # --------------------------------------------------------------------------------------------------------- the walk
@@ -139,9 +106,32 @@ class _Walk:
     _tools: tuple[Any, Scorer] | None = None
     _told: set[tuple[str, str]] = field(default_factory=set)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    open: ExitStack = field(default_factory=ExitStack)  # what lasts as long as the walk: the meter of a budget
+    start: Start | None = None  # what a green start has chosen
 
     def __post_init__(self) -> None:
+        self.progress: Progress = self.watcher.progress
         self.locks = self.store.locks()
+        self.charges = Charges(self.plan, self.store)
+
+    def begin(self, green: Green | None) -> None:
+        """Wait for a clean window where one was asked for, and meter the whole where there is a budget."""
+        recipe = self.plan.recipe
+        if green is not None:
+            from llmops.green import choose, wait
+
+            self.start = choose(green, self.plan, self.ledger.rows())
+            replace_file(self.store.folder(recipe.name) / "start.json", json.dumps(self.start.as_dict(), indent=1))
+            self.watcher.note(self.start.told())
+            wait(self.start)
+        if recipe.budget is not None:
+            from llmops.grids import grid_of
+            from llmops.spending import Spending
+
+            grid = grid_of(recipe) if recipe.budget.carbon_g is not None else None
+            meter = self._workbench()[0]
+            spending = self.open.enter_context(Spending(self.plan, self.store, meter, recipe.budget, grid))
+            self.progress = spending.watching(self.watcher.progress)
 
     def all(self) -> None:
         """Every stage, until each has its row. What another process is at work on is put aside and waited for."""
@@ -193,6 +183,8 @@ class _Walk:
                 if not self._can_end(stage):
                     return "built" if built else "early"
                 told.summary(self._score(stage, number))
+        except BudgetReached:
+            raise
         except Exception as error:  # a step may raise anything; the row says what, and the siblings go on
             log.error("%s", traceback.format_exc())
             try:
@@ -271,7 +263,7 @@ class _Walk:
 
         meter, _ = self._workbench()
         with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] build {stage.variant}: {stage.describe()}"):
-            manifest = build(stage, self.plan.recipe, self.store, meter, self.watcher.progress, tell)
+            manifest = build(stage, self.plan.recipe, self.store, meter, self.progress, tell)
         for event in manifest["events"]:
             log.info("%s: %s", stage.variant, event)
 
@@ -282,10 +274,19 @@ class _Walk:
         if stage.scored_here:
             with self.watcher.stage(f"[{number}/{len(self.plan.stages)}] score {stage.variant}"):
                 items = scorer.score(stage, row, self.rows)
-                self._beside_teacher(stage, row)
+                if self.start is not None:
+                    built = Quantity.from_dict(row["building"]["chain_energy_j"])
+                    row["carbon"] |= self.start.row(built)
+                teacher = self.rows.get(stage.teacher or "")
+                if teacher is not None and self.plan.recipe.measure is not None:
+                    row["building"]["break_even_to_teacher_tokens"] = self.charges.beside_teacher(
+                        stage, row, teacher).as_dict()
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
         self.store.scored(stage.score_key)
         return row
+
+    def _told_progress(self, done: int, total: int, text: str = "") -> None:
+        self.progress(done, total, text)
 
     def _workbench(self) -> tuple[Any, Scorer]:
         """Meter and scorer, made when the first stage needs them."""
@@ -304,7 +305,7 @@ class _Walk:
                 torch.set_num_threads(recipe.runtime.threads)
             device = pick_device(recipe.runtime.device)
             meter = Meter(probe(recipe.measure or MeasureOptions(), device), device)
-            self._tools = meter, Scorer(self.plan, self.store, self.ledger, meter, self.watcher.progress)
+            self._tools = meter, Scorer(self.plan, self.store, self.ledger, meter, self._told_progress)
         return self._tools
 
     def _row(self, stage: Stage) -> dict[str, Any]:
@@ -314,7 +315,7 @@ class _Walk:
         row = self._skeleton(stage)
         manifest = self.store.manifest(stage.key) if stage.variant != "base" else {}
         row["environment"] = environment(meter.device, meter.sensor)
-        row["transform"] |= _storage(manifest, self.store.build(stage.key))
+        row["transform"] |= storage(manifest, self.store.build(stage.key))
         row["parity"] = manifest.get("parity")
         if manifest and not manifest["parity"]["ok"]:
             wrong = "; ".join(f"{check['name']}: {check['detail']}" for check in manifest["parity"]["checks"]
@@ -324,73 +325,10 @@ class _Walk:
                            "data": manifest.get("data_report") or {},
                            "loss": manifest.get("loss") or [], "data_sha256": manifest.get("data") or {},
                            **{key: manifest[key] for key in TRAINED if manifest.get(key)},
-                           **self._charged(manifest), "chain_energy_j": self._chain_energy(stage).as_dict()}
+                           **self.charges.charged(manifest),
+                           "chain_energy_j": self.charges.chain_energy(stage).as_dict()}
         row["log"] = {"events": manifest.get("events", [])}
         return row
-
-    def _beside_teacher(self, stage: Stage, row: dict[str, Any]) -> None:
-        """After how many tokens a student has paid for itself, its teacher standing there anyway."""
-        teacher = self.rows.get(stage.teacher or "")
-        if teacher is None or not stage.scored_here or self.plan.recipe.measure is None:
-            return
-        from llmops.measure.cost import break_even_beside
-
-        assert stage.teacher is not None
-        built = self._chain_energy(stage, without=self._line(self.plan.stage(stage.teacher)))
-        batch = str(min(self.plan.recipe.measure.batch_sizes))
-        row["building"]["break_even_to_teacher_tokens"] = break_even_beside(
-            built, row["energy"].get(batch) or {}, (teacher.get("energy") or {}).get(batch) or {},
-            teacher_is_base=stage.teacher == "base").as_dict()
-
-    def _line(self, stage: Stage) -> list[str]:
-        """Keys of a variant's build and of all that it stands on."""
-        keys = [stage.key]
-        for name in stage.parents:
-            keys += self._line(self.plan.stage(name))
-        return keys
-
-    def _charged(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Its energy with its part of what it shares, and what of that is the teacher's."""
-        if not manifest:
-            return {}
-        from llmops.measure.sharing import charged, teacher_cost
-
-        found = {"energy_j": charged(manifest, self._users).as_dict()}
-        taught = teacher_cost(manifest, self._users)
-        if taught is not None:
-            found["teacher_energy_j"] = taught.as_dict()
-        return found
-
-    def _users(self, key: str) -> int:
-        """How many builds share what lies under that key: those of the plan, and others that have used it."""
-        users = {stage.key for stage in self.plan.stages if key in stage.shares}
-        for folder in (self.store.signals(key), self.store.written(key)):
-            users |= {path.name for path in (folder / "users").glob("*")}
-        return len(users)
-
-    def _chain_energy(self, stage: Stage, without: Sequence[str] = ()) -> Quantity:
-        """Energy of building this variant and everything it stands on, each build once, the teacher's included.
-
-        without: keys of builds that are not counted, nor what only they stand on.
-        """
-        from llmops.measure.sharing import charged
-
-        parts, seen, open_keys = [], set(without), [stage.key] if stage.variant != "base" else []
-        while open_keys:
-            key = open_keys.pop()
-            if key in seen or not (self.store.build(key) / "llmops.json").exists():
-                continue
-            seen.add(key)
-            manifest = self.store.manifest(key)
-            parts.append(charged(manifest, self._users))
-            open_keys += manifest["parent_keys"]
-        if not parts:
-            return Quantity(0.0, "J", "constant", "nothing is built: this is the model as it came")
-        missing = next((part for part in parts if part.value is None), None)
-        if missing is not None:
-            return Quantity.null("J", missing.method)
-        return Quantity(sum(part.value or 0.0 for part in parts), "J", weakest(part.provenance for part in parts),
-                        f"sum over {len(parts)} builds; {parts[0].method}", n=len(parts))
 
     def _skeleton(self, stage: Stage) -> dict[str, Any]:
         recipe = self.plan.recipe
@@ -445,71 +383,6 @@ def _done(row: Mapping[str, Any], stage: Stage, recipe: Recipe) -> bool:
     return same and row["status"]["state"] in ("ok", "broken")
 
 
-def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
-    """For people, what a `quantization_config` of bitsandbytes says."""
-    if block.get("quant_method") != "bitsandbytes":
-        return None
-    if block.get("load_in_8bit"):
-        return f"int8 row, LLM.int8 with threshold {block.get('llm_int8_threshold', 6.0):g}"
-    double = ", double quantization" if block.get("bnb_4bit_use_double_quant") else ""
-    return f"{block.get('bnb_4bit_quant_type', 'fp4')} g64{double}"
-
-
-def _storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """How the weights lie on disk, and what their zeros are worth."""
-    found: dict[str, Any] = {"sparsity_saves": _zeros_save(manifest, folder)}
-    config = folder / "config.json"
-    if config.exists():
-        from llmops.models.embeddings import without_group
-        from llmops.models.schemes import stored_as
-
-        body = json.loads(config.read_text(encoding="utf-8"))
-        block, embedding = without_group(body.get("quantization_config") or {})
-        found["storage_dtype"] = stored_as(block) or _bitsandbytes(block) or body.get("dtype")
-        if embedding:
-            found["storage_dtype"] += ", embeddings int8" + (" with the head" if len(embedding) > 1 else "")
-    record = folder / "base.json"
-    if record.exists():
-        base = json.loads(record.read_text(encoding="utf-8"))
-        found["storage_dtype"] = f"adapter on {base['quant']} g{base['blocksize']}"
-    if (folder / "adapter_config.json").exists() and not record.exists():
-        below = str(_storage({}, folder.parent / str(manifest.get("parent_key"))).get("storage_dtype"))
-        if below.startswith("int"):
-            found["storage_dtype"] = f"adapter on {below}"
-    return found
-
-
-def _zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
-    """What the single zeros of a variant are worth, those of its ancestors among them; None where there are none."""
-    from llmops.methods.prune.options import MASKING
-
-    while manifest:
-        if manifest.get("kind") == "prune" and manifest.get("method") in MASKING:
-            pattern = manifest.get("options", {}).get("pattern", "unstructured")
-            return ("bytes only when compressed on disk, no time" if pattern == "unstructured" else
-                    f"bytes only when compressed on disk, time only where a kernel for {pattern} runs it")
-        record = folder.parent / str(manifest.get("parent_key")) / "llmops.json"
-        manifest = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    return None
-
-
 def _named(error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     return f"{type(error).__name__}: {first} (the log has the whole story)"
-
-
-class _log_file:  # noqa: N801 - reads as what it is: `with _log_file(path):`
-    """Everything llmops logs, and every Python warning, goes to a file while the block lasts."""
-
-    def __init__(self, path: Path) -> None:
-        self.handler = logging.FileHandler(path, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        log.addHandler(self.handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-
-    def __exit__(self, *_: object) -> None:
-        log.removeHandler(self.handler)
-        self.handler.close()

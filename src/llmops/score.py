@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,17 +25,18 @@ from llmops.evaluate.options import Evaluation, Harness
 from llmops.evaluate.score import Item, Score
 from llmops.evaluate.slices import sliced
 from llmops.evaluate.tokens import compare_tokens
+from llmops.grids import grid_of
 from llmops.ledger import Ledger
 from llmops.measure import memory
-from llmops.measure.carbon import carbon
-from llmops.measure.cost import break_even
+from llmops.measure.carbon import carbon, embodied_per_1k
+from llmops.measure.cost import break_even, total
 from llmops.measure.decode import measure, peak_memory
 from llmops.measure.meter import Meter
 from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attached
 from llmops.models.load import load
 from llmops.models.parity import count_parameters, sparsity
-from llmops.models.sparse24 import run_as_pruned
+from llmops.models.serving import as_served, serving
 from llmops.pairing import reasoned, references, stored_score
 from llmops.quantity import Quantity
 from llmops.recipe.plan import Plan, Stage
@@ -56,6 +58,7 @@ class Scorer:
     ledger: Ledger
     meter: Meter
     progress: Progress | None = None
+    began: float = field(default_factory=time.time)
     _base: tuple[Any, Any] | None = None
     _rows: dict[str, Rows] = field(default_factory=dict)
     _compared: list[Tensor] | None = None
@@ -81,12 +84,12 @@ class Scorer:
                     self._keep(stage, number, found)
         row["quality"] = {score.id: self._quality(score, stage, rows) for score in scores}
         row["tokens"] = self._token_statistics(stage, model)
-        self._measure(stage, row, model, tokenizer)
         earlier = sum(each is not None for each in kept)
         note = f"; without that of {earlier} of {len(kept)} scores, kept from an earlier try" if earlier else ""
         energy = replace(window.energy, method=window.energy.method + note)
         row["building"]["evaluate_energy_j"] = energy.as_dict()
         row["building"]["evaluate_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()
+        self._measure(stage, row, model, tokenizer)
         return {score.id: score.items for score in scores}
 
     # ---------------------------------------------------------------------------------------------------- quality
@@ -174,10 +177,16 @@ class Scorer:
         figures = row["energy"][str(min(options.batch_sizes))]
         per_token = Quantity.from_dict(figures["joules_per_token"])
         built = Quantity.from_dict(row["building"]["chain_energy_j"])
-        row["carbon"] = carbon(built, per_token, options.zone)
+        embodied = None
+        if options.embodied_kg is not None:
+            speed = row["latency"][str(min(options.batch_sizes))]["decode_tokens_per_s"]["value"]
+            embodied = embodied_per_1k(options.embodied_kg, options.lifetime_years, 1 / speed if speed else None)
+        row["carbon"] = carbon(built, per_token, grid_of(self.recipe, self.began), embodied)
         if stage.variant != "base":
             ratio = Quantity.from_dict(figures["ratio_to_base"])
-            row["building"]["break_even_tokens"] = break_even(built, _of_base(per_token, ratio), ratio).as_dict()
+            evaluated = Quantity.from_dict(row["building"]["evaluate_energy_j"])
+            paid = total([built, evaluated]) if evaluated.value is not None else built
+            row["building"]["break_even_tokens"] = break_even(paid, _of_base(per_token, ratio), ratio).as_dict()
 
     # ----------------------------------------------------------------------------------------------------- loading
 
@@ -202,9 +211,7 @@ class Scorer:
                                 base_dir=self.recipe.base_dir, revision=source.revision, dtype=runtime.dtype,
                                 device=runtime.device, kernel=runtime.kernel,
                                 trust_remote_code=source.trust_remote_code)
-        if runtime.kernel in ("auto", "triton") and not hasattr(model, "peft_config"):
-            run_as_pruned(model)  # 2:4 weights, on a GPU
-        return model, tokenizer
+        return as_served(model, runtime.kernel), tokenizer
 
     def _folder(self, variant: str) -> Path | None:
         from llmops.models.builtin import local_folder
@@ -238,6 +245,8 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
     row["transform"]["kernel"] = ", ".join(kernels) or "torch"
     if tiles := tiles_used(model):
         row["transform"]["kernel_tiles"] = tiles
+    if (held := serving(model)) is not None:
+        row["transform"]["served"] = held.describe()
 
 
 def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:

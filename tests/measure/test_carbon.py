@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llmops.errors import LlmopsError
-from llmops.measure.carbon import carbon, grams, intensity, sci_per_1k, zones
+from llmops.measure.carbon import carbon, embodied_per_1k, grams, intensity, sci_per_1k, zones
 from llmops.quantity import Quantity
 
 
@@ -74,7 +74,8 @@ def test_sci_needs_its_embodied_part():
 
 
 def test_the_group_of_a_row():
-    group = carbon(Quantity(7.2e6, "J", "estimated", "model"), Quantity(3.6, "J/token", "estimated", "model"), "FRA")
+    group = carbon(Quantity(7.2e6, "J", "estimated", "model"), Quantity(3.6, "J/token", "estimated", "model"),
+                   intensity("FRA"))
     value = intensity("FRA").value
     assert group["building_g"]["value"] == pytest.approx(2 * value)
     assert group["per_1k_tokens_g"]["value"] == pytest.approx(value / 1000)
@@ -86,3 +87,13 @@ def test_the_table_is_read_without_torch_or_codecarbon():
     code = ("import sys; from llmops.measure.carbon import intensity; intensity('DEU');"
             "sys.exit(bool({'torch', 'codecarbon', 'pandas'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_embodied_carbon_is_the_share_of_a_lifetime():
+    found = embodied_per_1k(1312.0, 4.0, 0.025)  # 25 s for 1,000 tokens, of 4 years
+    assert found.value == pytest.approx(1312e3 * 25 / (4 * 365.25 * 86400)) and found.provenance == "estimated"
+    assert embodied_per_1k(1.0, 4.0, None).value is None
+    per_token = Quantity(3.6, "J/token", "measured", "m")
+    group = carbon(Quantity(1.0, "J", "measured", "m"), per_token, intensity("FRA"), found)
+    alone = group["per_1k_tokens_g"]["value"]
+    assert group["sci_g_per_1k_tokens"]["value"] == pytest.approx(alone + found.value) and group["embodied_g"]["value"]

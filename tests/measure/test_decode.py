@@ -15,6 +15,7 @@ import torch
 from tests.measure.replay import Clock, ReplaySensor
 
 from llmops.errors import LlmopsError
+from llmops.measure.beside import beside
 from llmops.measure.decode import Measurement, measure, peak_memory
 from llmops.measure.meter import Meter
 from llmops.measure.options import MeasureOptions
@@ -22,7 +23,7 @@ from llmops.measure.sensors import NullSensor
 from llmops.measure.workload import Runner, make_prompts, prompts_sha256
 from llmops.quantity import Quantity
 
-OPTIONS = MeasureOptions(prompt_tokens=6, new_tokens=5, batch_sizes=[1, 3], repeats=5)
+OPTIONS = MeasureOptions(prompt_tokens=6, new_tokens=5, batch_sizes=[1, 3], repeats=5, idle_s=0)
 
 
 class Ids:
@@ -119,7 +120,7 @@ def test_without_a_sensor_there_is_speed_and_no_joule():
             assert quantity["value"] is None and quantity["provenance"] == "null"
     assert "no counter here" in energy["joules_per_token"]["method"]
     assert found.latency["1"]["decode_tokens_per_s"]["value"] > 0
-    assert found.warnings == []
+    assert not [line for line in found.warnings if not line.startswith("not alone")]
 
 
 def test_a_sensor_that_dies_midway_loses_the_energy_and_nothing_else():
@@ -215,10 +216,35 @@ def test_window_and_sensor_make_blocks_last():
     assert any(len(block.requests) > 1 and block.prefills > 1 for block in found.blocks)  # any: a busy machine stalls
     bill = Bill()
     model = bill.watch(llama(1), "variant", 1, 1)
-    slow = measure(model, None, Ids(), OPTIONS.model_copy(update={"repeats": 2, "batch_sizes": [1]}),
-                   bill.meter(period=0.02), seed=0)
+    few = OPTIONS.model_copy(update={"repeats": 2, "batch_sizes": [1]})
+    slow = measure(model, None, Ids(), few, bill.meter("estimated", period=0.02), seed=0)  # an estimate: three updates
     assert all(block.wall_s >= 0.06 and block.prefill_wall_s >= 0.06 for block in slow.blocks)
-    assert len(slow.warnings) == 1 and "measure.window_s to 2 or more" in slow.warnings[0]
+    assert any("measure.window_s to 2 or more" in line for line in slow.warnings)
+    counter = measure(model, None, Ids(), few, bill.meter(period=0.002), seed=0)  # a counter: a hundred
+    assert all(block.wall_s >= 0.2 and block.prefill_wall_s >= 0.2 for block in counter.blocks)
+    assert counter.workload["window_s"] == 0.2 and not any("window_s" in line for line in counter.warnings)
+
+
+def test_gpus_are_summed_and_each_is_shown():
+    bill = Bill()
+    model = bill.watch(llama(1), "variant", 0.5, 1.0)
+    meter = Meter(ReplaySensor(lambda: {"gpu0": bill.joules, "gpu1": 3 * bill.joules}))
+    found = measure(model, None, Ids(), OPTIONS, meter, seed=0).energy["1"]
+    assert found["joules_per_token"]["value"] == pytest.approx(4 * 1.4)
+    assert found["joules_per_token_gpu0"]["value"] == pytest.approx(1.4)
+    assert found["joules_per_token_gpu1"]["value"] == pytest.approx(3 * 1.4)
+
+
+def test_others_at_work_are_told_and_refused_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmops.measure.beside._folder", lambda: tmp_path)
+    few = OPTIONS.model_copy(update={"repeats": 2, "batch_sizes": [1]})
+    found, _ = run(repeats=2, batch_sizes=[1])
+    assert found.workload["beside"] == [] and found.workload["conditions"]["after"].keys() <= {"load_average_1m"}
+    with beside():
+        with_other, _ = run(repeats=2, batch_sizes=[1])
+        assert any("not alone on this machine: llmops process" in line for line in with_other.warnings)
+        with pytest.raises(LlmopsError, match="exclusive measuring was asked for"):
+            measure(llama(1), None, Ids(), few.model_copy(update={"exclusive": True}), Meter(NullSensor("no")), seed=0)
 
 
 def test_idle_power_is_taken_off(monkeypatch):

@@ -25,9 +25,10 @@ def test_none_is_null_with_a_reason():
 def test_auto_takes_the_first_that_works_and_keeps_the_reasons(monkeypatch):
     monkeypatch.setitem(sensors.SENSORS, "nvml", refuse("no card"))
     monkeypatch.setitem(sensors.SENSORS, "rapl", refuse("root only"))
+    monkeypatch.setitem(sensors.SENSORS, "zeus", refuse("no board"))
     sensor = probe(MeasureOptions(watts=40))
     assert (sensor.name, sensor.provenance) == ("declared", "estimated")
-    assert sensor.skipped == {"nvml": "no card", "rapl": "root only"}
+    assert sensor.skipped == {"nvml": "no card", "rapl": "root only", "zeus": "no board"}
 
 
 def test_a_named_sensor_is_never_replaced(monkeypatch):

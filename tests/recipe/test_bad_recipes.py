@@ -127,7 +127,7 @@ CASES = [
     ("choices of facts", {"data": data("facts: builtin:facts"),
                           "evaluate": "evaluate:\n  - multiple_choice: {data: §facts}"}, ["builtin:choices"]),
     # ----------------------------------------------------------------------------------------------------- measure
-    ("zone", {"model": "model: small\nmeasure: {zone: §France}"}, ['"France"', "three capital letters"]),
+    ("zone", {"model": "model: small\nmeasure: {zone: §France}"}, ['"France"', "capital letters, as FRA"]),
     ("batch sizes", {"model": "model: small\nmeasure: {batch_sizes: §[1, 0]}"}, ["at least 1", "[1, 0]"]),
     ("batch size text", {"model": "model: small\nmeasure: {batch_sizes: [§x]}"}, ['"x"', "whole number"]),
     ("repeats", {"model": "model: small\nmeasure: {repeats: §1}"}, ["given 1", "at least 2"]),

@@ -21,11 +21,12 @@ from typing import Any
 from llmops.errors import LlmopsError, nearest
 from llmops.quantity import Quantity, weakest
 
-__all__ = ["carbon", "grams", "intensity", "sci_per_1k", "zones"]
+__all__ = ["carbon", "embodied_per_1k", "grams", "intensity", "sci_per_1k", "zones"]
 
 JOULES_PER_KWH = 3.6e6
 INTENSITY_UNIT = "gCO2e/kWh"
 TOKENS = 1000
+YEAR_S = 365.25 * 86400
 NO_EMBODIED = "embodied carbon of the hardware (M of ISO/IEC 21031) is not known: none was given"
 
 
@@ -114,10 +115,24 @@ def _per_1k(joules_per_token: Quantity, grid: Quantity) -> Quantity:
     return grams(energy, grid)
 
 
-def carbon(building_j: Quantity, joules_per_token: Quantity, zone: str | None = None,
+def embodied_per_1k(kg: float, lifetime_years: float, seconds_per_token: float | None) -> Quantity:
+    """M of SCI for R = 1,000 output tokens, gCO2e: TE x TiR / EL, the hardware reserved whole (RR / ToR = 1).
+
+    kg: TE, embodied kgCO2e of the hardware; lifetime_years: EL; seconds_per_token: of wall time, at the measured batch.
+    """
+    if seconds_per_token is None:
+        return Quantity.null("gCO2e", "embodied carbon needs the time of a token, and none was measured")
+    value = 1000 * kg * (seconds_per_token * TOKENS) / (lifetime_years * YEAR_S)
+    return Quantity(value, "gCO2e", "estimated", f"declared {kg:g} kgCO2e over {lifetime_years:g} years x "
+                                                 f"{seconds_per_token * TOKENS:.4g} s for 1,000 tokens")
+
+
+def carbon(building_j: Quantity, joules_per_token: Quantity, grid: Quantity,
            embodied: Quantity | None = None) -> dict[str, Any]:
-    """The row's group "carbon": intensity, grams of building, grams and SCI per 1,000 output tokens, as dicts."""
-    grid = intensity(zone)
+    """The row's group "carbon": intensity, grams of building, grams and SCI per 1,000 output tokens, as dicts.
+
+    grid: `intensity(zone)`, or that of a file of hours; embodied: M per 1,000 output tokens.
+    """
     known = embodied or Quantity.null("gCO2e", NO_EMBODIED)
     return {"intensity": grid.as_dict(), "building_g": grams(building_j, grid).as_dict(),
             "per_1k_tokens_g": _per_1k(joules_per_token, grid).as_dict(), "embodied_g": known.as_dict(),

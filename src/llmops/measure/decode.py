@@ -8,7 +8,9 @@ floor of the machine (`aa_ratio`).
 
 A block is (1) prefills alone, metered, and (2) whole requests, metered: joules per output token and per request come
 straight from (2), prefill included; prefill from (1); decode is what remains of (2) after (1). Both repeat until they
-last `window_s`, and at least three updates of the sensor. A window is idle-subtracted where idle power was read.
+last `window_s`, and at least 100 updates of a hardware counter (three of an estimate). A window is idle-subtracted
+where idle power was read. The device's clocks, temperature and power limit are kept from before and after, and who
+else was at work there (`beside.py`).
 
 What the verdict says. `saving` is "shown" only if the whole interval of the energy ratio lies below 1, "not shown" if
 not, "unmeasured" where there is no energy to compare. It does not say how energy was known: the ratio's provenance
@@ -30,17 +32,20 @@ import torch
 from torch import Tensor
 
 from llmops.measure import memory
+from llmops.measure.beside import beside
+from llmops.measure.environment import conditions
 from llmops.measure.meter import Meter
 from llmops.measure.options import MeasureOptions
 from llmops.measure.summary import energy_group, latency_group
 from llmops.measure.workload import Runner, Timing, check_fits, make_prompts, prompts_sha256
 from llmops.quantity import Quantity
 
-__all__ = ["Block", "Measurement", "measure", "peak_memory"]
+__all__ = ["Block", "Measurement", "block", "measure", "peak_memory"]
 
 WARM_TOKENS = 16
-UPDATES_LEAST = 3  # of the sensor in every window; below that a reading is mostly rounding
-UPDATES_WANTED = 100  # below that a warning: one update more or less is over 1 %
+UPDATES_WANTED = 100  # of the sensor in every window: one more or less is 1 %
+UPDATES_LEAST = 3  # of an estimate, whose ticks are not its largest error; below 100 the row warns
+IDLE_S = 10.0  # idle power of a hardware counter, where the options don't say how long
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Block:
     prefills: int
     prefill_wall_s: float
     prefill_energy: Quantity
+    parts: dict[str, Quantity] = field(default_factory=dict)  # of `energy`, by GPU, CPU or memory
 
 
 @dataclass
@@ -73,21 +79,36 @@ def measure(variant: Any, base: Any | None, tokenizer: Any, options: MeasureOpti
             progress: Callable[[int, int], None] | None = None) -> Measurement:
     """Measure `variant` against `base` (both loaded, on the meter's device); base None: the variant against itself.
 
-    Raises LlmopsError when prompt and new tokens do not fit the context of either model. Neither model is changed.
+    Raises LlmopsError when prompt and new tokens do not fit the context of either model, or when somebody else measures
+    here and `exclusive` was asked for. Neither model is changed.
     `progress(done, total)` is called after every block.
     """
     arms = {"variant": variant, "base": variant if base is None else base}
     for name, model in arms.items():
         check_fits(model, options.prompt_tokens, options.new_tokens, f"the {name} model")
     prompts = make_prompts(list(arms.values()), tokenizer, max(options.batch_sizes), options.prompt_tokens, seed)
+    idle_s = options.idle_s if options.idle_s is not None else IDLE_S * (meter.sensor.provenance == "measured")
     result = Measurement(workload={
         "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens,
         "batch_sizes": list(options.batch_sizes), "repeats": options.repeats, "order_seed": seed,
-        "prompts_sha256": prompts_sha256(prompts), "window_s": options.window_s, "idle_s": options.idle_s,
+        "prompts_sha256": prompts_sha256(prompts), "window_s": _lasting(options, meter), "idle_s": idle_s,
         "decoding": "greedy, no stop token", "compared_with": "itself (A/A)" if base is None else "base"})
+    before = conditions(meter.device)
+    with beside(options.exclusive, before.get("gpus")) as others:
+        idle_before = _idle_watts(meter, idle_s)
+        _blocks(result, arms, prompts, options, meter, seed, progress)
+        idle = _mean_watts(idle_before, _idle_watts(meter, idle_s))
+    result.workload |= {"conditions": {"before": before, "after": conditions(meter.device)}, "beside": others.found}
+    result.warnings += [f"not alone on this machine: {line}" for line in others.found]
+    _summarize(result, options, meter, idle, against_itself=base is None)
+    return result
+
+
+def _blocks(result: Measurement, arms: dict[str, Any], prompts: Tensor, options: MeasureOptions, meter: Meter,
+            seed: int, progress: Callable[[int, int], None] | None) -> None:
+    """Warm up, then the interleaved blocks of every batch size, into `result`."""
     order = random.Random(seed)
     done, whole = 0, 2 * options.repeats * len(options.batch_sizes)
-    idle_before = _idle_watts(meter, options.idle_s)
     with _evaluating(arms.values()), torch.inference_mode():
         runners = {name: Runner(model, options.new_tokens) for name, model in arms.items()}
         for batch in options.batch_sizes:
@@ -96,13 +117,10 @@ def measure(variant: Any, base: Any | None, tokenizer: Any, options: MeasureOpti
             for repeat in range(options.repeats):
                 for name in order.sample(["base", "variant"], 2):
                     prompt = prompts[:batch].to(runners[name].device)
-                    result.blocks.append(_block(runners[name], prompt, options, meter, name, repeat))
+                    result.blocks.append(block(runners[name], prompt, options, meter, name, repeat))
                     done += 1
                     if progress is not None:
                         progress(done, whole)
-    idle = _mean_watts(idle_before, _idle_watts(meter, options.idle_s))
-    _summarize(result, options, meter, idle, against_itself=base is None)
-    return result
 
 
 def peak_memory(model: Any, tokenizer: Any, options: MeasureOptions, seed: int) -> Quantity:
@@ -130,8 +148,15 @@ def _evaluating(models: Any) -> Iterator[None]:
             model.train(training)
 
 
-def _block(runner: Runner, prompt: Tensor, options: MeasureOptions, meter: Meter, arm: str, repeat: int) -> Block:
-    lasting = max(options.window_s, UPDATES_LEAST * (meter.sensor.update_period_s or 0.0))
+def _lasting(options: MeasureOptions, meter: Meter) -> float:
+    """Seconds that a window lasts at least."""
+    updates = UPDATES_WANTED if meter.sensor.provenance == "measured" else UPDATES_LEAST
+    return max(options.window_s, updates * (meter.sensor.update_period_s or 0.0))
+
+
+def block(runner: Any, prompt: Tensor, options: MeasureOptions, meter: Meter, arm: str, repeat: int) -> Block:
+    """One arm's turn. runner: a `workload.Runner`, or what has its `prefill`, `sync` and `request`."""
+    lasting = _lasting(options, meter)
     batch = int(prompt.shape[0])
     prefills = 0
     with meter.window(f"{arm} prefill {batch}") as before:
@@ -146,7 +171,8 @@ def _block(runner: Runner, prompt: Tensor, options: MeasureOptions, meter: Meter
         until = time.perf_counter() + lasting
         while not requests or time.perf_counter() < until:
             requests.append(runner.request(prompt, options.new_tokens))
-    return Block(arm, batch, repeat, requests, window.wall_s, window.energy, prefills, before.wall_s, before.energy)
+    return Block(arm, batch, repeat, requests, window.wall_s, window.energy, prefills, before.wall_s, before.energy,
+                 window.parts)
 
 
 def _idle_watts(meter: Meter, seconds: float) -> Quantity:

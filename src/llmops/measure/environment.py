@@ -13,7 +13,7 @@ from typing import Any
 
 from llmops.measure.sensors import Sensor
 
-__all__ = ["cpu_model", "environment", "gpus"]
+__all__ = ["conditions", "cpu_model", "environment", "gpus"]
 
 PACKAGES = ("llmops", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "compressed-tensors",
             "triton", "codecarbon", "nvidia-ml-py", "numpy")
@@ -75,6 +75,14 @@ def gpus() -> dict[str, Any]:
         group["driver"] = None
         group["driver_unknown"] = f"{type(error).__name__}: {error}"
     return group
+
+
+def conditions(device: Any = "cpu") -> dict[str, Any]:
+    """What drifts while something is measured: load, and each GPU's clock, temperature, limit and other processes."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, AttributeError):
+        found["load_average_1m"] = round(os.getloadavg()[0], 2)
+    return found | ({"gpus": gpus()["gpus"]} if str(device).startswith("cuda") else {})
 
 
 def environment(device: Any = "cpu", sensor: Sensor | None = None) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from llmops.options import Options
 
-__all__ = ["MeasureOptions"]
+__all__ = ["Budget", "MeasureOptions"]
+
+ZONE = "^[A-Z]{2,3}(-[A-Z0-9]+)*$"
 
 
 class MeasureOptions(Options):
@@ -18,12 +20,23 @@ class MeasureOptions(Options):
     new_tokens: int = Field(128, ge=2)
     batch_sizes: list[int] = Field([1, 8], min_length=1)
     repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant")
-    window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long")
-    sensor: Literal["auto", "nvml", "rapl", "codecarbon", "declared", "none"] = Field(
-        "auto", description="auto: NVML counter, RAPL, declared watts where given, then CodeCarbon's estimate")
+    window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long; at least "
+                                                   "100 updates of a hardware counter, whatever is given")
+    sensor: Literal["auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none"] = Field(
+        "auto", description="auto: NVML counter, RAPL, Zeus (AMD, Apple, Jetson), declared watts where given, then "
+                            "CodeCarbon's estimate")
     watts: float | None = Field(None, gt=0, description="declared power of the machine, for sensor: declared or auto")
-    zone: str | None = Field(None, pattern="^[A-Z]{3}$", description="ISO 3166 alpha-3 code of the grid, as FRA")
-    idle_s: float = Field(0.0, ge=0, description="seconds of idle power read before and after")
+    zone: str | None = Field(None, pattern=ZONE, description="the grid: ISO 3166 alpha-3 code, as FRA; with "
+                                                             "`intensity`, a zone of that file")
+    intensity: str | None = Field(None, min_length=1, description="CSV of utc,zone,g_per_kwh (beside the recipe, or "
+                                                                  "absolute); default: annual averages by country")
+    embodied_kg: float | None = Field(None, gt=0, description="kgCO2e of making the hardware that runs the model, for "
+                                                              "SCI")
+    lifetime_years: float = Field(4.0, gt=0, description="years over which embodied_kg is spread")
+    exclusive: bool = Field(False, description="refuse to measure while another llmops measures on this machine, or "
+                                               "others use the GPU. Changes no score")
+    idle_s: float | None = Field(None, ge=0, description="seconds of idle power read before and after; default: 10 "
+                                                         "with a hardware counter, else none")
 
     @field_validator("batch_sizes")
     @classmethod
@@ -38,4 +51,18 @@ class MeasureOptions(Options):
             raise ValueError("sensor: declared needs watts, the power that the machine draws, as watts: 65")
         if self.watts is not None and self.sensor not in ("declared", "auto"):
             raise ValueError(f"watts are used by sensor: declared (or auto) only, not by sensor: {self.sensor}")
+        return self
+
+
+class Budget(Options):
+    """What a run may spend over all its tries: refused when the plan is known to need more, stopped when reached."""
+
+    energy_kwh: float | None = Field(None, gt=0, description="kWh of building, scoring and measuring")
+    carbon_g: float | None = Field(None, gt=0, description="the same in gCO2e (operational); needs measure.zone or "
+                                                           "measure.intensity")
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if self.energy_kwh is None and self.carbon_g is None:
+            raise ValueError("a budget needs energy_kwh or carbon_g, as budget: {energy_kwh: 0.5}")
         return self

@@ -8,11 +8,11 @@ What a sensor is worth is said by its `provenance`: `measured` (a hardware count
 or power that was sampled and integrated). What it covers is said by `method`, which ends up beside every figure. A
 machine without a sensor has a `NullSensor`: it has a reason, and no figure, least of all 0.
 
-The order of `auto` is NVML's counter (only where the model runs on CUDA), RAPL (only where it runs on the CPU), then
-estimates: declared watts where the user declared them, else CodeCarbon's offline model. A sensor that was asked for by
-name is never replaced by another one.
+The order of `auto` is NVML's counter (only where the model runs on CUDA), RAPL (only where it runs on the CPU), Zeus
+for AMD, Apple and Jetson where it is installed, then estimates: declared watts where the user declared them, else
+CodeCarbon's offline model. A sensor that was asked for by name is never replaced by another one.
 
-Left out: the sum of NVML and RAPL in one figure, AMD and Apple counters, wall-plug meters.
+Left out: the sum of NVML and RAPL in one figure, wall-plug meters.
 """
 
 from __future__ import annotations
@@ -160,6 +160,12 @@ def _codecarbon(options: MeasureOptions, device: str) -> Sensor:
     return open_codecarbon()
 
 
+def _zeus(options: MeasureOptions, device: str) -> Sensor:
+    from llmops.measure.zeus_sensor import open_zeus
+
+    return open_zeus()
+
+
 def _declared(options: MeasureOptions, device: str) -> Sensor:
     if options.watts is None:
         raise NotUsable("no watts were declared")
@@ -167,8 +173,20 @@ def _declared(options: MeasureOptions, device: str) -> Sensor:
 
 
 SENSORS: dict[str, Callable[[MeasureOptions, str], Sensor]] = {
-    "nvml": _nvml, "rapl": _rapl, "declared": _declared, "codecarbon": _codecarbon,
+    "nvml": _nvml, "rapl": _rapl, "zeus": _zeus, "declared": _declared, "codecarbon": _codecarbon,
 }  # in the order that `auto` tries them
+
+
+def _probed(sensor: Sensor) -> Sensor:
+    """The sensor with the update period that this machine's hardware counter shows, where one can be found."""
+    if sensor.provenance == "measured":
+        from llmops.measure.probing import update_period
+
+        found = update_period(sensor)
+        if found is not None:
+            sensor.update_period_s = found
+            sensor.method += f"; changes every {found * 1000:.3g} ms (probed)"
+    return sensor
 
 
 def probe(options: MeasureOptions, device: Any = "cpu") -> Sensor:
@@ -192,7 +210,7 @@ def probe(options: MeasureOptions, device: Any = "cpu") -> Sensor:
             skipped[name] = f"{type(error).__name__}: {error}"
         else:
             sensor.skipped = skipped
-            return sensor
+            return _probed(sensor)
     null = NullSensor("no usable energy sensor: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
     null.skipped = skipped
     return null

@@ -126,6 +126,18 @@ def _net(blocks: Sequence[Block], tokens: Tokens, idle: Quantity) -> Quantity:
                    f"joules per output token without idle power; {blocks[0].energy.method}")
 
 
+def _of_part(blocks: Sequence[Block], tokens: Tokens, part: str) -> Quantity:
+    found = [block.parts.get(part) for block in blocks]
+    known = [window for window in found if window is not None and window.value is not None]
+    if len(known) < len(blocks):
+        lost = next((window.method for window in found if window is not None and window.value is None), "not read")
+        return Quantity.null("J/token", f"{part}: {len(blocks) - len(known)} of {len(blocks)} windows have no energy: "
+                                        f"{lost}")
+    values = [(window.value or 0.0) / (len(block.requests) * block.batch * tokens[1])
+              for window, block in zip(known, blocks, strict=True)]
+    return _middle(values, "J/token", weakest(window.provenance for window in known), known[0].method)
+
+
 def _verdict(ratio: Quantity) -> str:
     if ratio.value is None or ratio.ci95 is None:
         return "unmeasured"
@@ -151,6 +163,9 @@ def energy_group(mine: Sequence[Block], other: Sequence[Block], tokens: Tokens, 
     }
     if against_itself:
         group["aa_ratio"] = ratio
+    parts = sorted({part for block in mine for part in block.parts})
+    if len(parts) > 1:  # every GPU for itself, beside their sum
+        group |= {f"joules_per_token_{part}": _of_part(mine, tokens, part) for part in parts}
     body: dict[str, Any] = {name: quantity.as_dict() for name, quantity in group.items()}
     # A base saves nothing by definition: where its energy is known the answer is "not shown", whatever the noise says.
     body["saving"] = ("unmeasured" if ratio.value is None else "not shown") if against_itself else _verdict(ratio)

@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 
 from llmops.data.options import DataSource
 from llmops.evaluate.options import EVALUATIONS
-from llmops.measure.options import MeasureOptions
+from llmops.measure.options import Budget, MeasureOptions
 from llmops.recipe.schema import BOUNDS, COSTS, NAME, RESERVED, STEPS, TRACKERS, Goal, ModelSource, Runtime, Tracking
 
 __all__ = ["json_schema"]
@@ -30,7 +30,7 @@ _STEP_WORDS = {"finetune": "train on data", "prune": "remove weights or layers",
 def json_schema() -> dict[str, Any]:
     """The schema, as plain values (JSON Schema draft 7, which editors understand)."""
     models = [model for methods in STEPS.values() for model in methods.values()]
-    models += [*EVALUATIONS.values(), DataSource, MeasureOptions, ModelSource, Runtime, Goal, Tracking]
+    models += [*EVALUATIONS.values(), DataSource, MeasureOptions, ModelSource, Runtime, Goal, Tracking, Budget]
     _, whole = models_json_schema([(model, "validation") for model in models], by_alias=True)
     defs: dict[str, Any] = whole["$defs"]
     for kind, methods in STEPS.items():
@@ -111,6 +111,7 @@ def _top() -> dict[str, Any]:
         "report_to": {"anyOf": [{"type": "array", "items": {"enum": list(TRACKERS)}}, {"type": "null"}],
                       "description": "trackers that are told every step of every training"},
         "tracking": {"anyOf": [_ref(Tracking), {"type": "null"}]},
+        "budget": {"anyOf": [_ref(Budget), {"type": "null"}]},
         "goals": {"anyOf": [{"type": "object", "properties": goals, "additionalProperties": _ref(Goal)},
                             {"type": "null"}],
                   "description": "bounds on scores and costs; which variant wins"}}

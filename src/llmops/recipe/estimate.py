@@ -23,7 +23,8 @@ size, V the vocabulary, L the layers kept.
     activations     34 s b h bytes a layer (Korthikanti et al. 2022, without the attention matrix, which fused
                     attention does not keep) x 2 for fp32, + 12 s b V for the logits, their softmax and gradient,
                     of which no more than a chunk is held at once (a distillation holds all of them)
-    tokens          rows x epochs x max_length (an upper bound: rows are padded to their batch's longest, or cut)
+    tokens          rows x epochs, or steps x batch, x max_length (an upper bound: rows are padded to their batch's
+                    longest, or cut)
 """
 
 from __future__ import annotations
@@ -280,14 +281,13 @@ def _tokens(recipe: Recipe, variant: Variant | None, dims: Dims | None) -> Quant
     length *= _sides(options)
     counts = [row_count(name, recipe.data, recipe.base_dir) for name in options.mixed]
     known, unknown = [rows for rows, _ in counts if rows is not None], [why for rows, why in counts if rows is None]
-    bounds = []
-    if not unknown:
-        bounds.append(sum(known) * options.epochs * length)
-    if options.max_steps is not None:
-        bounds.append(options.max_steps * options.accumulate * (options.batch_tokens or options.batch_size * length))
-    if not bounds:
+    if options.max_steps is not None:  # whatever the epochs
+        steps = options.max_steps * options.accumulate * (options.batch_tokens or options.batch_size * length)
+        return Quantity(float(steps), "tokens", "estimated", "steps x batch x max_length, at most")
+    if unknown:
         return Quantity.null("tokens", unknown[0])
-    return Quantity(float(round(min(bounds))), "tokens", "estimated", "rows x epochs x max_length, at most")
+    return Quantity(float(round(sum(known) * options.epochs * length)), "tokens", "estimated",
+                    "rows x epochs x max_length, at most")
 
 
 def row_count(name: str, sources: Mapping[str, DataSource], base_dir: Path) -> tuple[int | None, str]:

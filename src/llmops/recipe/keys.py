@@ -129,7 +129,7 @@ def score_key(recipe: Recipe, key: str, prints: Mapping[str, str]) -> str:
         entries.append([entry.metric, options, read])
     parts: dict[str, Any] = {
         "key": key, "evaluate": entries, "runtime": recipe.runtime.model_dump(mode="json", exclude={"checkpoint_s"}),
-        "measure": recipe.measure.model_dump(mode="json") if recipe.measure is not None else None,
+        "measure": recipe.measure.model_dump(mode="json", exclude={"exclusive"}) if recipe.measure else None,
         "seed": recipe.seed, "version": EVAL_VERSION,
         "harness": package_version("lm-eval") if any(entry.metric == "harness" for entry in recipe.evaluate) else None}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -21,6 +21,7 @@ from llmops.models.builtin import BUILTIN
 from llmops.options import Options
 from llmops.recipe import checks, data_checks
 from llmops.recipe.blocks import mapping, read, unknown_keys
+from llmops.recipe.budget_checks import check_grid, read_budget
 from llmops.recipe.model import Dims, folder_of, looks_like_hub_id, read_dims
 from llmops.recipe.names import check_name, refer
 from llmops.recipe.schema import (
@@ -45,7 +46,7 @@ from llmops.recipe.tree import apply_sets, build_order, expand_matrices
 __all__ = ["load_recipe", "parse_recipe"]
 
 _KEYS = ("version", "name", "seed", "model", "runtime", "data", "evaluate", "measure", "variants", "goals",
-         "report_to", "tracking")
+         "report_to", "tracking", "budget")
 _VARIANT_KEYS = ("from", *STEPS, "matrix", "score")
 _MOST_SEED = 2**32 - 1
 _MOST_VARIANTS = 500
@@ -142,6 +143,8 @@ def _assemble(document: Document, parts: _Parts) -> dict[str, Any] | None:
         measure = read(problems, ("measure",), top["measure"], MeasureOptions, "measure")
         if measure is not None:
             data_checks.check_measure(problems, measure, parts.dims)
+            check_grid(problems, measure, parts.base_dir)
+    budget = read_budget(problems, top.get("budget"), measure)
     _read_variants(document, parts)
     report_to = _report_to(problems, top.get("report_to"))
     tracking = read(problems, ("tracking",), top.get("tracking") or {}, Tracking, "tracking")
@@ -153,7 +156,7 @@ def _assemble(document: Document, parts: _Parts) -> dict[str, Any] | None:
     order = build_order({each: variant.parents() for each, variant in parts.variants.items()})
     return {"version": 1, "name": name, "seed": seed, "model": model, "runtime": runtime, "data": parts.data,
             "evaluate": list(parts.evaluate.values()), "measure": measure, "goals": goals,
-            "report_to": report_to, "tracking": tracking,
+            "report_to": report_to, "tracking": tracking, "budget": budget,
             "variants": {each: parts.variants[each] for each in order}}
 
 

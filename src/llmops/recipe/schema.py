@@ -15,7 +15,7 @@ from pydantic import Field
 
 from llmops.data.options import DataSource
 from llmops.evaluate.options import Evaluation
-from llmops.measure.options import MeasureOptions
+from llmops.measure.options import Budget, MeasureOptions
 from llmops.options import Models, Options
 
 __all__ = ["BASE", "BOUNDS", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe",
@@ -183,6 +183,7 @@ class Recipe:
     file: str = "<recipe>"
     report_to: tuple[str, ...] = ()  # of TRACKERS
     tracking: Tracking = field(default_factory=Tracking)
+    budget: Budget | None = None
 
     def chain(self, name: str) -> list[Variant]:
         """The steps from base to `name`, first to last; empty for base."""

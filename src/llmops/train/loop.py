@@ -30,7 +30,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from llmops.errors import StepError
+from llmops.errors import BudgetReached, StepError
 from llmops.models.packed_rows import use_packed_attention
 from llmops.models.token_loss import next_token_loss
 from llmops.train.checkpoint import Checkpoints, Saved
@@ -147,7 +147,12 @@ class _Loop:
             self.done.steps = step
             self.done.loss.append((step, value))
             stop = self._look(step)
-            self._tell(step, value, norm)
+            try:
+                self._tell(step, value, norm)
+            except BudgetReached:  # what was paid for is kept
+                if self.checkpoints is not None and self.rank == 0:
+                    self._save(step, stop)
+                raise
             last = stop or step == len(self.steps)
             if self.checkpoints is not None and self.rank == 0 and (last or self.checkpoints.due(step)):
                 self._save(step, stop)
