@@ -357,3 +357,14 @@ def test_a_walk_without_data_prepares_blocks_that_cannot_be_run() -> None:
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(StepError, match=r"layers\.1\.mlp\.up_proj: the weight holds NaN"):
         gather(broken, None, "none", prepare=lambda block: None)
+
+
+def test_a_quantized_model_is_refused_as_that() -> None:
+    from llmops.methods.quantize import rtn
+    from llmops.models.quantized import pack
+
+    model, _ = twin("llama", torch.float32)
+    weights = {name: rtn(layer.weight, bits=4, group_size=32) for name, layer in model.named_modules()
+               if isinstance(layer, nn.Linear) and name != "lm_head"}
+    with pytest.raises(LlmopsError, match="LlamaForCausalLM: they are quantized already"):
+        walk(pack(model, weights), None, "none", lambda *_: None)

@@ -278,8 +278,7 @@ def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequenc
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside = [name for name in named if name.startswith(path + ".")]
     if not inside:
-        raise LlmopsError(f"no plain linear layer in the decoder blocks of {type(model).__name__}; a model that is "
-                          f"already quantized cannot be compressed again")
+        raise LlmopsError(_no_layers(model, blocks))
     todo = {}
     for name in [*inside, *(["lm_head"] if head is None else [n for n, m in named.items() if m is head])]:
         is_head = name not in inside
@@ -290,6 +289,17 @@ def _targets(model: nn.Module, path: str, blocks: nn.ModuleList, ignore: Sequenc
                               f"expected ignore to list lm_head")
         todo[name] = named[name]
     return todo
+
+
+def _no_layers(model: nn.Module, blocks: nn.ModuleList) -> str:
+    """Why there is nothing to walk: layers that are quantized already, or of a class that is not known."""
+    told = f"no plain linear layer in the decoder blocks of {type(model).__name__}: "
+    if any(hasattr(module, "packed_tensors") for module in blocks.modules()):
+        return told + "they are quantized already; expected the model that they were made of"
+    found = sorted({type(module).__name__ for module in blocks.modules()
+                    if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))})
+    return told + (f"their weights are in {', '.join(found) or 'no module'}, and only torch.nn.Linear is known; "
+                   "expected an architecture with plain linear layers (of others, prune: depth can drop layers)")
 
 
 def _is_tied(model: nn.Module, head: nn.Linear) -> bool:

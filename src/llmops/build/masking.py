@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,8 @@ from llmops.errors import LlmopsError
 from llmops.methods.prune.magnitude import global_threshold, magnitude_mask
 from llmops.methods.prune.options import Magnitude, Masks, Sparsegpt, Wanda
 from llmops.methods.prune.patterns import MOST_SILENCED, silenced_rows
-from llmops.methods.prune.sparsegpt import Factor, Pruned, sparsegpt
+from llmops.methods.prune.sparsegpt import Factor, Pruned, factorize, sparsegpt
 from llmops.methods.prune.wanda import wanda_mask
-from llmops.methods.quantize.gptq import inverse_factor
 from llmops.models import parity
 from llmops.models.experts import Routing, fuse_experts
 from llmops.models.save import save_dense
@@ -96,22 +94,21 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ratios = block_ratios(job, options, tokens)
     solved: dict[str, Pruned] = {}
-    known: list[Any] = [None, None]  # the Hessian of the layer before, and its factor: q, k and v have the same
 
-    def update(name: str, layer: nn.Linear, H: Tensor | None) -> Tensor:
+    def update(name: str, layer: nn.Linear, H: Factor | None) -> Tensor:
         share = ratios(name)
         if H is None:
             return _Zeroing()(name, layer.weight, magnitude_mask(layer.weight, share, options.pattern))
-        if known[0] is not H:
-            known[:] = [H, inverse_factor(H, options.damping)]
-        factor: Factor = known[1]
-        weight, solved[name] = sparsegpt(layer.weight, H, share, options.pattern, damping=options.damping,
-                                         block=options.block, factor=factor)
+        weight, solved[name] = sparsegpt(layer.weight, H, share, options.pattern, block=options.block)
         return weight
+
+    def once(H: Tensor) -> Factor:
+        """Layers that share an input (q, k and v; gate and up) share its factorisation."""
+        return factorize(H, options.pattern, damping=options.damping, order=options.order, overwrite=True)
 
     compute = torch.float32 if job.model.device.type == "cpu" else None
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=options.sequential,
-                   compute=compute, progress=bar(job), routing=routing)
+                   compute=compute, once=once, progress=bar(job), routing=routing)
     events = [calibrated(tokens), *ratios.events, *_troubles(solved), *routing.events(BY_SIZE)]
     return _pruned(job, options, events, tokens, ratios)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmops.errors import LlmopsError, StepError
-from llmops.methods.prune.sparsegpt import sparsegpt
+from llmops.methods.prune.sparsegpt import factorize, sparsegpt
 from llmops.methods.prune.wanda import wanda_mask
 
 
@@ -27,7 +29,7 @@ def lowest(scores: list[float], count: int) -> set[int]:
 
 def brute_force(W: torch.Tensor, H: torch.Tensor, sparsity: float, damping: float, block: int,
                 every: int = 0, zeros: int = 0) -> torch.Tensor:
-    """OBS: the inverse of what is left of H is computed anew for every column, in float64."""
+    """OBS, columns from left to right: the inverse of what is left of H is computed anew for every one, in float64."""
     W, n = W.clone(), W.shape[1]
     H = H + damping * H.diagonal().mean() * torch.eye(n, dtype=H.dtype)
     costs = torch.stack([torch.linalg.inv(H[j:, j:])[0, 0] for j in range(n)])
@@ -51,26 +53,58 @@ def brute_force(W: torch.Tensor, H: torch.Tensor, sparsity: float, damping: floa
     return W
 
 
+def by_importance(W: torch.Tensor, H: torch.Tensor, every: int, solve: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """What `solve` makes of columns in groups of `every`, the group with the largest inputs first."""
+    means = [float(H.diagonal()[at:at + every].mean()) for at in range(0, len(H), every)]
+    places = [at * every + i for at in sorted(range(len(means)), key=lambda at: -means[at]) for i in range(every)]
+    assert places != sorted(places)
+    found = torch.empty_like(W)
+    found[:, places] = solve(W[:, places], H[places][:, places])
+    return found
+
+
 @pytest.mark.parametrize(("sparsity", "block"), [(0.5, 8), (0.3, 32), (0.7, 24)])
 def test_unstructured_is_obs_column_by_column(sparsity: float, block: int) -> None:
     W, H = made()
-    expected = brute_force(W, H, sparsity, 0.01, block)
+    expected = brute_force(W, H, sparsity, 0.05, block)
     found, report = sparsegpt(W, H, sparsity, block=block)
+    sorted_ = by_importance(W, H, 1, partial(brute_force, sparsity=sparsity, damping=0.05, block=block))
+    assert torch.equal(sparsegpt(W, H, sparsity, block=block, order="activation")[0] != 0, sorted_ != 0)
     assert torch.equal(found != 0, expected != 0) and torch.equal(report.mask, expected != 0)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
     change = found.double() - W
-    damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+    damped = H + 0.05 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
     assert report.loss == pytest.approx(float(0.5 * (change @ damped @ change.T).trace()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("pattern", "zeros", "every"), [("2:4", 2, 4), ("4:8", 4, 8), ("1:4", 1, 4)])
 def test_patterns_are_obs_within_each_group_of_a_row(pattern: str, zeros: int, every: int) -> None:
     W, H = made(columns=40)
-    expected = brute_force(W, H, zeros / every, 0.01, 0, every, zeros)
-    found, _ = sparsegpt(W, H, zeros / every, pattern, block=16)
-    assert torch.equal(found != 0, expected != 0)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
-    assert ((found.view(-1, every) == 0).sum(1) == zeros).all()
+    solve = partial(brute_force, sparsity=zeros / every, damping=0.05, block=0, every=every, zeros=zeros)
+    for order, expected in (("none", solve(W, H)), ("activation", by_importance(W, H, every, solve))):
+        found, _ = sparsegpt(W, H, zeros / every, pattern, block=16, order=order)
+        assert torch.equal(found != 0, expected != 0), order
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+        assert ((found.view(-1, every) == 0).sum(1) == zeros).all()
+
+
+def test_layers_that_share_a_factor_get_what_they_get_alone_and_it_is_for_one_pattern() -> None:
+    W, H = made(8, 64, seed=7)
+    factor = factorize(H.float(), "2:4")
+    for each in (W, 2 * W.flip(0)):
+        shared, report = sparsegpt(each, factor, 0.5, "2:4")
+        alone, other = sparsegpt(each, H.float(), 0.5, "2:4")
+        assert torch.equal(shared, alone) and report.loss == other.loss and report.damping == 0.05
+    with pytest.raises(LlmopsError, match="factorised for pattern 2:4; expected 4:8"):
+        sparsegpt(W, factor, 0.5, "4:8")
+    with pytest.raises(LlmopsError, match='order "group"'):
+        factorize(H, order="group")
+
+
+def test_the_largest_inputs_first_lose_less_where_inputs_differ() -> None:
+    lost = {order: sum(sparsegpt(*made(32, 64, seed=seed), 0.5, "2:4", order=order)[1].loss for seed in range(8))
+            for order in ("auto", "none")}
+    assert lost["auto"] < 0.75 * lost["none"]
 
 
 def test_what_the_layer_gives_is_nearer_than_with_wandas_mask_and_with_its_own_mask_alone() -> None:
@@ -79,7 +113,7 @@ def test_what_the_layer_gives_is_nearer_than_with_wandas_mask_and_with_its_own_m
     def lost(new: torch.Tensor) -> float:
         return float(((new.double() - W) @ H @ (new.double() - W).T).trace())
 
-    found, report = sparsegpt(W, H, 0.5)
+    found, report = sparsegpt(W, H, 0.5, damping=0.01)  # these inputs are all there are
     wanda = W * wanda_mask(W, H.diagonal().sqrt(), 0.5)
     assert lost(found) < 0.75 * lost(wanda) and lost(found) < 0.75 * lost(W * report.mask)
     assert report.mask.float().mean() == 0.5

@@ -12,16 +12,30 @@ fixed order of columns for all rows at once, so that one factorisation serves ev
     paper   here            paper        here
     W       W, w_t          Bs           block
     B       block           lambda       damping * mean(diag H)
+    E       E / diag U
+
+The rows of U are divided by their diagonal once: what is taken off a column is then the column itself where it is
+zeroed, and one update of rank one zeroes it and corrects those after it. What H alone decides (`Factor`) is made once
+for all layers that share an input.
 
 Unstructured: at the start of each block of 128 columns the lowest scores of all its rows together are dropped, so rows
 may lose more or less than others. N:M: at the start of each group of M columns, within each row. Both choose from
 weights that hold every update so far. Updates are lazy on two levels: within a step of at most 32 columns one at a
 time, to the rest of the block as one matrix product a step, to the rest of W as one a block.
 
-Deliberate differences: exactly `round(sparsity * entries)` of every block are dropped, whatever the ties; U comes from
-one Cholesky factorisation (`quantize.gptq.inverse_factor`); damping that is too small for it is multiplied by 10, up to
-1, and reported, never replaced by plain magnitude; a column whose input was always zero costs nothing and goes first;
-zeros of a pruned parent stay zero, and the others make up for them.
+Deliberate differences:
+
+- with order "activation" the groups of M columns that a pattern compares (single columns where there is none) are
+  taken by falling mean of diag(H), not from left to right: those whose errors cost most come while many others can
+  still make up for them. "auto" is that for patterns, and left to right without one, where columns of one size in a
+  block would all have to lose the same share.
+- damping is 0.05 of the mean diagonal, five times the paper's, as for GPTQ and for its reason: H comes from a few
+  thousand tokens (LOG.md).
+- exactly `round(sparsity * entries)` of every block are dropped, whatever the ties.
+- U comes from one Cholesky factorisation (`quantize.gptq.inverse_factor`); damping that is too small for it is
+  multiplied by 10, up to 1, and reported, never replaced by plain magnitude.
+- a column whose input was always zero costs nothing and goes first.
+- zeros of a pruned parent stay zero, and the others make up for them.
 """
 
 from __future__ import annotations
@@ -31,13 +45,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmops.errors import LlmopsError
+from llmops.errors import LlmopsError, unknown
 from llmops.methods.prune.patterns import check_sparsity, drop_lowest, silenced_rows
 from llmops.methods.quantize.gptq import inverse_factor
 
-__all__ = ["Factor", "Pruned", "sparsegpt"]
+__all__ = ["ORDERS", "Factor", "Pruned", "factorize", "sparsegpt"]
 
-Factor = tuple[Tensor, float, tuple[float, ...]]  # as `inverse_factor` gives it
+ORDERS = ("auto", "activation", "none")
 _STEP = 32  # columns updated one by one
 
 
@@ -55,42 +69,83 @@ class Pruned:
     silenced: int
 
 
+@dataclass(frozen=True)
+class Factor:
+    """All that the solver needs of H (in, in). U: unit upper triangular, its row j divided by U_jj, in the order `perm`
+    of the columns, None for their own; diagonal: (in,) U_jj; live: (in,) False for inputs that were always zero, in the
+    same order; pattern: what `perm` was made for; damping, failed: as in `Pruned`."""
+
+    U: Tensor
+    diagonal: Tensor
+    live: Tensor
+    perm: Tensor | None
+    pattern: str
+    damping: float
+    failed: tuple[float, ...]
+
+
+def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05, order: str = "auto",
+              overwrite: bool = False) -> Factor:
+    """What `sparsegpt` makes of H first. overwrite: H is lost, its memory serves. Cost: in^3. Raises as `sparsegpt`."""
+    if order not in ORDERS:
+        raise LlmopsError(unknown("order", order, ORDERS))
+    if not bool(torch.isfinite(H).all()):
+        raise LlmopsError("the Hessian holds NaN or infinity; expected finite calibration activations")
+    importance = H.diagonal().float().clone()
+    live, perm = importance > 0, None
+    if order == "activation" or (order == "auto" and pattern != "unstructured"):
+        every = _every(pattern)
+        if len(H) % every:
+            raise LlmopsError(f"{len(H)} input features; expected a multiple of {every} for pattern {pattern}")
+        groups = torch.argsort(importance.view(-1, every).mean(1), descending=True, stable=True)
+        perm = (groups.unsqueeze(1) * every + torch.arange(every, device=H.device)).flatten()
+        live = live[perm]
+    U, used, failed = inverse_factor(H, damping, perm, overwrite=overwrite)
+    diagonal = U.diagonal().clone()
+    return Factor(U.div_(diagonal.unsqueeze(1)), diagonal, live, perm, pattern, used, failed)
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def sparsegpt(W: Tensor, H: Tensor, sparsity: float, pattern: str = "unstructured", *, damping: float = 0.01,
-              block: int = 128, factor: Factor | None = None) -> tuple[Tensor, Pruned]:
+def sparsegpt(W: Tensor, H: Tensor | Factor, sparsity: float, pattern: str = "unstructured", *,
+              damping: float = 0.05, block: int = 128, order: str = "auto") -> tuple[Tensor, Pruned]:
     """(the pruned weight, float32, (out, in); what happened).
 
-    W: (out, in); H: (in, in), 2/N X X^T, any constant factor does; damping: added to its diagonal, as a fraction of
-    the mean of it; block: columns that share a threshold; factor: `inverse_factor(H, damping)` where it is known, for
-    layers with the same inputs. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as
+    W: (out, in); H: (in, in), 2/N X X^T, any constant factor does, or its `factorize` for this pattern, which has then
+    decided damping and order; damping: added to its diagonal, as a fraction of the mean of it; block: columns that
+    share a threshold; order: one of ORDERS. Cost: in^3 + out in^2 multiplications. Raises LlmopsError as
     `check_sparsity` and `silenced_rows` do, or when H does not fit W or holds NaN; StepError when H cannot be
     factorised with damping up to 1.
     """
     shape = check_sparsity(sparsity, pattern, W.shape[1])
-    if H.shape != (W.shape[1], W.shape[1]):
-        raise LlmopsError(f"H is {tuple(H.shape)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
-    if not bool(torch.isfinite(H).all()) or not bool(torch.isfinite(W).all()):
-        raise LlmopsError("the Hessian or the weight holds NaN or infinity; expected finite calibration activations")
-    U, used, failed = inverse_factor(H, damping) if factor is None else factor
-    live = (H.diagonal() > 0).to(W.device)
+    inputs = len(H.U) if isinstance(H, Factor) else len(H)
+    if inputs != W.shape[1]:
+        raise LlmopsError(f"H is {(inputs, inputs)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
+    if not bool(torch.isfinite(W).all()):
+        raise LlmopsError("the weight holds NaN or infinity; expected finite weights")
+    factor = H if isinstance(H, Factor) else factorize(H, pattern, damping=damping, order=order)
+    if factor.pattern != pattern:
+        raise LlmopsError(f"H was factorised for pattern {factor.pattern}; expected {pattern}")
     every = shape[1] if shape is not None else 1
-    made = _Pass(W, U, live, sparsity, shape)
+    made = _Pass(W, factor, sparsity, shape)
     loss = made.solve(max(every, block // every * every), max(every, _STEP // every * every))
-    mask = made.keep_t.t().contiguous()
-    return made.w_t.t().contiguous(), Pruned(mask, used, failed, int((~live).sum()), loss, silenced_rows(W, mask))
+    weight, mask = made.result()
+    return weight, Pruned(mask, factor.damping, factor.failed, int((~factor.live).sum()), loss, silenced_rows(W, mask))
 
 
 class _Pass:
-    """One pass over the columns. Everything is transposed, (in, out), so that a column is contiguous."""
+    """One pass over the columns. Everything is transposed, (in, out), so that a column is contiguous, and in the order
+    of solving."""
 
-    def __init__(self, W: Tensor, U: Tensor, live: Tensor, sparsity: float, shape: tuple[int, int] | None) -> None:
-        self.w_t = W.t().float().contiguous()
+    def __init__(self, W: Tensor, factor: Factor, sparsity: float, shape: tuple[int, int] | None) -> None:
+        self.factor, self.sparsity, self.shape = factor, sparsity, shape
+        self.w_t = (W.t() if factor.perm is None else W.t()[factor.perm]).float().contiguous()
         self.held_t = self.w_t == 0 if bool((W == 0).any()) else None  # zeros that have to stay
         self.keep_t = torch.ones_like(self.w_t, dtype=torch.bool)
-        self.U, self.live, self.sparsity, self.shape = U, live, sparsity, shape
+        # what a column's score is its squared weight times: 1 / U_jj^2, 0 for inputs that were always zero
+        self.cost = (factor.diagonal**-2 * factor.live).unsqueeze(1)
 
     def solve(self, block: int, step: int) -> float:
-        n, U, loss = len(self.w_t), self.U, 0.0
+        n, U, loss = len(self.w_t), self.factor.U, torch.zeros(())
         for start in range(0, n, block):
             stop = min(start + block, n)
             if self.shape is None:
@@ -103,38 +158,54 @@ class _Pass:
                     self.w_t[last:stop].addmm_(U[first:last, last:stop].t(), E[first - start:last - start], alpha=-1)
             if stop < n:
                 self.w_t[stop:].addmm_(U[start:stop, stop:].t(), E, alpha=-1)
-            loss += float(E.square().sum()) / 2
-        return loss
+            loss = loss + E.div_(self.factor.diagonal[start:stop].unsqueeze(1)).square_().sum().cpu() / 2
+        return float(loss)
 
-    def _scores(self, first: int, last: int) -> Tensor:
-        """(last - first, out): what zeroing each weight costs now; below 0 where it is held at zero already."""
-        S = (self.w_t[first:last] / self.U.diagonal()[first:last].unsqueeze(1)).square_()
-        S *= self.live[first:last].unsqueeze(1)
-        return S if self.held_t is None else S.masked_fill_(self.held_t[first:last], -1.0)
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(weight, mask), (out, in), the columns in their own order."""
+        weight, keep, perm = self.w_t.masked_fill_(~self.keep_t, 0.0), self.keep_t, self.factor.perm  # no -0.0 on disk
+        if perm is not None:
+            place = torch.argsort(perm)
+            weight, keep = weight[place], keep[place]
+        return weight.t().contiguous(), keep.t().contiguous()
 
     def _choose(self, first: int, last: int) -> None:
         """The mask of columns first..last: the lowest scores of all rows together, or N of these M columns a row."""
-        S = self._scores(first, last)
+        S = self.w_t[first:last].square().mul_(self.cost[first:last])  # (last - first, out)
+        held = None if self.held_t is None else self.held_t[first:last]
+        if held is not None:
+            S.masked_fill_(held, -1.0)
         if self.shape is None:
             count = round(self.sparsity * S.numel())
-            if self.held_t is not None:
-                count = max(count, int(self.held_t[first:last].sum()))
+            if held is not None:
+                count = max(count, int(held.sum()))
             keep = drop_lowest(S.t().reshape(1, -1), count).view(S.shape[1], S.shape[0]).t()
         else:
-            keep = drop_lowest(S.t(), self.shape[0]).t()
-            if self.held_t is not None:
-                keep = keep & ~self.held_t[first:last]
+            keep = _ranks(S) >= self.shape[0]
+            if held is not None:
+                keep &= ~held
         self.keep_t[first:last] = keep
 
     def _columns(self, first: int, last: int, E: Tensor) -> None:
-        """Zero columns first..last one by one; E (last - first, out) takes their errors."""
-        part = self.U[first:last, first:last]
-        diagonal = part.diagonal().tolist()
-        for i, j in enumerate(range(first, last)):
-            if self.shape is not None and j % self.shape[1] == 0:
-                self._choose(j, j + self.shape[1])
-            w, keep = self.w_t[j], self.keep_t[j]
-            torch.div(w, diagonal[i], out=E[i]).masked_fill_(keep, 0.0)
-            w.masked_fill_(~keep, 0.0)  # not multiplied: -0.0 would be another number on disk
-            if j + 1 < last:
-                self.w_t[j + 1:last].addr_(part[i, i + 1:], E[i], alpha=-1)
+        """Zero columns first..last one by one; E (last - first, out) takes what they lose."""
+        part, W = self.factor.U[first:last, first:last], self.w_t[first:last]
+        every = len(W) if self.shape is None else self.shape[1]  # columns whose mask is chosen together
+        for group in range(0, len(W), every):
+            if self.shape is not None:
+                self._choose(first + group, first + group + every)
+            drop = (~self.keep_t[first + group:first + group + every]).float()
+            for i, dropped in enumerate(drop.unbind(), group):
+                torch.mul(W[i], dropped, out=E[i])
+                W[i:].addr_(part[i, i:], E[i], alpha=-1)  # U_ii is 1: where it is zeroed, w - w
+
+
+def _ranks(S: Tensor) -> Tensor:
+    """The place of each entry in its column, from 0, of equals the first before. S: (some, out)."""
+    earlier = S.unsqueeze(1) <= S.unsqueeze(0)  # (j, i, out): of j < i, j comes first
+    pairs = torch.ones(len(S), len(S), dtype=torch.bool, device=S.device).triu(1).unsqueeze(2)
+    return (earlier & pairs).sum(0) + (~earlier & pairs).sum(1)
+
+
+def _every(pattern: str) -> int:
+    """Columns that are compared with each other at a time: M of N:M, else 1."""
+    return 1 if pattern == "unstructured" else int(pattern.partition(":")[2])
