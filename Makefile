@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 
-.PHONY: demo test lint types install dev clean
+.PHONY: demo test lint types kernels install dev clean
 
 demo: install
 	$(BIN)/llmops tune recipes/quickstart.yaml
@@ -20,6 +20,10 @@ lint: dev
 
 types: dev
 	$(BIN)/mypy src/llmops kernels/llmops_kernels
+
+# The machine code of every kernel with all its tiles, for a GPU that need not be here; `make test` compiles a sample.
+kernels: dev
+	$(BIN)/python -m benchmarks.offline --check
 
 install: $(STAMP)
 dev: $(DEV)

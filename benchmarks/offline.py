@@ -5,6 +5,7 @@ exits with 1 when a kernel breaks one of its requirements (tests/kernels/offline
 
     --check   print only what is broken        --json    a line a kernel, with the opcodes of its main loop
     --write   put the table into docs/kernels.md
+    --sample  of each op only the first of each kernel and matrix instruction: what the ordinary tests compile
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ BEGIN, END = "<!-- offline table: python -m benchmarks.offline --write -->", "<!
 def ops() -> list[str]:
     """Every op that has a benchmark, by name."""
     return sorted(path.stem for path in (ROOT / "benchmarks" / "kernels").glob("*.py") if not path.stem.startswith("_"))
+
+
+def sample(cases: Sequence[Any]) -> list[Any]:
+    """The first of each kernel and matrix instruction among the cases of an op."""
+    return list({(id(case.kernel), case.matrix): case for case in reversed(cases)}.values())[::-1]
 
 
 def table(rows: list[tuple[Any, Any]]) -> str:
@@ -48,14 +55,17 @@ def write(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(ops())}; all when none is named")
-    for flag in ("--check", "--json", "--write"):
+    for flag in ("--check", "--json", "--sample", "--write"):
         parser.add_argument(flag, action="store_true")
     asked = parser.parse_args()
+    if asked.write and (asked.sample or asked.ops):
+        parser.error("--write puts down the whole table; expected neither --sample nor names of ops beside it")
     from tests.kernels import offline
 
     rows, wrong = [], []
     for op in asked.ops or ops():
-        for case in importlib.import_module(f"benchmarks.kernels.{op}").compiled():
+        cases = importlib.import_module(f"benchmarks.kernels.{op}").compiled()
+        for case in sample(cases) if asked.sample else cases:
             code = offline.inspect(case)
             rows.append((case, code))
             wrong += offline.faults(case, code)

@@ -79,13 +79,23 @@ def test_an_embedding_that_is_not_finite_is_named(place: Path, value: float) -> 
 @pytest.mark.parametrize("first", [{"method": "rtn", "scheme": "w4a16", "group_size": 32},
                                    {"method": "rtn", "scheme": "w4a16", "group_size": 32, "embeddings": True},
                                    {"method": "rtn", "scheme": "nf4"}])
-def test_quantizing_or_pruning_what_is_quantized_already(place: Path, first: dict[str, Any]) -> None:
+def test_quantizing_what_is_quantized_already(place: Path, first: dict[str, Any]) -> None:
     model, made = twin("llama")
     model = llmops.apply(model, made, {"quantize": first})
-    for kind, options in (("quantize", METHODS["rtn"]), ("quantize", METHODS["gptq"]),
-                          ("prune", Magnitude(method="magnitude"))):
-        with pytest.raises(LlmopsError, match=rf"is quantized already; expected a model in 16 or 32 bit to {kind}"):
-            apply_step(kind, job(place, model=model), options)
+    for options in (METHODS["rtn"], METHODS["gptq"]):
+        with pytest.raises(LlmopsError, match="is quantized already; expected a model in 16 or 32 bit to quantize"):
+            apply_step("quantize", job(place, model=model), options)
+
+
+@pytest.mark.parametrize(("first", "layer"), [
+    ({"method": "rtn", "scheme": "w4a16", "group_size": 32, "embeddings": True}, "a PackedEmbedding"),
+    ({"method": "rtn", "scheme": "nf4"}, "a Linear4bit")])
+def test_pruning_what_is_quantized_in_another_way_than_integers_of_linear_layers(place: Path, first: dict[str, Any],
+                                                                                 layer: str) -> None:
+    model, made = twin("llama")
+    model = llmops.apply(model, made, {"quantize": first})
+    with pytest.raises(LlmopsError, match=f"is {layer}; expected integer weights of linear layers alone"):
+        apply_step("prune", job(place, model=model), Magnitude(method="magnitude"))
 
 
 def test_an_adapter_that_is_not_merged_is_refused_and_one_given_to_apply_is_merged(place: Path) -> None:

@@ -38,6 +38,10 @@ TAKES = {
     "promote": "RUN VARIANT --as --why --margin --saving --force --runs --json",
     "champions": "[NAME] --history --runs --json",
     "audit": "--expect --runs --json",
+    "bench models": "MODEL --against --batch --context --new --repeats --window --sensor --watts --device --threads "
+                    "--kernel --seed --out --runs --json -q --quiet",
+    "bench show": "DIR --json",
+    "ui": "--port --host --anywhere --runs -q --quiet",
     "bench kernels": "--scheme --shape --tokens --device --kernel --json",
     "completion": "SHELL",
 }
@@ -177,7 +181,7 @@ def given(monkeypatch):
 def test_every_argument_reaches_its_parameter(given):
     few = {"tune": ["r"], "plan": ["r"], "validate": ["r"], "why": ["r", "v"], "recipes copy": ["n"],
            "data show": ["r"], "export": ["v", "--to", "f"], "completion": ["s"],
-           "explain": ["r", "v"], "gate": ["r"], "promote": ["r", "v"]}
+           "bench models": ["m"], "bench show": ["d"], "explain": ["r", "v"], "gate": ["r"], "promote": ["r", "v"]}
     for name in LEAVES:
         function = cli.COMMANDS[name][0]
         assert set(given(name, *few.get(name, []))) == set(inspect.signature(function).parameters)

@@ -25,7 +25,7 @@ from llmops.models import parity
 from llmops.models.kv_cache import QuantizedLayer, attach, attached, detach
 from llmops.models.load import load
 from llmops.recipe import parse_recipe
-from llmops.report.reading import what
+from llmops.report.words import what
 
 VARIANTS: dict[str, Any] = {
     "kv8": {"quantize": {"method": "kv_cache", "dtype": "int8"}},

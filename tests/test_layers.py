@@ -18,8 +18,9 @@ FLOORS = {
     **dict.fromkeys((
         "store", "processes", "progress", "trackers", "screen", "recipes_folder", "build", "score", "runner", "api",
         "data_view", "preflight", "compare", "pairing", "gate", "champions", "explain", "arguments", "trust_commands",
-        "pretrain", "stored", "charges", "green", "grids", "spending", "publish", "doctor", "export", "parser",
-        "planner", "startup", "__init__"), 6),
+        "pretrain", "stored", "charges", "green", "grids", "spending", "publish",
+        "doctor", "bench_models", "bench_commands", "ui", "export", "parser", "planner", "startup",
+        "__init__"), 6),
     "bench": 6, "cli": 7, "__main__": 8}
 HOMES = {"transformers": {"models", "data", "train", "pretrain"}, "datasets": {"data"}}  # the loop is transformers' own
 

@@ -29,7 +29,7 @@ EIGHT_B, SEVENTY_B = (8, 4, 128), (8, 8, 128)  # key-value heads, queries a head
 
 def compiled() -> list[Compiled]:
     made = [_attention(*tile) for tile in TILES]
-    made += [_attention("bf16", "int8", 128, 16, 64, 4, 6.2, 1), _attention("bf16", "int4", 128, 16, 128, 4, 4.7, 1)]
+    made += [_attention("bf16", "int8", 128, 16, 64, 4, 6.2, 1), _attention("bf16", "int4", 128, 16, 128, 4, 4.8, 1)]
     return made + [Compiled(f"kv_attention join {name}", join_kernel,
                             {"part_ptr": "*fp32", "norm_ptr": "*fp32", "out_ptr": "*bf16"},
                             {"FORMAT": FORMATS[name], "D": 128, "SPLITS": 64, "CHUNK": 16}, 4, 1,
@@ -44,10 +44,9 @@ def _attention(dtype: str, name: str, D: int, m: int, n: int, warps: int, limit:
     constants = {"FORMAT": FORMATS[name], "HAS_FIRST": False, "MASK": mask, "HAS_WINDOW": False, "SOFTCAP": False,
                  "EVEN": True, "D": D, "BLOCK_M": m, "BLOCK_N": n, "scale_t": 1}
     odd = ("T", "G", "H", "window", "splits", "length_b", "first_b", "mask_b", "mask_t", "mask_n")
-    # Codes come in copies of 16 bytes; the scale of a key is two or four bytes and comes in copies of four.
     told = f"kv_attention {dtype} {name}, heads of {D}, {m}x{n}{', mask' if mask else ''}"
     return Compiled(told, attention_kernel, types, constants, warps, 3, odd=odd, weights=2 * n * D, limit=limit,
-                    matrix="HMMA", copies=False)
+                    matrix="HMMA")
 
 
 def checks(device: str) -> Iterator[Check]:

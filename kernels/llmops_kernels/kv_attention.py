@@ -89,14 +89,24 @@ def _codes(at, here, FORMAT: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scales(at, here, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(scale, minimum) float32 of a tile; at 4 bits both lie in one word, read as such."""
-    if FORMAT == 2:
-        word = tl.load(at, mask=here, other=0)
-        scale = (word << 16).to(tl.float32, bitcast=True)
-        least = (word & -65536).to(tl.float32, bitcast=True)
+def _values(at, here, KIND: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of codes of values, read two at a time (at: int16): a matrix product takes them across its rows, and single
+    bytes laid out for that are copied to shared memory 8 bytes at a time in place of 16."""
+    if EVEN and FORMAT != 1:
+        pairs = tl.load(at)
     else:
-        scale = tl.load(at, mask=here, other=0.0).to(tl.float32)
+        pairs = tl.load(at, mask=here[:, None], other=0)
+    return tl.interleave((pairs & 255).to(tl.int8), (pairs >> 8).to(tl.int8)).to(KIND, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scales(stored, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(scale, minimum) float32 of what is stored of a tile; at 4 bits both lie in one word."""
+    if FORMAT == 2:
+        scale = (stored << 16).to(tl.float32, bitcast=True)
+        least = (stored & -65536).to(tl.float32, bitcast=True)
+    else:
+        scale = stored.to(tl.float32)
         least = scale
     return scale, least
 
@@ -143,6 +153,7 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
     column = tl.arange(0, width)
     n = tl.arange(0, BLOCK_N)
     code_at = n[:, None] * code_t + column[None, :]
+    pair_at = n[:, None] * (code_t // 2) + tl.arange(0, width // 2)[None, :]
     code_from = batch * code_b + head * code_h + start.to(tl.int64) * code_t
     scale_from = batch * scale_b + head * scale_h + start.to(tl.int64) * scale_t
     scale_at = n * scale_t
@@ -158,12 +169,21 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
     acc_high = tl.zeros((BLOCK_M, width), tl.float32) if FORMAT == 2 else 0.0
     weight = tl.zeros((BLOCK_M,), tl.float32)  # sum of p s'
     shift = tl.zeros((BLOCK_M,), tl.float32)  # at 4 bits: sum of p m'
+    here = (start + n < stop) & (start + n >= least)
+    ks_next = tl.load(ks_ptr + scale_at, mask=here, other=0)
+    vs_next = tl.load(vs_ptr + scale_at, mask=here, other=0)
     for at in tl.range(start, stop, BLOCK_N):
         key = at + n
         here = (key < stop) & (key >= least)
         k = _codes(k_ptr + code_at, here, FORMAT, EVEN)
-        k_scale, k_least = _scales(ks_ptr + scale_at, here, FORMAT)
-        v_scale, v_least = _scales(vs_ptr + scale_at, here, FORMAT)
+        k_scale, k_least = _scales(ks_next, FORMAT)
+        v_scale, v_least = _scales(vs_next, FORMAT)
+        # Those of the next turn, a turn ahead and into registers: a copy of 2 or 4 bytes a key through shared memory
+        # would cost more instructions than it hides.
+        ks_ptr += BLOCK_N * scale_t
+        vs_ptr += BLOCK_N * scale_t
+        ks_next = tl.load(ks_ptr + scale_at, mask=key + BLOCK_N < stop, other=0)
+        vs_next = tl.load(vs_ptr + scale_at, mask=key + BLOCK_N < stop, other=0)
         if FORMAT == 2:
             low, high = nibbles(k, BLOCK_N, width)
             s = dot(q_high, tl.trans(high), dot(q_low, tl.trans(low), none))
@@ -188,7 +208,7 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
         fade = power(top - safe)
         norm = norm * fade + tl.sum(p, 1)
         pv = halved(p * v_scale[None, :])
-        v = _codes(v_ptr + code_at, here, FORMAT, EVEN)
+        v = _values(v_ptr.to(tl.pointer_type(tl.int16)) + pair_at, here, v_ptr.dtype.element_ty, FORMAT, EVEN)
         if FORMAT != 1:
             weight = weight * fade + tl.sum(pv.to(tl.float32), 1)
         if FORMAT == 2:
@@ -201,8 +221,6 @@ def attention_kernel(q_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, length_ptr, first_ptr,
         top = higher
         k_ptr += BLOCK_N * code_t
         v_ptr += BLOCK_N * code_t
-        ks_ptr += BLOCK_N * scale_t
-        vs_ptr += BLOCK_N * scale_t
         if MASK > 0:
             mask_ptr += BLOCK_N * mask_n
 

@@ -41,10 +41,10 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto", kerne
     record = Path(folder) / "llmops.json"
     if record.is_file() and set(json.loads(record.read_text(encoding="utf-8")).get("chain", [])) & set(MASKING):
         setattr(model, PRUNED, None)  # zeros to keep: those there are, found when they are asked for
-    if model.device.type == "cuda" if fast is None else fast:
-        from llmops.models.serving import serve
+    if fast or (fast is None and model.device.type == "cuda"):
+        from llmops.models.serving import as_served, serve
 
-        serve(model)
+        as_served(model, kernel) if fast is None else serve(model)
     return model, tokenizer
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmops import __version__
 from llmops.arguments import JSON, QUIET, RECIPE, RUN, RUNS, SET, STARTS, WIDE
+from llmops.bench_commands import COMMANDS as BENCH
 from llmops.errors import LlmopsError, unknown
 from llmops.formats.options import ABOUT as EXPORTS
 from llmops.parser import Command, Program, at_least
@@ -251,6 +252,7 @@ COMMANDS: dict[str, Command] = {
                (("--run",), {"metavar": "RUN", "help": "The run that VARIANT is of (default: the latest)."}), RUNS,
                (("--force",), {"action": "store_true", "help": "Write over an export that is there."}), JSON),
     **TRUST,
+    **BENCH,
     "bench kernels": (bench_kernels,
                       (("--scheme",), {"dest": "schemes", "metavar": "SCHEME", "action": "append", "default": [],
                                        "help": "w8a16, w4a16, w3a16, w2a16, w8a8, fp8, fp8-block or mxfp4; may be "
@@ -264,7 +266,7 @@ COMMANDS: dict[str, Command] = {
                                        "help": "auto, torch, reference, triton or ops, as runtime.kernel."}), JSON),
     "completion": (completion, (("shell",), {"metavar": "SHELL", "help": "bash, zsh or fish."})),
 }
-GROUPS = {"bench": "Time what runs compressed layers on this machine.",
+GROUPS = {"bench": "Compare models, runtimes and layers on this machine.",
           "recipes": "List and copy the recipes that come with llmops.",
           "data": "Look at data as the model will see it."}
 ABOUT = ("One recipe fine-tunes, prunes, quantizes and distills an LLM, reloads every variant from disk, and writes "

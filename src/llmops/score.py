@@ -36,7 +36,7 @@ from llmops.models.kernel_tiles import tiles_used
 from llmops.models.kv_cache import attached
 from llmops.models.load import load
 from llmops.models.parity import count_parameters, sparsity
-from llmops.models.sparse24 import run_as_pruned
+from llmops.models.serving import as_served, serving
 from llmops.pairing import reasoned, references, stored_score
 from llmops.quantity import Quantity
 from llmops.recipe.plan import Plan, Stage
@@ -229,9 +229,7 @@ class Scorer:
                                 base_dir=self.recipe.base_dir, revision=source.revision, dtype=runtime.dtype,
                                 device=runtime.device, kernel=runtime.kernel,
                                 trust_remote_code=source.trust_remote_code)
-        if runtime.kernel in ("auto", "triton") and not hasattr(model, "peft_config"):
-            run_as_pruned(model)  # 2:4 weights, on a GPU
-        return model, tokenizer
+        return as_served(model, runtime.kernel), tokenizer
 
     def _folder(self, variant: str) -> Path | None:
         from llmops.models.builtin import local_folder
@@ -265,6 +263,8 @@ def _sizes(row: dict[str, Any], model: Any, folder: Path | None) -> None:
     row["transform"]["kernel"] = ", ".join(kernels) or "torch"
     if tiles := tiles_used(model):
         row["transform"]["kernel_tiles"] = tiles
+    if (held := serving(model)) is not None:
+        row["transform"]["served"] = held.describe()
 
 
 def _of_base(per_token: Quantity, ratio: Quantity) -> Quantity:

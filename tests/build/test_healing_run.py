@@ -15,7 +15,7 @@ from llmops.models.fake_quant import packed_layers
 from llmops.recipe import parse_recipe
 from llmops.report.card import card
 from llmops.report.html import page
-from llmops.report.reading import what
+from llmops.report.words import what
 
 TRAIN = {"data": "train", "max_steps": 2, "learning_rate": 3e-3}
 W2 = {"quantize": {"method": "rtn", "scheme": "w2a16", "group_size": 32}}

@@ -14,7 +14,7 @@ import llmops
 from llmops.models.load import load
 from llmops.models.zeros import linear_weights, lost_zeros, off_pattern, zero_bits
 from llmops.recipe import parse_recipe
-from llmops.report.reading import what
+from llmops.report.words import what
 
 SEEN = {"data": "calib", "length": 32}
 LORA = TUNED["finetune"]

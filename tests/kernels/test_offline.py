@@ -13,12 +13,20 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", offline.ops())
-def test_machine_code_is_as_required(op: str) -> None:
-    done = python("-m", "benchmarks.offline", "--json", op, interpreter=False)
+def test_machine_code_is_as_required() -> None:
+    """Of each op one set of tiles for each kernel and matrix instruction; `make kernels` compiles every one."""
+    done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     assert done.returncode == 0, done.stderr
-    assert all(json.loads(line)["op"] == op for line in done.stdout.splitlines())
+    assert {json.loads(line)["op"] for line in done.stdout.splitlines()} == set(offline.ops())
+
+
+@pytest.mark.parametrize("op", offline.ops())
+def test_the_sample_holds_every_kernel_and_matrix_instruction(op: str) -> None:
+    cases = importlib.import_module(f"benchmarks.kernels.{op}").compiled()
+    kept = offline.sample(cases)
+    assert {(case.kernel, case.matrix) for case in kept} == {(case.kernel, case.matrix) for case in cases}
+    assert len(kept) <= 5 and all(case in cases for case in kept)
 
 
 @pytest.mark.parametrize("op", offline.ops())

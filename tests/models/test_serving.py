@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,14 +15,17 @@ from torch import nn
 from transformers import CompileConfig
 
 from llmops.errors import LlmopsError
+from llmops.measure.memory import kv_bytes_per_token
 from llmops.methods.quantize import rtn
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
 from llmops.models.fused import NORMS, fuse
 from llmops.models.joined import Joined, Part, join, joined
 from llmops.models.kernel_tiles import tiles_used
-from llmops.models.kv_cache import attach
+from llmops.models.kv_cache import attach, attached
+from llmops.models.parity import count_parameters, sparsity
 from llmops.models.quantized import kernels, pack
-from llmops.models.serving import StepGraph, serve, serving
+from llmops.models.serving import StepGraph, as_served, serve, serving
+from llmops.models.sparse24 import Sparse24Linear
 from llmops.models.static_kv import StaticKVCache, StaticQuantizedLayer, use
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True,
@@ -241,3 +246,110 @@ def test_a_decode_step_compiles_whole() -> None:
                 found.append(out)
                 token = out[:, -1:].argmax(-1)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8-tensor", "fp8-channel", "fp8-block"])
+@torch.no_grad()
+def test_norms_and_the_middle_of_the_mlp_hand_codes_to_layers_that_take_them(
+        scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The served model against the same layers apart; and what is rounded where no other kernel has done it."""
+    plain, model = (packed("llama", scheme, "ops") for _ in range(2))
+    counted: list[str] = []
+
+    def count(module: str, name: str) -> None:
+        home = importlib.import_module(f"llmops_kernels.{module}")
+        op = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *args, **more: counted.append(name) or op(*args, **more))
+
+    for name in ("rms_norm_quantize", "add_rms_norm_quantize"):
+        count("rms_norm", name)
+    for name in ("swiglu_quantize", "quantize_tokens"):
+        count(name, name)
+    exact = logits(packed("llama", scheme, "reference", torch.float32))
+    wanted = logits(plain)
+    assert counted == ["quantize_tokens"] * 28
+    counted.clear()
+    found = logits(serve(model))
+    assert {name: counted.count(name) for name in counted} == {
+        "rms_norm_quantize": 4, "quantize_tokens": 4, "add_rms_norm_quantize": 4, "swiglu_quantize": 4}
+    apart, here = (float((y - exact).norm() / exact.norm()) for y in (wanted, found))
+    assert here < 1.15 * apart < (0.06 if scheme == "w8a8" else 0.2)  # no farther from the same layers in float32 than what rounds at every step
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.whole.given is None and attention.q_proj.whole.x is None
+
+
+@torch.no_grad()
+def test_blocks_that_take_no_codes_add_and_norm_in_one() -> None:
+    plain, model = (packed("qwen3", "w4a16 in groups of 32, zero points", "ops") for _ in range(2))
+    wanted, found = logits(plain), logits(serve(model))
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+    assert isinstance(model.model.layers[0].forward, partial)
+    wide = packed("qwen3", "w8a8", "reference", torch.float32)  # float32: as before, to the last bits
+    wanted = logits(wide)
+    assert torch.allclose(logits(serve(wide)), wanted, atol=2e-3 * float(wanted.abs().max()))
+
+
+@torch.no_grad()
+def test_codes_are_what_a_norm_and_a_rounding_give() -> None:
+    """Of one layer, against float64: closer than what rounds to 16 bits in between."""
+    model = serve(packed("llama", "w8a8", "ops"))
+    block = model.model.layers[0]
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    codes = block.input_layernorm(x)
+    whole = block.self_attn.q_proj.whole
+    scale, dtype = whole.given
+    assert codes.dtype == torch.int8 and codes.shape == x.shape and dtype == torch.bfloat16
+    exact = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + block.input_layernorm.variance_epsilon).rsqrt()
+    exact = exact * block.input_layernorm.weight.double()
+    assert bool(((codes.double() * scale.view(2, 3, 1) - exact).abs() <= 0.51 * scale.view(2, 3, 1)).all())
+    y = torch.cat([getattr(block.self_attn, name)(codes).float() for name in ("q_proj", "k_proj", "v_proj")], -1)
+    wanted = exact @ whole.linear.dequantized().double().t()
+    assert float((y - wanted).norm() / wanted.norm()) < 1.5e-2 and whole.given is None
+
+
+def test_two_of_four_weights_are_joined_and_packed() -> None:
+    import llmops
+
+    model, tokenizer = twin("llama-untied-bias")
+    sparse = llmops.apply(model, tokenizer, {"prune": {"method": "magnitude", "pattern": "2:4"}})
+    counts = sparsity(sparse), count_parameters(sparse)
+    wanted = logits(sparse)
+    served = as_served(sparse, "ops")
+    layers = [module for module in served.modules() if isinstance(module, Sparse24Linear)]
+    assert len(layers) == 4 * 4 and serving(served).joined == 8  # qkv, o, gate-up and down of four blocks
+    assert (sparsity(served), count_parameters(served)) == counts
+    found = logits(served)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+    dense = as_served(twin("llama")[0])
+    assert serving(dense) is None  # on a CPU, unless it is asked for
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@torch.no_grad()
+def test_scoring_a_text_rounds_keys_of_a_served_model_too(kv: str) -> None:
+    ids = tokens(2, 20)
+    model = attach(twin("llama", torch.float64)[0], kv)
+    wanted, plain = model(ids, use_cache=False).logits, twin("llama", torch.float64)[0](ids).logits
+    bytes_ = kv_bytes_per_token(model).value
+    serve(model)
+    found = model(ids, use_cache=False).logits
+    assert attached(model) == kv and kv_bytes_per_token(model).value == bytes_
+    assert float((found - wanted).norm()) < 0.1 * float((found - plain).norm())
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_answers_of_a_served_model_are_written_on_its_static_cache(kv: str | None) -> None:
+    from llmops.evaluate.exact_match import greedy
+
+    model = packed("llama", "w8a16", "reference", torch.float64)
+    if kv is not None:
+        attach(model, kv)
+    ids = tokens(3, 12, seed=3).tolist()
+    prompts, more = [ids[0], ids[1][:5], ids[2][:9]], {"pad": 0, "max_new_tokens": 8}
+    with torch.inference_mode():
+        free = greedy(model, prompts, stops=set(), **more)
+        stops = {free[0][3], free[2][1]}
+        wanted = greedy(model, prompts, stops=stops, **more)
+        step = serving(serve(model)).step
+        assert greedy(model, prompts, stops=set(), **more) == free and step.buffers
+        assert greedy(model, prompts, stops=stops, **more) == wanted and min(map(len, wanted)) < 8

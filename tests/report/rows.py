@@ -9,6 +9,9 @@ import hashlib
 import math
 from typing import Any
 
+from llmops.measure.cost import break_even
+from llmops.quantity import Quantity
+
 EVIL = '<script>alert(1)</script>'
 EVIL_ATTRIBUTE = '"onload="alert(1)'
 METHOD = "CodeCarbon model: load x TDP + RAM constant"
@@ -109,9 +112,7 @@ def _building(row: dict[str, Any], joules: float, chain: float, loss: list[list[
         else null("FLOP", "nothing was trained"),
         "chain_energy_j": q(chain, "J", "constant", "nothing is built: this is the model as it came") if base
         else q(chain, "J", "estimated", f"sum over builds; {METHOD}"),
-        "break_even_tokens": q(chain / 0.03, "tokens", "estimated", "E_build / (e_base - e_variant)",
-                               (chain / 0.04, chain / 0.02), 5) if joules < 100 and not base
-        else null("tokens", "no saving shown: the interval of the ratio of joules per token, 0.96 to 1.05, reaches 1"),
+        "break_even_tokens": null("tokens", "joules per token were not measured"),
         "evaluate_energy_j": q(210.0, "J", "estimated", METHOD), "evaluate_wall_s": q(7.5, "s"),
         "loss": loss, "data": {"rows": 1800, "dropped": 0, "truncated": 2, "tokens": 51234} if loss else {},
         "data_sha256": {"train": "ef" * 32} if loss else {}}
@@ -121,6 +122,13 @@ def _building(row: dict[str, Any], joules: float, chain: float, loss: list[list[
         "per_1k_tokens_g": q(0.0061, "gCO2e", "estimated", "operational: energy x intensity"),
         "embodied_g": null("gCO2e", "embodied carbon of the hardware is not known: none was given"),
         "sci_g_per_1k_tokens": null("gCO2e", "no SCI: embodied carbon of the hardware is not known")}
+
+
+def _pays_back(row: dict[str, Any]) -> None:
+    built, each, ratio = (Quantity.from_dict(body) for body in (
+        row["building"]["chain_energy_j"], row["energy"]["1"]["joules_per_token"], row["energy"]["1"]["ratio_to_base"]))
+    base = Quantity(each.value / ratio.value, "J/token", each.provenance, each.method)
+    row["building"]["break_even_tokens"] = break_even(built, base, ratio).as_dict()
 
 
 def _rtn(bits: int) -> dict[str, Any]:
@@ -168,6 +176,8 @@ def make_rows() -> list[dict[str, Any]]:
                 row["quality"] = _quality(exact, perplexity, name, parent, scores)
                 row["tokens"] = {"base": {"kl_mean": q(0.9, "nats", n=2000), "same_top": q(0.61, "fraction", n=2000)}}
                 _costs(row, speed, joules, bits, name == "base")
+                if name != "base":
+                    _pays_back(row)
         _judge(row, exact)
         rows.append(row)
     rows[5]["status"] = {

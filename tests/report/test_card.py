@@ -5,7 +5,7 @@ import yaml
 from tests.report.rows import EVIL, make_rows, null
 
 from llmops.report.card import card, front_matter
-from llmops.report.reading import what
+from llmops.report.words import what
 
 
 def parts(row, rows=None):
@@ -130,7 +130,7 @@ def test_names_and_data_are_only_ever_text(evil):
     heads = [line for line in body.splitlines() if line.startswith("# ")]
     assert len(heads) == 1
     rows_of_tables = [line for line in body.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows_of_tables} <= {4, 6}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows_of_tables} <= {4, 5, 6}
 
 
 @pytest.mark.parametrize("gone", ["identity", "status", "transform", "size", "latency", "energy", "building", "quality",
@@ -140,3 +140,42 @@ def test_any_group_may_be_missing_or_null(gone):
         assert card({key: value for key, value in row.items() if key != gone}, make_rows()).startswith("---\n")
         assert parts({**row, gone: None})[0]["library_name"]
     assert front_matter({})["tags"]
+
+
+def test_it_says_what_it_is_for_and_that_the_rest_is_untested():
+    _, body = parts(named("tuned-w4"))
+    use = body[body.index("## Intended use"):body.index("## How it was made")]
+    assert "`train`" in use and "`exact_match:test`" in use and "Out of scope" in use
+    assert "nothing was trained here" in parts(named("base"))[1]
+    assert "None: it is not what was to be built" in parts(named("tuned-w2"))[1]
+    assert "Tested for nothing" in parts(named("half"))[1]
+
+
+def test_the_record_is_in_kwh_and_flop_with_its_method():
+    row, rows = named("healed"), make_rows()
+    _, body = parts(row, rows)
+    table = body[body.index("## Energy and compute"):]
+    kwh = row["building"]["chain_energy_j"]["value"] / 3.6e6
+    assert f"| ~{kwh:.4g} kWh | estimated | sum over builds" in table
+    both = sum(each["building"]["flops"]["value"] for each in rows
+               if each["identity"]["variant"] in ("tuned", "healed"))
+    assert f"~{both:.4g} FLOP" in table and "sum over tuned, healed" in table
+    assert "Annex XI" in table and "not a statement of compliance" in table
+    rows[1]["building"]["flops"] = null("FLOP", "not counted")
+    assert "that of tuned is not known: not counted" in parts(row, rows)[1]
+    assert "nothing was trained" in parts(rows[6], [rows[0], rows[6]])[1]
+    assert "## Energy and compute" not in parts(named("base"))[1]
+
+
+def test_scores_by_group_name_the_worst():
+    row = named("tuned-w4")
+    score = row["quality"]["exact_match:test"]
+    assert "## Scores by group" not in parts(row)[1]
+    group = {"value": {**score["value"], "n": 40}, "n": 40}
+    compared = {"n": 40, "delta": {**score["value"], "value": -0.1, "ci95": [-0.2, -0.02]}, "p_holm": 0.012}
+    score["slices"] = {"kind": {"food|x": group, "town": group}}
+    score["versus"]["parent"]["slices"] = {"kind": {"groups": {"food|x": compared}, "worst": "food|x"}}
+    _, body = parts(row)
+    table = body[body.index("## Scores by group"):body.index("## Size")]
+    assert "| **kind=food\\|x** | " in table and "-10.0 pp [-20.0, -2.0]" in table and "0.012" in table
+    assert "| kind=town | " in table

@@ -5,7 +5,8 @@ from tests.report.rows import make_rows, null, q
 
 from llmops.methods.quantize.options import Rtn
 from llmops.report import reading
-from llmops.report.reading import figure, name_of, quantity, saving, tree, versus, what
+from llmops.report.reading import figure, name_of, quantity, saving, tree, versus
+from llmops.report.words import what
 
 
 def test_tree_order_is_depth_first_and_loses_no_row():

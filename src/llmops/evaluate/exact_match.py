@@ -26,6 +26,7 @@ from torch import Tensor
 from llmops.data.render import Prompt, prompts_and_answers
 from llmops.data.sources import Rows
 from llmops.errors import DataError, LlmopsError
+from llmops.evaluate import served
 from llmops.evaluate.live import (
     accepts,
     context_limit,
@@ -201,9 +202,12 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], *, stops: set[int], pad
 
     choose: another choice of the next tokens (B,) than the likeliest, from their logits (B, V).
 
-    One batch with a KV cache; B: rows still being written, T: longest prompt. Call it under `scoring(model)`.
+    One batch with a KV cache; B: rows still being written, T: longest prompt. Call it under `scoring(model)`. A model
+    that is served writes as it will serve (`served.py`).
     """
     ids, mask = _left_padded(prompts, pad, device_of(model))  # (B, T) each
+    if (held := served.of(model)) is not None:
+        return served.write(held, ids, mask, stops=stops, max_new_tokens=max_new_tokens, choose=choose)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = None
     extra = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}

@@ -40,7 +40,7 @@ from llmops.measure.summary import energy_group, latency_group
 from llmops.measure.workload import Runner, Timing, check_fits, make_prompts, prompts_sha256
 from llmops.quantity import Quantity
 
-__all__ = ["Block", "Measurement", "measure", "peak_memory"]
+__all__ = ["Block", "Measurement", "block", "measure", "peak_memory"]
 
 WARM_TOKENS = 16
 UPDATES_WANTED = 100  # of the sensor in every window: one more or less is 1 %; with less the row warns
@@ -118,7 +118,7 @@ def _blocks(result: Measurement, arms: dict[str, Any], prompts: Tensor, options:
             for repeat in range(options.repeats):
                 for name in order.sample(["base", "variant"], 2):
                     prompt = prompts[:batch].to(runners[name].device)
-                    result.blocks.append(_block(runners[name], prompt, options, meter, name, repeat))
+                    result.blocks.append(block(runners[name], prompt, options, meter, name, repeat))
                     done += 1
                     if progress is not None:
                         progress(done, whole)
@@ -155,7 +155,8 @@ def _lasting(options: MeasureOptions, meter: Meter) -> float:
     return max(options.window_s, updates * (meter.sensor.update_period_s or 0.0))
 
 
-def _block(runner: Runner, prompt: Tensor, options: MeasureOptions, meter: Meter, arm: str, repeat: int) -> Block:
+def block(runner: Any, prompt: Tensor, options: MeasureOptions, meter: Meter, arm: str, repeat: int) -> Block:
+    """One arm's turn. runner: a `workload.Runner`, or what has its `prefill`, `sync` and `request`."""
     lasting = _lasting(options, meter)
     batch = int(prompt.shape[0])
     prefills = 0

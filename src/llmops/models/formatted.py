@@ -95,6 +95,23 @@ class FormattedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed
             raise ValueError(f"x is {tuple(x.shape)}; expected (..., {self.in_features})")
         return _OPS[self.kind].run(x, self.held, self.kernel_name, self.bias)
 
+    @property
+    def takes(self) -> tuple[torch.dtype, int] | None:
+        """(type, columns that share a scale or -1) of the codes that `on_codes` takes; None where it takes none."""
+        if self.kernel_name not in (int8_matmul.TRITON, int8_matmul.OPS) or self.bits != 8:
+            return None
+        if self.kind == "w8a8":
+            return torch.int8, -1
+        return torch.float8_e4m3fn, fp8_matmul.BLOCK if self.kind == "fp8-block" else -1
+
+    def on_codes(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` of activations that are rounded already, as `takes` says: codes (..., in), scale (tokens, groups)
+        float32 -> (..., out) in `dtype`."""
+        flat = codes.reshape(-1, self.in_features)
+        y = (int8_matmul.on_codes(flat, scale, self.held, self.bias, dtype) if self.kind == "w8a8" else
+             fp8_matmul.on_codes(flat, scale, self.held, self.kind.removeprefix("fp8-"), self.bias, dtype))
+        return y.view(*codes.shape[:-1], self.out_features)
+
     def packed_tensors(self) -> dict[str, Tensor]:
         """What lies in memory for the weight. Nothing is copied."""
         return dict(self.held)

@@ -3,6 +3,14 @@
     RMSNorm      one kernel (torch's own) for the six that its formula takes in PyTorch
     attention    RoPE of queries and keys, quantization and the writing into the cache in one (`kv_rope_append`), where
                  the cache is a `StaticKVCache`; some twenty kernels less a layer
+    codes        where the layers that read a norm are joined and take int8 or fp8 (`FormattedLinear.takes`), the norm
+                 gives codes (`rms_norm_quantize`), and the MLP's middle does (`swiglu_quantize`): no activation is
+                 written in 16 bits to be read and rounded again
+    residual     the addition before the second norm in the same kernel as the norm (`add_rms_norm`, with codes
+                 `add_rms_norm_quantize`)
+
+Codes travel in the place of the numbers, as a tensor of the same shape; their scales wait at the joined layer that
+reads them (`Joined.given`). 16-bit models only: others, and what runs on no kernel, compute as before.
 
 The results differ by rounding alone: what transformers rounds to 16 bits between two steps stays in float32 here. Which
 classes compute the formulas is written down below, by name: a class that is not named is left as it is (Gemma's norm
@@ -12,19 +20,30 @@ multiplies by 1 + weight, Phi turns a part of a head).
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmops.models.formatted import FormattedLinear
+from llmops.models.joined import Joined, Part
 from llmops.models.static_kv import StaticQuantizedLayer, attention
 
-__all__ = ["ATTENTION", "NORMS", "fuse"]
+__all__ = ["ATTENTION", "BLOCKS", "MLPS", "NORMS", "fuse"]
 
 #: x / rms(x) * weight.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 #: q, k, v, norms of q and k where there are any, RoPE over whole heads, attention, o.
 ATTENTION = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention", "Qwen3Attention")
+#: down(act(gate(x)) * up(x)).
+MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+#: h = x + attention(norm(x)); h + mlp(norm(h)), each norm read by these alone.
+BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+HALVES = (torch.float16, torch.bfloat16)
+WIDEST = 32768  # columns of a norm that is one program
 
 
 def fuse(model: nn.Module) -> int:
@@ -32,18 +51,102 @@ def fuse(model: nn.Module) -> int:
     changed = 0
     for module in model.modules():
         name = type(module).__name__
-        if name in NORMS:
+        if name in NORMS and not isinstance(module.forward, partial):
             module.forward = partial(_norm, module)
         elif name in ATTENTION and not isinstance(module.forward, partial):
             module.forward = partial(_attend, module, module.forward)
-        else:
+        elif name not in NORMS:
             continue
         changed += 1
+    if find_spec("llmops_kernels") is not None:
+        for module in model.modules():
+            if type(module).__name__ in BLOCKS and not isinstance(module.forward, partial):
+                _fuse_block(module)
     return changed
+
+
+def _fuse_block(block: Any) -> None:
+    """Norms that give codes, the residual addition in the second, codes in the middle of the MLP."""
+    known = all(type(module).__name__ in names for module, names in (
+        (block.input_layernorm, NORMS), (block.post_attention_layernorm, NORMS), (block.self_attn, ATTENTION),
+        (block.mlp, MLPS)))
+    if not known or block.input_layernorm.weight.shape[0] > WIDEST:
+        return
+    if (reader := _reader(block.self_attn.q_proj, block.self_attn.v_proj)) is not None:
+        block.input_layernorm.forward = partial(_norm_codes, block.input_layernorm, reader)
+    block.forward = partial(_block, block, _reader(block.mlp.gate_proj, block.mlp.up_proj), block.forward)
+    down = block.mlp.down_proj
+    silu = type(block.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    if silu and isinstance(down, FormattedLinear) and down.takes:
+        block.mlp.forward = partial(_gated, block.mlp, block.mlp.forward)
+
+
+def _reader(first: nn.Module, last: nn.Module) -> Joined | None:
+    """The joined layer behind both, where it takes codes."""
+    if not isinstance(first, Part) or not isinstance(last, Part) or first.whole is not last.whole:
+        return None
+    linear = first.whole.linear
+    return first.whole if isinstance(linear, FormattedLinear) and linear.takes is not None else None
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
     return F.rms_norm(hidden_states, (hidden_states.shape[-1],), module.weight, module.variance_epsilon)
+
+
+def _norm_codes(module: Any, reader: Joined, hidden_states: Tensor) -> Tensor:
+    """Codes for `reader`, in the shape of what they stand for."""
+    if not _fit(hidden_states, module):
+        return _norm(module, hidden_states)
+    from llmops_kernels.rms_norm import rms_norm_quantize
+
+    dtype, group = reader.linear.takes
+    codes, scale = rms_norm_quantize(_rows(hidden_states), module.weight, module.variance_epsilon, dtype,
+                                     group_size=group)
+    reader.given = scale, hidden_states.dtype
+    return codes.view(hidden_states.shape)
+
+
+def _fit(x: Tensor, norm: Any) -> bool:
+    return x.dtype in HALVES and norm.weight.dtype in (x.dtype, torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _block(module: Any, reader: Joined | None, otherwise: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    norm = module.post_attention_layernorm
+    if not _fit(hidden_states, norm):
+        plain: Tensor = otherwise(hidden_states, **kwargs)
+        return plain
+    from llmops_kernels.rms_norm import add_rms_norm, add_rms_norm_quantize
+
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    rows, residual, shape = _rows(attended), _rows(hidden_states), hidden_states.shape
+    if reader is None:
+        y, h = add_rms_norm(rows, residual, norm.weight, norm.variance_epsilon)
+    else:
+        dtype, group = reader.linear.takes
+        y, scale, h = add_rms_norm_quantize(rows, residual, norm.weight, norm.variance_epsilon, dtype,
+                                            group_size=group)
+        reader.given = scale, hidden_states.dtype
+    made: Tensor = h.view(shape) + module.mlp(y.view(shape))
+    return made
+
+
+def _gated(module: Any, otherwise: Any, x: Tensor) -> Tensor:
+    """down(silu(gate) * up), the product as codes."""
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if gate.dtype not in HALVES:
+        made: Tensor = module.down_proj(module.act_fn(gate) * up)
+        return made
+    from llmops_kernels.swiglu_quantize import swiglu_quantize
+
+    dtype, group = module.down_proj.takes
+    codes, scale = swiglu_quantize(_rows(gate), _rows(up), dtype, group_size=group)
+    y: Tensor = module.down_proj.on_codes(codes.view(*gate.shape), scale, gate.dtype)
+    return y
 
 
 def _attend(module: Any, otherwise: Any, hidden_states: Tensor, position_embeddings: Any = None,

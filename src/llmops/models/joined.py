@@ -23,6 +23,7 @@ from llmops.errors import ModelError
 from llmops.models.arch import decoder_layers
 from llmops.models.formatted import FormattedLinear
 from llmops.models.packed import PackedLinear
+from llmops.models.sparse24 import Sparse24Linear
 from llmops.ops.bitstream import pack_bits, unpack_bits
 
 __all__ = ["GROUPS", "Joined", "Part", "join", "joined"]
@@ -39,16 +40,22 @@ class Joined(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy,
         self.linear, self.sizes = linear, tuple(sizes)
         self.x: Tensor | None = None  # the input whose parts are not all handed out yet
         self.parts: list[Tensor | None] = []
+        self.given: tuple[Tensor, torch.dtype] | None = None  # of an input that is codes: scales, type of the output
 
     def part(self, x: Tensor, index: int) -> Tensor:
         if self.x is not x or self.parts[index] is None:
-            self.x, self.parts = x, list(self.linear(x).split(self.sizes, -1))
+            self.x, self.parts = x, list(self._run(x).split(self.sizes, -1))
         found = self.parts[index]
         assert found is not None
         self.parts[index] = None
         if all(part is None for part in self.parts):
-            self.x, self.parts = None, []
+            self.x, self.parts, self.given = None, [], None
         return found
+
+    def _run(self, x: Tensor) -> Tensor:
+        """x: numbers, or codes whose scales wait in `given` (`fused.py`)."""
+        y: Tensor = self.linear(x) if self.given is None else self.linear.on_codes(x, *self.given)
+        return y
 
 
 class Part(nn.Module):  # type: ignore[misc]
@@ -112,6 +119,17 @@ def _dense(layers: Sequence[Any]) -> nn.Module | None:
     return made
 
 
+def _sparse(layers: Sequence[Any]) -> nn.Module | None:
+    """2:4 weights, made dense for a moment and packed anew: what cuSPARSELt keeps has an order of its own."""
+    if len({layer.values.dtype for layer in layers}) > 1:
+        return None
+    whole = nn.Linear(layers[0].in_features, 1, bias=False, device="meta")
+    whole.weight = nn.Parameter(torch.cat([layer.dequantized() for layer in layers]), requires_grad=False)
+    bias = _bias(layers)
+    whole.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return Sparse24Linear(whole, all(layer.compressed is not None for layer in layers))
+
+
 def _packed(layers: Sequence[Any]) -> nn.Module | None:
     if len({(layer.bits, layer.group_size, layer.asked, layer.weight_zero_point is None, layer.weight_scale.dtype)
             for layer in layers}) > 1:
@@ -156,4 +174,4 @@ def _bias(layers: Sequence[Any]) -> Tensor | None:
 
 
 _JOIN: dict[type, Callable[[Sequence[Any]], nn.Module | None]] = {
-    nn.Linear: _dense, PackedLinear: _packed, FormattedLinear: _formatted}
+    nn.Linear: _dense, PackedLinear: _packed, FormattedLinear: _formatted, Sparse24Linear: _sparse}

@@ -14,9 +14,11 @@ text at once gives the logits that writing it token by token gives. The masks ar
 What attention gets is dense, a layer at a time and for the time of its call. A kernel that reads codes takes them from
 `QuantizedLayer.append`, which is `update` without the last step.
 
-Refused, with the reason: caches of fixed size, a cache that already holds dense keys, layers that keep a state instead
-of keys (linear attention), layers that borrow their keys from others, and attention that takes its cache by another
-name. Shapes: B batch, H key-value heads, T tokens, D numbers a head.
+A cache of fixed size that keeps codes itself (`static_kv.py`) passes as it is.
+
+Refused, with the reason: other caches of fixed size, a cache that already holds dense keys, layers that keep a state
+instead of keys (linear attention), layers that borrow their keys from others, and attention that takes its cache by
+another name. Shapes: B batch, H key-value heads, T tokens, D numbers a head.
 """
 
 from __future__ import annotations
@@ -302,7 +304,7 @@ def _adopt(cache: Any, index: int, dtype: str) -> None:
     while cache.layer_class_to_replicate is not None and len(layers) <= index:
         layers.append(cache.layer_class_to_replicate())
     layer = layers[index] if index < len(layers) else None
-    if isinstance(layer, QuantizedLayer):
+    if isinstance(layer, QuantizedLayer) or isinstance(getattr(layer, "dtype", None), str):  # or of a StaticKVCache
         if layer.dtype != dtype:
             raise ModelError(f"given a cache in {layer.dtype}; expected {dtype}, as this model keeps it")
         return

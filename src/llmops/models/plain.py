@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmops.errors import ModelError
 
-__all__ = ["gguf_logits", "plain_logits", "state_logits"]
+__all__ = ["gguf_logits", "plain_logits", "plain_model", "state_logits"]
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -59,3 +59,16 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model.eval()(input_ids=ids).logits
     return logits.float()
+
+
+def plain_model(source: str | Path, device: str = "auto") -> tuple[Any, Any]:
+    """(model, tokenizer) by `from_pretrained` and nothing else. Raises ModelError with what transformers said."""
+    from llmops.models.load import hush, load_tokenizer, pick_device
+
+    hush()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(pick_device(device))
+        return model.eval(), load_tokenizer(source)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{source}: transformers cannot load it ({error}); expected a folder or hub id of a causal "
+                         "language model, and the packages that its format needs") from error

@@ -1,7 +1,8 @@
 """A model made ready to generate fast: layers joined, steps fused, a cache that stays, decode as one CUDA graph.
 
-    serve(model)   all of it, in place
-    StepGraph      one step of decode, recorded once and replayed
+    serve(model)      all of it, in place
+    as_served(model)  the same where it will serve, on a GPU: what `llmops.load` gives and what a run scores
+    StepGraph         one step of decode, recorded once and replayed
 
 A step of decode on a GPU is some hundred small kernels, and starting them from Python takes longer than they run. A
 CUDA graph starts them all at once. It demands that nothing moves: inputs are copied into tensors of its own, and the
@@ -30,8 +31,9 @@ from llmops.models.arch import text_config
 from llmops.models.fused import fuse
 from llmops.models.joined import join
 from llmops.models.kv_cache import attached
+from llmops.models.sparse24 import run_as_pruned
 
-__all__ = ["Serving", "StepGraph", "serve", "serving"]
+__all__ = ["Serving", "StepGraph", "as_served", "serve", "serving"]
 
 _MARK = "_llmops_serving"  # attribute of the model: a Serving
 
@@ -108,6 +110,11 @@ class Serving:
         self.model, self.kv, self.step, self.joined = model, kv, step, layers
         self._held: tuple[int, Any] | None = None
 
+    def describe(self) -> str:
+        """What was done, for people."""
+        return (f"{self.joined} layers joined, static cache, decode "
+                + ("as one CUDA graph" if self.step.capture else "step by step"))
+
     def cache(self, batch: int, room: int) -> Any:
         """An empty static cache; the same one as long as it fits, so that a graph stays valid."""
         if self._held is None or self._held[0] != batch or self._held[1].get_max_length() < room:
@@ -116,6 +123,19 @@ class Serving:
                                  static_kv.StaticKVCache(config, self.kv, size))
         self._held[1].reset()
         return self._held[1]
+
+
+def as_served(model: Any, kernel: str = "auto") -> Any:
+    """The model as it serves on the device it is on, changed in place; returns it.
+
+    On a GPU 2:4 weights are packed and the model is served. Elsewhere it stays as it is, but for kernel "ops", which
+    runs all of it on what the kernels are checked against. A model with an adapter apart stays as it is: it is trained.
+    """
+    if hasattr(model, "peft_config") or (model.device.type != "cuda" and kernel != "ops"):
+        return model
+    if kernel in ("auto", "triton", "ops"):
+        run_as_pruned(model, everywhere=kernel == "ops")
+    return serve(model)
 
 
 def serve(model: Any, *, graph: bool | None = None) -> Any:

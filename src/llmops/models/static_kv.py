@@ -206,12 +206,14 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 def use(model: Any, dtype: str) -> Any:
     """Make `generate` keep keys and values in `dtype` in a cache of fixed size; returns the model.
 
-    A model that `kv_cache.attach` changed keeps what its config says and loses the hooks. Raises as StaticKVCache.
+    A model that `kv_cache.attach` changed to the same type stays so: where there is no static cache (teacher-forced
+    scoring, a dynamic cache), its keys and values are rounded as before. Raises as StaticKVCache.
     """
-    from llmops.models.kv_cache import detach
+    from llmops.models.kv_cache import attached, detach
 
     StaticKVCache(text_config(model), dtype, 1)
-    detach(model)
+    if attached(model) != dtype:
+        detach(model)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if not hasattr(model, "_llmops_static"):

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from llmops.errors import LlmopsError, unknown
 from llmops.ops.int8_matmul import triton_here
 
-__all__ = ["BLOCK", "choose", "describe", "fp8_matmul", "quantize_tokens", "widened"]
+__all__ = ["BLOCK", "choose", "describe", "fp8_matmul", "on_codes", "quantize_tokens", "widened"]
 
 REFERENCE, TRITON, OPS = "reference", "triton", "ops"
 CHOICES = ("auto", "torch", "triton", "ops", "reference")
@@ -99,15 +99,22 @@ def fp8_matmul(x: Tensor, held: Held, scales: str, bias: Tensor | None = None, n
     return y.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _ops(x: Tensor, held: Held, scales: str, bias: Tensor | None) -> Tensor:
+def on_codes(codes: Tensor, scale: Tensor, held: Held, scales: str, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y (tokens, out) by the op of `llmops_kernels`, from tokens that are codes (tokens, in) and scales, one a token,
+    or one for each 128 columns where W's belong to blocks."""
     from llmops_kernels.fp8_linear import fp8_linear
+
+    given = held["weight_scale"].float()
+    given = given.view(1) if scales == "tensor" else given.view(-1, 1) if scales == "channel" else given
+    return fp8_linear(codes, scale, held["weight"], given.contiguous(), bias, dtype=dtype)
+
+
+def _ops(x: Tensor, held: Held, scales: str, bias: Tensor | None) -> Tensor:
     from llmops_kernels.quantize_tokens import quantize_tokens as rounded
 
     codes, scale = rounded(x if x.stride(1) == 1 else x.contiguous(), torch.float8_e4m3fn,
                            group_size=BLOCK if scales == "block" else -1)
-    given = held["weight_scale"].float()
-    given = given.view(1) if scales == "tensor" else given.view(-1, 1) if scales == "channel" else given
-    return fp8_linear(codes, scale, held["weight"], given.contiguous(), bias, dtype=x.dtype)
+    return on_codes(codes, scale, held, scales, bias, x.dtype)
 
 
 def widened(codes: Tensor) -> Tensor:

@@ -39,9 +39,8 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, unknown
 
-__all__ = ["TOP", "accumulate", "choose", "describe", "int8_matmul", "prepare", "qlinear_is_exact", "quantize_rows",
-           "recover",
-           "triton_here"]
+__all__ = ["TOP", "accumulate", "choose", "describe", "int8_matmul", "on_codes", "prepare", "qlinear_is_exact",
+           "quantize_rows", "recover", "triton_here"]
 
 REFERENCE, QLINEAR, INT_MM, TRITON, OPS = "reference", "torch:qlinear", "torch:int_mm", "triton", "ops"
 CHOICES = ("auto", "torch", "triton", "ops", "reference")
@@ -146,12 +145,18 @@ def accumulate(codes: Tensor, held: Held, name: str) -> Tensor:
     return total.float()
 
 
-def _ops(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
+def on_codes(codes: Tensor, scale: Tensor, held: Held, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y (tokens, out) by the op of `llmops_kernels`, from tokens that are codes (tokens, in) and scales (tokens, 1)."""
     from llmops_kernels.int8_linear import int8_linear
+
+    return int8_linear(codes, scale, held["weight"], held["weight_scale"].float().view(-1, 1), bias, dtype=dtype)
+
+
+def _ops(x: Tensor, held: Held, bias: Tensor | None) -> Tensor:
     from llmops_kernels.quantize_tokens import quantize_tokens
 
     codes, scale = quantize_tokens(x if x.stride(1) == 1 else x.contiguous(), torch.int8)
-    return int8_linear(codes, scale, held["weight"], held["weight_scale"].float().view(-1, 1), bias, dtype=x.dtype)
+    return on_codes(codes, scale, held, bias, x.dtype)
 
 
 @cache

@@ -20,10 +20,10 @@ from llmops.report.reading import (
     quantity,
     trace,
     training_marks,
-    what,
 )
 from llmops.report.sections import NOTHING, Page, scrolled
 from llmops.report.trainings import MOST_OVERLAID, Mark, Training
+from llmops.report.words import what
 
 __all__ = ["building", "curves", "merge_cells"]
 

@@ -9,15 +9,16 @@ escaped for Markdown.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from llmops.report.building import merge_cells
+from llmops.report.card_facts import by_group, intended, lineage, record
 from llmops.report.details import nulls, quantities
 from llmops.report.figures import number, show, told
 from llmops.report.groups import worst_lines
-from llmops.report.markup import UNSEEN
+from llmops.report.markdown import clean, code, figures, flat, safe, section, table
 from llmops.report.reading import (
     Row,
     attempts,
@@ -25,7 +26,6 @@ from llmops.report.reading import (
     events,
     figure,
     group,
-    healed,
     joules_per_trained_token,
     looks,
     loss_curve,
@@ -41,14 +41,13 @@ from llmops.report.reading import (
     status_text,
     told_of_training,
     versus,
-    what,
 )
 from llmops.report.teaching import shared_words
+from llmops.report.words import healed, what
 
 __all__ = ["card", "front_matter"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 TRAINED = ("finetune", "distill")
 COSTS_OF_BUILDING = {
     "energy, this step": "energy_j",
@@ -78,8 +77,9 @@ def card(row: Row, rows: Sequence[Row]) -> str:
     import yaml
 
     head = yaml.safe_dump(front_matter(row), sort_keys=False, allow_unicode=True, width=1000)
-    sections = [_title(row), _making(row, rows), _scores(row), _sizes(row), _speed(row), _energy(row), _built(row),
-                _trained(row), _use(row), _limits(row), _origin(row)]
+    sections = [_title(row), intended(row, rows), _making(row, rows), _scores(row), by_group(row), _sizes(row),
+                _speed(row), _energy(row), _built(row), record(row, rows), _trained(row),
+                _use(row), _limits(row), _origin(row)]
     return f"---\n{head}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -96,7 +96,7 @@ def front_matter(row: Row) -> dict[str, Any]:
         if relation:
             found["base_model_relation"] = relation
     if identity.get("license"):
-        found["license"] = _clean(identity["license"])
+        found["license"] = clean(identity["license"])
     found |= {"library_name": "peft" if relation == "adapter" else "transformers", "pipeline_tag": "text-generation",
               "tags": _tags(row)}
     grams = figure(row, "carbon", "building_g")
@@ -104,7 +104,7 @@ def front_matter(row: Row) -> dict[str, Any]:
         found["co2_eq_emissions"] = _emissions(row, grams.value, f"{grams.provenance}; {grams.method}")
     scores = _model_index(row)
     if scores:
-        found["model-index"] = [{"name": _clean(name_of(row)), "results": scores}]
+        found["model-index"] = [{"name": clean(name_of(row)), "results": scores}]
     return found
 
 
@@ -125,23 +125,23 @@ def _tags(row: Row) -> list[str]:
     words = [word for step in chain for word in step.split(":")]
     kept = [tag for word, tag in (("quantize", "compressed-tensors"), ("prune", "pruned"), ("distill", "distilled"))
             if word in words]
-    methods = [_clean(step.partition(":")[2]) for step in chain]
+    methods = [clean(step.partition(":")[2]) for step in chain]
     return list(dict.fromkeys(["llmops", *kept, *methods,
-                _clean(state_of(row)) if state_of(row) != "ok" else "llmops"]))
+                clean(state_of(row)) if state_of(row) != "ok" else "llmops"]))
 
 
 def _emissions(row: Row, grams: float, source: str) -> dict[str, Any]:
     """Grams of CO2e of building it and all it stands on. Place and machine only where the row knows them."""
     machine, chain = group(row, "environment"), group(row, "transform").get("chain") or []
     trained = any(str(step).startswith(TRAINED) for step in chain)
-    found: dict[str, Any] = {"emissions": round(grams, 4), "source": _clean(source),
+    found: dict[str, Any] = {"emissions": round(grams, 4), "source": clean(source),
                              "training_type": "fine-tuning" if trained else "compression"}
     zone = re.search(r"([^;:(]+ \([A-Z]{3}\)), annual average", figure(row, "carbon", "intensity").method)
     if zone:
-        found["geographical_location"] = _clean(zone.group(1))
+        found["geographical_location"] = clean(zone.group(1))
     hardware = machine.get("gpu") or machine.get("cpu")
     if hardware:
-        found["hardware_used"] = _clean(", ".join(map(str, hardware)) if isinstance(hardware, list) else hardware)
+        found["hardware_used"] = clean(", ".join(map(str, hardware)) if isinstance(hardware, list) else hardware)
     return found
 
 
@@ -150,10 +150,10 @@ def _model_index(row: Row) -> list[dict[str, Any]]:
     for score_id in score_ids([row]):
         value = score(row, score_id)
         if value.value is not None:
-            data = _clean(score_id.partition(":")[2] or score_id)
+            data = clean(score_id.partition(":")[2] or score_id)
             found.append({"task": {"type": "text-generation"}, "dataset": {"name": data, "type": data},
-                          "metrics": [{"type": _clean(metric(row, score_id)), "value": value.value,
-                                       "name": _clean(score_id)}]})
+                          "metrics": [{"type": clean(metric(row, score_id)), "value": value.value,
+                                       "name": clean(score_id)}]})
     return found
 
 
@@ -163,10 +163,10 @@ def _model_index(row: Row) -> list[dict[str, Any]]:
 def _title(row: Row) -> str:
     identity = group(row, "identity")
     base = _model(identity)
-    lines = [f"# {_safe(name_of(row))}", f"{_safe(what(row))}, from {_code(base)}. Made and measured with llmops "
-             f"{_safe(identity.get('llmops', ''))}; every figure below comes from the run's ledger."]
+    lines = [f"# {safe(name_of(row))}", f"{safe(what(row))}, from {code(base)}. Made and measured with llmops "
+             f"{safe(identity.get('llmops', ''))}; every figure below comes from the run's ledger."]
     if state_of(row) != "ok":
-        lines.append(f"> **Not fit for use: {_safe(status_text(row))}**")
+        lines.append(f"> **Not fit for use: {safe(status_text(row))}**")
     if group(row, "transform").get("simulated"):
         lines.append("> **Simulated compression:** imitated in full precision; size, speed and energy are not those of "
                      "the real thing.")
@@ -182,12 +182,7 @@ def _model(identity: Mapping[str, Any]) -> str:
 
 def _making(row: Row, rows: Sequence[Row]) -> str:
     """The steps from the base to here, each with its options."""
-    by_name = {name_of(each): each for each in rows}
-    path: list[Row] = []
-    at: Row | None = row
-    while at is not None and at not in path:
-        path.append(at)
-        at = by_name.get(parent_of(at) or "")
+    path = lineage(row, rows)
     steps: list[str] = []
     for each in reversed(path):
         transform = group(each, "transform")
@@ -195,24 +190,24 @@ def _making(row: Row, rows: Sequence[Row]) -> str:
             continue
         options = ", ".join(f"{key} {value}" for key, value in group(transform, "options").items()
                             if key != "method" and value is not None)
-        steps.append(f"{len(steps) + 1}. {_safe(name_of(each))}: {_safe(transform.get('kind'))} with "
-                     f"{_safe(transform.get('method'))}{f' ({_safe(options)})' if options else ''}")
+        steps.append(f"{len(steps) + 1}. {safe(name_of(each))}: {safe(transform.get('kind'))} with "
+                     f"{safe(transform.get('method'))}{f' ({safe(options)})' if options else ''}")
     transform = group(row, "transform")
-    stored = [f"Stored as {_safe(transform['storage_dtype'])}" if transform.get("storage_dtype") else "",
-              f"computes in {_safe(transform['compute_dtype'])}" if transform.get("compute_dtype") else "",
-              f"kernel {_safe(transform['kernel'])}" if transform.get("kernel") else ""]
-    zeros = (f"Its zeros lie in dense tensors and save {_safe(transform['sparsity_saves'])}."
+    stored = [f"Stored as {safe(transform['storage_dtype'])}" if transform.get("storage_dtype") else "",
+              f"computes in {safe(transform['compute_dtype'])}" if transform.get("compute_dtype") else "",
+              f"kernel {safe(transform['kernel'])}" if transform.get("kernel") else ""]
+    zeros = (f"Its zeros lie in dense tensors and save {safe(transform['sparsity_saves'])}."
              if transform.get("sparsity_saves") else "")
     said = "; ".join(part for part in stored if part)
     made = "\n".join(steps) or "It is the model as it came."
-    return _section("How it was made", made, f"{said}." if said else "", zeros)
+    return section("How it was made", made, f"{said}." if said else "", zeros)
 
 
 def _scores(row: Row) -> str:
     lines = []
     for score_id in score_ids([row]):
         value = score(row, score_id)
-        cells = [_safe(score_id), show(value, with_interval=True), str(value.n or "")]
+        cells = [safe(score_id), show(value, with_interval=True), str(value.n or "")]
         for other in ("parent", "base"):
             body = versus(row, score_id, other)
             delta = quantity(body.get("delta"), "")
@@ -221,36 +216,36 @@ def _scores(row: Row) -> str:
             cells.append(show(delta, with_interval=True, difference=True) + flips if delta.value is not None else "-")
         lines.append(cells)
     if not lines:
-        return _section("Scores", "It was not scored.")
-    return _section("Scores",
-    _table(["score",
+        return section("Scores", "It was not scored.")
+    return section("Scores",
+    table(["score",
     "value, 95% interval",
     "n",
-    f"against {_safe(parent_of(row) or 'parent')} "
+    f"against {safe(parent_of(row) or 'parent')} "
     "(parent)",
     "against base"],
     lines),
      "Differences are paired: the same items, answered by both.",
-     "\n".join(f"- Worst group of {_safe(line)}" for line in worst_lines(row)))
+     "\n".join(f"- Worst group of {safe(line)}" for line in worst_lines(row)))
 
 
 def _sizes(row: Row) -> str:
-    return _section("Size", _figures(row, [(label, ("size", name)) for label, name in SIZES.items()]))
+    return section("Size", figures(row, [(label, ("size", name)) for label, name in SIZES.items()]))
 
 
 def _speed(row: Row) -> str:
     entries = [(f"{label}, batch {batch}", ("latency", batch, name)) for batch in batches([row])
                for label, name in SPEEDS.items()]
-    return _section("Speed", _figures(row, entries), _workload(row))
+    return section("Speed", figures(row, entries), _workload(row))
 
 
 def _energy(row: Row) -> str:
     entries = [(f"{label}, batch {batch}", ("energy", batch, name)) for batch in batches([row])
                for label, name in ENERGIES.items()]
     ratios = [(batch, figure(row, "energy", batch, "ratio_to_base")) for batch in batches([row])]
-    verdicts = [f"- Batch {batch}: {_safe(saving(row, batch))}, {show(ratio, with_interval=True)} of base's energy per "
+    verdicts = [f"- Batch {batch}: {safe(saving(row, batch))}, {show(ratio, with_interval=True)} of base's energy per "
                 "token." for batch, ratio in ratios if ratio.value is not None]
-    return _section("Energy", _figures(row, entries), "\n".join(verdicts))
+    return section("Energy", figures(row, entries), "\n".join(verdicts))
 
 
 def _built(row: Row) -> str:
@@ -259,13 +254,13 @@ def _built(row: Row) -> str:
     entries += [("carbon of building", ("carbon", "building_g")),
                 ("carbon per 1,000 output tokens", ("carbon", "per_1k_tokens_g")), ("grid", ("carbon", "intensity"))]
     spent, count = joules_per_trained_token(row), attempts(row)
-    lines = [f"Each token that ran through the model in training took {show(spent)} ({_safe(told(spent))})."] \
+    lines = [f"Each token that ran through the model in training took {show(spent)} ({safe(told(spent))})."] \
         if spent.value is not None else []
     if count and count > 1:
         lines.append(f"It took {count} attempts; what those that were cut off spent is counted.")
-    lines += [f"Shared with other builds, its cost split among them: {_safe(shared_words(entry))}."
+    lines += [f"Shared with other builds, its cost split among them: {safe(shared_words(entry))}."
               for entry in group(row, "building").get("shared") or []]
-    return _section("What building it cost", _figures(row, entries) if group(row, "building") else "", *lines)
+    return section("What building it cost", figures(row, entries) if group(row, "building") else "", *lines)
 
 
 def _trained(row: Row) -> str:
@@ -278,10 +273,10 @@ def _trained(row: Row) -> str:
         best = min(held, key=lambda look: look[1])
         lines.append(f"- held-out loss {number(held[0][1])} to {number(held[-1][1])} in {len(held)} looks, lowest "
                      f"{number(best[1])} at step {best[0]:,.0f}")
-    lines += [f"- {_safe(event)}" for event in told_of_training(row)]
-    ways = [[_safe(cell) for cell in merge_cells(entry)] for entry in merges(row)]
-    table = _table(["merged into", "mean KL", "largest KL", "taken"], ways) if ways else ""
-    return _section("How the training went", "\n".join(lines), table)
+    lines += [f"- {safe(event)}" for event in told_of_training(row)]
+    ways = [[safe(cell) for cell in merge_cells(entry)] for entry in merges(row)]
+    merged = table(["merged into", "mean KL", "largest KL", "taken"], ways) if ways else ""
+    return section("How the training went", "\n".join(lines), merged)
 
 
 def _use(row: Row) -> str:
@@ -298,17 +293,17 @@ def _use(row: Row) -> str:
         plain = 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
     own = "import llmops\n\nmodel, tokenizer = llmops.load(\".\")"
     packed = " (needs `pip install compressed-tensors`)" if _relation(row) == "quantized" else ""
-    return _section("How to load it", f"In this folder, as any model of its kind{packed}:\n\n```python\n{plain}\n```",
+    return section("How to load it", f"In this folder, as any model of its kind{packed}:\n\n```python\n{plain}\n```",
                     f"Or running on its compressed weights, as it was measured:\n\n```python\n{own}\n```")
 
 
 def _limits(row: Row) -> str:
-    lines = [f"- {_safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
-    lines += [f"- not measured: {_safe(name)}: {_safe(reason)}" for name, reason in nulls([row])]
+    lines = [f"- {safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
+    lines += [f"- not measured: {safe(name)}: {safe(reason)}" for name, reason in nulls([row])]
     if any(found.provenance == "estimated" for name, _, found in quantities(row) if name == "energy"):
         lines.append("- energy marked ~ is estimated, not measured")
     lines.append("- scores hold for the data named above; nothing else was tested, safety and bias included")
-    return _section("Limits, and what was not measured", "\n".join(lines))
+    return section("Limits, and what was not measured", "\n".join(lines))
 
 
 def _origin(row: Row) -> str:
@@ -318,64 +313,17 @@ def _origin(row: Row) -> str:
         for key in ("run", "run_id", "variant", "parent", "teacher", "seed", "key", "recipe_sha256", "utc")]
     facts += [(f"data {name}, SHA-256", digest) for name, digest in group(building, "data_sha256").items()]
     facts += [(f"data, {name}", count) for name, count in group(building, "data").items()]
-    facts += [(f"protocol of {score_id}", _flat({key: value for key, value in group(
+    facts += [(f"protocol of {score_id}", flat({key: value for key, value in group(
         row, "quality", score_id, "protocol").items() if value is not None})) for score_id in score_ids([row])]
-    facts += [(f"environment, {key}", _flat(value)) for key, value in group(row, "environment").items()]
-    lines = [f"- {_safe(key)}: {_code(value)}" for key, value in facts if value not in (None, "", [], {})]
-    notes = [f"- {_safe(event)}" for event in events(row)]
-    return _section("Where it comes from", "\n".join([*lines, *notes]))
-
-
-# -------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _section(title: str, *parts: str) -> str:
-    """A heading and its paragraphs; nothing at all when the first of them is empty."""
-    if not parts or not parts[0]:
-        return ""
-    return "\n\n".join([f"## {title}", *(part for part in parts if part)])
-
-
-def _figures(row: Row, entries: Iterable[tuple[str, tuple[str, ...]]]) -> str:
-    """A table of figures with provenance; empty when none is known."""
-    found = [(label, figure(row, *path)) for label, path in entries]
-    lines = [[label, show(each, with_interval=True), _safe(told(each))]
-                          for label, each in found if each.value is not None]
-    return _table(["", "value", "where it comes from"], lines) if lines else ""
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["-"] * len(head), *lines])
+    facts += [(f"environment, {key}", flat(value)) for key, value in group(row, "environment").items()]
+    lines = [f"- {safe(key)}: {code(value)}" for key, value in facts if value not in (None, "", [], {})]
+    notes = [f"- {safe(event)}" for event in events(row)]
+    return section("Where it comes from", "\n".join([*lines, *notes]))
 
 
 def _workload(row: Row) -> str:
     workload = group(row, "workload")
     if not workload:
         return ""
-    return _safe(f"Workload: {workload.get('prompt_tokens')} prompt tokens, {workload.get('new_tokens')} new tokens, "
+    return safe(f"Workload: {workload.get('prompt_tokens')} prompt tokens, {workload.get('new_tokens')} new tokens, "
                  f"greedy, {workload.get('repeats')} repeats interleaved with base.")
-
-
-def _flat(value: object) -> object:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items() if not isinstance(each, Mapping | list))
-    plain = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return ", ".join(map(str, value)) if plain and isinstance(value, list) else value
-
-
-def _clean(value: object) -> str:
-    """One line of text without what cannot be seen."""
-    return " ".join(UNSEEN.sub("�", str(value)).split())
-
-
-def _safe(value: object) -> str:
-    """As Markdown that shows exactly this text: no link, no tag, no cell or line broken."""
-    line = _clean(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"(?<![\w/])(https?|www)(?=[:.])", r"\1&#8203;", SPECIAL.sub(r"\\\1", line))
-
-
-def _code(value: object) -> str:
-    """As a code span, fenced by more backticks than it holds."""
-    line = _clean(value)
-    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
-    return f"{fence} {line} {fence}" if "`" in line else f"`{line}`"

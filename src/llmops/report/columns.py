@@ -26,8 +26,8 @@ from llmops.report.reading import (
     score,
     score_ids,
     versus,
-    what,
 )
+from llmops.report.words import what
 
 __all__ = ["Cell", "Column", "Tone", "columns", "score_titles"]
 

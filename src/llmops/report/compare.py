@@ -35,8 +35,8 @@ from llmops.report.reading import (
     state_of,
     status_text,
     versus,
-    what,
 )
+from llmops.report.words import what
 
 if TYPE_CHECKING:
     from rich.table import Table

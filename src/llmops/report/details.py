@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmops.quantity import Quantity
+from llmops.report import provenance
 from llmops.report.figures import interval, number, show
 from llmops.report.markup import Markup, tag
 from llmops.report.reading import (
@@ -21,9 +22,9 @@ from llmops.report.reading import (
     quantity,
     state_of,
     status_text,
-    what,
 )
 from llmops.report.sections import NOTHING, Page
+from llmops.report.words import what
 
 __all__ = ["environment", "every_figure", "logged", "method", "nulls", "quantities"]
 
@@ -67,7 +68,7 @@ def _variant(page: Page, row: Row) -> Markup:
              "notes": "; ".join(events(row))}
     listed = [tag("div", tag("dt", key), tag("dd", str(value))) for key, value in facts.items() if value]
     head = tag("tr", [tag("th", each, scope="col")
-                      for each in ("", "figure", "value", "95% interval", "n", "provenance")])
+                      for each in ("group", "figure", "value", "95% interval", "n", "provenance")])
     body = [tag("tr", tag("td", name, class_="dim"), tag("th", path, scope="row"), _values(found))
             for name, path, found in quantities(row)]
     table = tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="plain figures"), class_="scroll",
@@ -113,6 +114,7 @@ def method(page: Page) -> Markup:
     workload = next((found for row in page.rows if (found := group(row, "workload"))), {})
     if workload:
         parts.append(_listed("Speed, memory and energy", {"workload": _plain(workload)}))
+        parts.append(tag("ul", [tag("li", line) for line in provenance.protocol(page.rows)]))
     guessed = (found.provenance == "estimated" for row in page.rows for name, _, found in quantities(row)
                if name == "energy")
     if any(guessed):
@@ -120,10 +122,13 @@ def method(page: Page) -> Markup:
     if any(group(row, "transform").get("sparsity_saves") for row in page.rows):
         parts.append(tag("p", "Zeros in dense tensors save no time and no memory; on disk they save bytes only when "
                               "the file is compressed."))
+    parts.append(provenance.counted(page.rows, quantities))
     missing = nulls(page.rows)
     parts.append(tag("h3", "What was not measured, and why"))
     parts.append(tag("ul", [tag("li", tag("b", name), f": {reason} ({_who(who, page.rows)})") for (name, reason), who
                             in missing.items()]) if missing else tag("p", "Every figure of every variant is there."))
+    parts.append(tag("h3", "What no figure here tells"))
+    parts.append(tag("ul", [tag("li", line) for line in provenance.never(page.rows)]))
     return tag("section", tag("h2", "Method", id="method"), parts, aria_labelledby="method")
 
 

@@ -18,20 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import StoreError
-from llmops.report import bits, building, details, sections, slices, teaching, why
+from llmops.report import bits, breakeven, building, details, sections, slices, spending, teaching, why
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
 
-__all__ = ["page", "write_html"]
+__all__ = ["page", "shell", "write_html"]
 
 CONTENTS = {
+    "side": "Side by side",
     "outcome": "Outcome",
     "tree": "Variants",
     "charts": "Worth and cost",
     "table": "Table",
     "slices": "Groups",
     "why": "Changed answers",
+    "breakeven": "Break-even",
+    "spending": "Energy",
     "building": "Building",
     "teaching": "Teachers",
     "loss": "Loss",
@@ -39,7 +42,7 @@ CONTENTS = {
     "details": "Every figure",
     "method": "Method",
     "environment": "Environment",
-     "log": "Log"}
+    "log": "Log"}
 
 
 def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequence[str] | None = None,
@@ -65,28 +68,39 @@ def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequen
 
 
 def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
-         explained: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page as text."""
+         explained: Sequence[Mapping[str, Any]] = (), before: Markup = sections.NOTHING,
+         home: str | None = None) -> str:
+    """The page as text. before: a section ahead of all others; home: where a server has its list of runs."""
     seen = Page(rows)
     body = [sections.outcome(seen), sections.family(seen), sections.charted(seen), sections.tabled(seen),
-            slices.section(seen), why.section(seen, explained), building.building(seen), teaching.teaching(seen),
-            building.curves(seen), bits.bits(seen), details.every_figure(seen), details.method(seen),
+            slices.section(seen), why.section(seen, explained), breakeven.section(seen), spending.section(seen),
+            building.building(seen), teaching.teaching(seen), building.curves(seen), bits.bits(seen),
+            details.every_figure(seen), details.method(seen),
             details.environment(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
+    return shell(title, _subtitle(rows), [before, *body], footer=_footer(rows), home=home)
+
+
+def shell(title: str, subtitle: str, body: Sequence[Markup], *, footer: str = "llmops", home: str | None = None) -> str:
+    """A whole page around its sections: head, contents, style and script. home: a link ahead of the contents, and forms
+    may then be sent to where the page came from."""
     found = [anchor for anchor in CONTENTS if any(f'id="{anchor}"' in part for part in body)]
-    contents = tag("nav", [tag("a", CONTENTS[anchor], href=f"#{anchor}") for anchor in found], aria_label="Contents")
-    whole = tag("html", _head(title), tag("body", tag("a", "Skip to the outcome", href="#outcome", class_="skip"),
-                                          tag("header", tag("h1", title), tag("p", _subtitle(rows)), contents),
-                                          tag("main", body), tag("footer", tag("p", _footer(rows))),
-                                          tag("div", id="bubble", role="tooltip", hidden=True),
-                                          tag("script", raw(_asset("report.js")))), lang="en")
+    links = [tag("a", "All runs", href=home)] if home else []
+    links += [tag("a", CONTENTS[anchor], href=f"#{anchor}") for anchor in found]
+    contents = tag("nav", links, aria_label="Contents") if links else sections.NOTHING
+    skip = found[0] if found else "main"
+    whole = tag("html", _head(title, served=home is not None), tag(
+        "body", tag("a", "Skip to the content", href=f"#{skip}", class_="skip"),
+        tag("header", tag("h1", title), tag("p", subtitle), contents), tag("main", body, id="main"),
+        tag("footer", tag("p", footer)), tag("div", id="bubble", role="tooltip", hidden=True),
+        tag("script", raw(_asset("report.js")))), lang="en")
     return f"<!DOCTYPE html>\n{whole}\n"
 
 
-def _head(title: str) -> Markup:
+def _head(title: str, *, served: bool = False) -> Markup:
     style, script = _asset("report.css"), _asset("report.js")
     policy = (f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
-              "form-action 'none'")
+              f"form-action '{'self' if served else 'none'}'")
     return tag("head", tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=policy),
                tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("meta", name="color-scheme", content="light dark"), tag("title", f"{title} · llmops"),

@@ -35,9 +35,9 @@ from llmops.report.reading import (
     status_text,
     tree,
     versus,
-    what,
 )
 from llmops.report.table import legend, marks
+from llmops.report.words import what
 
 __all__ = ["NOTHING", "Page", "charted", "family", "outcome", "scrolled", "tabled"]
 

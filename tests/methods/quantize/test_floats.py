@@ -175,7 +175,7 @@ def test_gptq_matches_optimal_brain_quantization_in_float64(kind: str) -> None:
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         inverse[j, j] = 1.0
         inverse[j, :j] = inverse[j, j + 1:] = inverse[:j, j] = inverse[j + 1:, j] = 0
-    ours, _ = gptq(W0, H, bits=FLOATS[kind], order="none")
+    ours, _ = gptq(W0, H, bits=FLOATS[kind], order="none", damping=0.01)
     same = (ours.dequantize().double() - expected).abs() <= 1e-5 * expected.abs() + 1e-12
     assert float(same.double().mean()) > 0.995  # float32 turns a tie now and then, and what follows it
     assert rise(ours, W0, H) == pytest.approx(norm(expected - W0.double(), H), rel=0.01)

@@ -25,7 +25,7 @@
       const [x, y] = [Number(a), Number(b)];
       return a !== "" && b !== "" && !Number.isNaN(x) && !Number.isNaN(y) ? x - y : a.localeCompare(b);
     };
-    heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
+    heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
       const next = { null: "descending", descending: "ascending", ascending: null }[head.getAttribute("aria-sort")];
       heads.forEach(each => each.removeAttribute("aria-sort"));
       if (next) head.setAttribute("aria-sort", next);
@@ -41,49 +41,78 @@
     }));
 
     const filter = document.getElementById("filter");
-    filter.addEventListener("input", () => {
-      const wanted = filter.value.toLowerCase();
+    const [run, state, won] = ["by-run", "by-state", "won"].map(id => document.getElementById(id));
+    const fits = row => row.textContent.toLowerCase().includes(filter.value.toLowerCase())
+      && (!run?.value || row.dataset.run === run.value) && (!state?.value || row.dataset.state === state.value)
+      && (!won?.checked || row.dataset.won === "1");
+    [filter, run, state, won].forEach(each => each?.addEventListener("input", () => {
       const rows = [...body.rows];
-      rows.forEach(row => { row.hidden = !row.textContent.toLowerCase().includes(wanted); });
+      rows.forEach(row => { row.hidden = !fits(row); });
       const left = rows.filter(row => !row.hidden).length;
-      document.getElementById("count").textContent = wanted ? `${left} of ${rows.length}` : "";
-    });
-
-    const cells = row => [...row.cells];
-    all("td", body).forEach(cell => { cell.tabIndex = -1; });
-    const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-    body.addEventListener("keydown", event => {
-      const cell = event.target.closest("td, th");
-      const step = steps[event.key];
-      if (!cell || !step) return;
-      const rows = [...body.rows].filter(row => !row.hidden);
-      const row = rows[rows.indexOf(cell.parentElement) + step[0]];
-      const next = row && cells(row)[cells(cell.parentElement).indexOf(cell) + step[1]];
-      if (!next) return;
-      event.preventDefault();
-      (next.querySelector("a") ?? next).focus();
-    });
+      document.getElementById("count").textContent = left < rows.length ? `${left} of ${rows.length}` : "";
+    }));
   }
+
+  // The arrow keys walk any table: from the link in its first column, or from wherever a cell was left.
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+  document.addEventListener("keydown", event => {
+    const step = steps[event.key];
+    const cell = step && event.target.closest?.("tbody td, tbody th");
+    if (!cell) return;
+    const rows = [...cell.closest("tbody").rows].filter(row => !row.hidden);
+    const row = rows[rows.indexOf(cell.parentElement) + step[0]];
+    const next = row?.cells[cell.cellIndex + step[1]];
+    if (!next) return;
+    event.preventDefault();
+    const target = next.querySelector("a") ?? next;
+    if (target === next) next.tabIndex = -1;
+    target.focus();
+  });
+  // A table whose cells say where they came from can be entered by Tab, also where no link stands in it.
+  all("table.figures tbody, table.plain tbody").forEach(body => {
+    const first = !body.querySelector("a") && body.querySelector("[title]");
+    if (first) first.tabIndex = 0;
+  });
 
   // Where a figure came from, for whoever has no mouse to hover with.
   const bubble = document.getElementById("bubble");
-  const hide = () => { bubble.hidden = true; };
-  document.addEventListener("focusin", event => {
-    const at = event.target.closest("[title], a");
+  let told = null;
+  const hide = () => { bubble.hidden = true; told = null; };
+  const say = at => {
     const words = at?.getAttribute("title") ?? at?.querySelector("title")?.textContent ?? at?.closest("[title]")?.getAttribute("title");
-    if (!words || !at.matches(":focus-visible")) return hide();
+    if (!words) return hide();
+    told = at;
     bubble.textContent = words;
     bubble.hidden = false;
     const box = at.getBoundingClientRect();
     const below = box.bottom + bubble.offsetHeight + 12 < innerHeight;
     bubble.style.left = `${Math.max(8, Math.min(box.left, innerWidth - bubble.offsetWidth - 8))}px`;
     bubble.style.top = `${below ? box.bottom + 6 : box.top - bubble.offsetHeight - 6}px`;
+  };
+  document.addEventListener("focusin", event => {
+    const at = event.target.closest("[title], a");
+    if (at?.matches(":focus-visible")) say(at); else hide();
+  });
+  // A finger has nothing to hover with: a tap on a figure says the same.
+  document.addEventListener("click", event => {
+    const at = event.target.closest("td[title], dd [title], .badge[title], span[title]");
+    if (at && !event.target.closest("a, button")) say(at); else hide();
   });
   document.addEventListener("focusout", hide);
   document.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", () => { if (told) say(told); }, { passive: true, capture: true });
 
-  // A link to a variant opens its fold; printing opens them all.
+  // Printing opens the folds, unless they would be a book; what was closed is closed again.
+  const MOST_PRINTED = 24;
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    const folds = all("details:not([open])");
+    opened = folds.length > MOST_PRINTED ? [] : folds;
+    opened.forEach(fold => { fold.open = true; });
+  });
+  addEventListener("afterprint", () => { opened.forEach(fold => { fold.open = false; }); opened = []; });
+
+  // A link to a variant opens its fold.
   const open = () => { const found = document.getElementById(location.hash.slice(1)); if (found instanceof HTMLDetailsElement) found.open = true; };
   addEventListener("hashchange", open);
   document.addEventListener("click", event => { if (event.target.closest('a[href^="#v"]')) setTimeout(open); });

@@ -1,0 +1,96 @@
+"""report.html and the pages of `llmops ui` in a headless Chromium; skipped where there is none.
+
+axe-core runs where
+LLMOPS_AXE names its axe.min.js (an npm package), in a world of its own: the page's policy stays in force.
+"""
+
+import json
+import os
+
+import pytest
+from tests.report.chromium import CHROMIUM, Browser
+from tests.report.rows import make_rows, many
+
+from llmops.report.html import write_html
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+SCRIPT = """
+JSON.stringify({wide: document.documentElement.scrollWidth, sections: document.querySelectorAll("main section").length})
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    made = Browser(tmp_path_factory.mktemp("profile"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_html(make_rows(), tmp_path_factory.mktemp("page") / "report.html", title="demo", log=["a line"])
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+def test_it_opens_without_a_word_and_nothing_is_wider_than_the_screen(browser, place, width, dark):
+    del browser.said[:]
+    browser.open(place, width, dark)
+    found = json.loads(browser.run(SCRIPT))
+    assert found["wide"] <= width and found["sections"] >= 10 and browser.said == []
+
+
+def test_charts_switch_tables_sort_and_filter(browser, place):
+    browser.open(place)
+    shown = "[...document.querySelectorAll('.chart')].filter(e => e.offsetParent).map(e => e.dataset.cost).join()"
+    assert browser.run(shown) == "joules_per_token"
+    browser.run("document.querySelector('input[value=disk_bytes]').click()")
+    assert browser.run(shown) == "disk_bytes"
+    first = "document.querySelector('#rows tbody tr:not([hidden]) .name').dataset.v"
+    assert browser.run(first) == "base"
+    browser.run("[...document.querySelectorAll('#rows thead button')].find(e => e.textContent == 'variant').click()")
+    assert browser.run(first) == "wanda"
+    browser.run("(() => { const e = document.getElementById('filter'); e.value = 'tuned-w'; "
+                "e.dispatchEvent(new Event('input')); })()")
+    assert browser.run("document.getElementById('count').textContent") == "4 of 12"
+
+
+def test_provenance_is_told_to_who_has_no_mouse(browser, place):
+    browser.open(place)
+    browser.run("document.querySelector('#rows tbody .name a').focus()")
+    browser.keys("ArrowDown", "ArrowRight", "ArrowRight", "ArrowRight")
+    assert browser.run("document.activeElement.tagName") == "TD"
+    told = browser.run("document.getElementById('bubble').hidden ? '' : document.getElementById('bubble').textContent")
+    assert "95% interval" in told or "measured" in told
+    browser.keys("Escape")
+    assert browser.run("document.getElementById('bubble').hidden")
+    browser.run("document.querySelector('#spending').closest('section').querySelector('tbody td[title]').click()")
+    assert "CodeCarbon model" in browser.run("document.getElementById('bubble').textContent")
+
+
+def test_it_prints_with_its_folds_open(browser, place):
+    browser.open(place)
+    opened = "document.querySelectorAll('details[open]').length"
+    browser.run("window.seen = -1; addEventListener('beforeprint', () => setTimeout(() => {}, 0)); "
+                f"addEventListener('beforeprint', () => {{ window.seen = {opened}; }})")
+    assert len(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"]) > 50_000
+    assert browser.run("window.seen") >= 12 and browser.run(opened) == 0
+
+
+def test_a_hundred_variants_open(browser, tmp_path):
+    del browser.said[:]
+    browser.open(write_html(many(100), tmp_path / "many.html", title="many"))
+    assert browser.run("document.querySelectorAll('#rows tbody tr').length") == 100 and browser.said == []
+
+
+@pytest.mark.skipif("LLMOPS_AXE" not in os.environ, reason="LLMOPS_AXE does not name axe.min.js")
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing(browser, place, dark):
+    browser.open(place, dark=dark)
+    browser.run("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    frame = browser.call("Page.getFrameTree")["frameTree"]["frame"]["id"]
+    world = browser.call("Page.createIsolatedWorld", frameId=frame)["executionContextId"]
+    with open(os.environ["LLMOPS_AXE"], encoding="utf-8") as file:
+        browser.run(file.read(), contextId=world)
+    found = browser.run("axe.run().then(found => JSON.stringify(found.violations.map(each => [each.id, "
+                        "each.nodes.slice(0, 3).map(node => node.html)])))", contextId=world)
+    assert json.loads(found) == []
