@@ -143,6 +143,7 @@ def test_nan_a_mixture_and_a_head_that_is_tied(place: Path, tmp_path: Path) -> N
 def test_rows_that_are_no_multiple_of_a_block_are_multiplied_right_and_told(place: Path, tmp_path: Path) -> None:
     import transformers as t
 
+    torch.manual_seed(0)  # a weight in the middle between two codes may go either way
     made = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**COMMON | {"intermediate_size": 160}), dtype=torch.float32)
     dense = copy.deepcopy(made)
     work = taken(place, "llama", "nf4", made)
