@@ -38,7 +38,6 @@ if "--dry" in sys.argv and __name__ == "__main__":
 BUDGET_S = 525.0
 MODEL_S = 150.0  # of it kept for the model
 CHECKS_S = 150.0  # of it given to the checks at most
-APART = {"int_linear": "_weight_only", "nf4_linear": "_nf4"}  # ops whose checks and cases are in a file of their own
 FIRST = (1, 16, 4096)  # numbers of tokens that are timed before all others
 
 
@@ -96,10 +95,7 @@ def modules(only: list[str]) -> Iterator[tuple[str, Any]]:
     """(name, module) of benchmarks/kernels, those named in `only` where it names some."""
     for path in sorted((ROOT / "benchmarks" / "kernels").glob("*.py")):
         if not path.stem.startswith("_") and (not only or path.stem in only):
-            module = importlib.import_module(f"benchmarks.kernels.{path.stem}")
-            if not hasattr(module, "cases"):
-                module = importlib.import_module(f"benchmarks.kernels.{APART[path.stem]}")
-            yield path.stem, module
+            yield path.stem, importlib.import_module(f"benchmarks.kernels.{path.stem}")
 
 
 def check_all(run: Run, found: list[tuple[str, Any]]) -> None:

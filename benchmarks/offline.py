@@ -5,7 +5,7 @@ exits with 1 when a kernel breaks one of its requirements (tests/kernels/offline
 
     --check   print only what is broken        --json    a line a kernel, with the opcodes of its main loop
     --write   put the table into docs/kernels.md
-    --sample  of each op only the first of each kernel and matrix instruction: what the ordinary tests compile
+    --sample  of each op only the first of each kernel, matrix instruction and limit: what the ordinary tests compile
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def ops() -> list[str]:
 
 
 def sample(cases: Sequence[Any]) -> list[Any]:
-    """The first of each kernel and matrix instruction among the cases of an op."""
-    return list({(id(case.kernel), case.matrix): case for case in reversed(cases)}.values())[::-1]
+    """The first of each kernel, matrix instruction and limit among the cases of an op."""
+    return list({(id(case.kernel), case.matrix, case.limit): case for case in reversed(cases)}.values())[::-1]
 
 
 def table(rows: list[tuple[Any, Any]]) -> str:

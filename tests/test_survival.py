@@ -241,7 +241,8 @@ def test_sigterm_ends_in_order_with_143_and_the_next_run_goes_on(place, tmp_path
     assert "Traceback" not in errors
     kept = left_over(runs)
     assert [path.suffix for path in kept] == [".work"]
-    assert [each.name for each in sorted(kept[0].iterdir())] == ["attempt-0000.json", "checkpoints"]
+    names = {each.name for each in kept[0].iterdir()} - {"trace.json"}  # written now and then: a slow machine has one
+    assert names == {"attempt-0000.json", "checkpoints"}
     assert states(Ledger(runs / "ledger.db").rows()) == {"base": "ok"}
 
 

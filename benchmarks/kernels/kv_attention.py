@@ -18,8 +18,8 @@ from llmops_kernels.reference.kv_append import kv_append
 from llmops_kernels.reference.kv_attention import kv_attention as reference
 
 #        dtype, format, D, tile M, tile N, warps, instructions a code at most (0: not gated)
-TILES = [("bf16", "int8", 128, 16, 64, 4, 5.8), ("fp16", "fp8", 128, 16, 64, 4, 5.8),
-         ("bf16", "int4", 128, 16, 128, 4, 4.4), ("fp16", "int4", 64, 16, 128, 4, 0.0),
+TILES = [("bf16", "int8", 128, 16, 64, 4, 5.2), ("fp16", "fp8", 128, 16, 64, 4, 5.2),
+         ("bf16", "int4", 128, 16, 128, 4, 4.2), ("fp16", "int4", 64, 16, 128, 4, 0.0),
          ("bf16", "int8", 256, 16, 32, 4, 0.0), ("bf16", "int4", 256, 16, 32, 4, 0.0),
          ("bf16", "int8", 128, 32, 64, 4, 0.0), ("bf16", "fp8", 128, 32, 64, 4, 0.0),
          ("bf16", "int4", 128, 32, 64, 4, 0.0), ("bf16", "int4", 256, 32, 32, 4, 0.0)]
@@ -29,7 +29,7 @@ EIGHT_B, SEVENTY_B = (8, 4, 128), (8, 8, 128)  # key-value heads, queries a head
 
 def compiled() -> list[Compiled]:
     made = [_attention(*tile) for tile in TILES]
-    made += [_attention("bf16", "int8", 128, 16, 64, 4, 6.2, 1), _attention("bf16", "int4", 128, 16, 128, 4, 4.8, 1)]
+    made += [_attention("bf16", "int8", 128, 16, 64, 4, 5.6, 1), _attention("bf16", "int4", 128, 16, 128, 4, 4.3, 1)]
     return made + [Compiled(f"kv_attention join {name}", join_kernel,
                             {"part_ptr": "*fp32", "norm_ptr": "*fp32", "out_ptr": "*bf16"},
                             {"FORMAT": FORMATS[name], "D": 128, "SPLITS": 64, "CHUNK": 16}, 4, 1,

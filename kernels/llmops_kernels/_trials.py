@@ -13,11 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import config, fp8_linear, int8_linear, int_linear, nf4_linear, sparse24_int4_linear, sparse24_linear
+from . import (
+    config,
+    fp8_linear,
+    int8_linear,
+    int_linear,
+    kv_attention,
+    nf4_linear,
+    sparse24_int4_linear,
+    sparse24_linear,
+)
 from ._library import ops
+from .kv_append import kv_append
 from .quantize_tokens import quantize_tokens
 
-__all__ = ["TRIALS", "Axes", "Trial"]
+__all__ = ["TRIALS", "WIDTHS", "Axes", "Trial"]
 
 Axes = dict[str, tuple[int, ...]]
 FP8 = torch.float8_e4m3fn
@@ -170,7 +180,44 @@ def _nf4(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
                   n * k // 2 + 2 * m * k, make)]
 
 
+WIDTHS = (16, 32, 64, 128, 256)  # of heads
+
+
+def _kv(n: int, k: int, m: int, device: str, processors: int) -> list[Trial]:
+    """Attention of one token over a full cache: N and K are the width of a head, M is the room of the cache. Eight
+    heads of four queries, one text: with more texts there are programs enough whatever the tiles."""
+    if n != k or k not in WIDTHS:
+        return []
+
+    def maker(format: str) -> Callable[[int], Callable[[], Tensor]]:
+        def make(seed: int) -> Callable[[], Tensor]:
+            made = _random(seed, device)
+            x, y = (torch.randn(1, 8, m, k, generator=made, device=device).to(torch.bfloat16) for _ in range(2))
+            width, numbers = (k // 2, 2) if format == "int4" else (k, 1)
+            kind = {"int8": torch.int8, "fp8": FP8, "int4": torch.uint8}[format]
+            k_codes, k_scales, v_codes, v_scales = (
+                torch.zeros(1, 8, m, size, dtype=dtype, device=device) for _ in range(2)
+                for size, dtype in ((width, kind), (numbers, torch.bfloat16)))
+            start = torch.zeros(1, dtype=torch.int64, device=device)
+            kv_append(x, y, k_codes, k_scales, v_codes, v_scales, start, format)
+            query = torch.randn(1, 32, 1, k, generator=made, device=device).to(torch.bfloat16)
+            length = torch.tensor([m], device=device)
+            return lambda: kv_attention.kv_attention(query, k_codes, k_scales, v_codes, v_scales, length,
+                                                     scale=k ** -0.5, format=format)
+
+        return make
+
+    axes = {"BLOCK_N": (32, 64, 128), "PROGRAMS": tuple(times * processors for times in (1, 2, 3, 4)),
+            "num_stages": (2, 3, 4), "num_warps": (2, 4, 8)}
+    found = []
+    for format in ("int8", "fp8", "int4"):
+        bytes_ = 2 * 8 * m * (k // 2 + 4 if format == "int4" else k + 2)
+        found.append(Trial("kv_attention", config.key(k, k, format=format), m,
+                           (kv_attention.rule(format, k, processors),), axes, bytes_, maker(format)))
+    return found
+
+
 # N, K, M, device, processors -> what there is to find for that shape
 TRIALS: dict[str, Callable[[int, int, int, str, int], list[Trial]]] = {
     "int_linear": _int, "nf4_linear": _nf4, "int8_linear": _int8, "fp8_linear": _fp8, "sparse24_linear": _sparse24,
-    "sparse24_int4_linear": _sparse24_int4}
+    "sparse24_int4_linear": _sparse24_int4, "kv_attention": _kv}

@@ -41,7 +41,7 @@ from ._library import define, ops
 from ._triton import tl, triton
 from .reference import kv_attention as reference
 
-__all__ = ["attention_kernel", "join_kernel", "kv_attention", "splits_of", "tiles"]
+__all__ = ["attention_kernel", "join_kernel", "kv_attention", "rule", "splits_of", "tiles"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -90,12 +90,9 @@ def _codes(at, here, FORMAT: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _values(at, here, KIND: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of codes of values, read two at a time (at: int16): a matrix product takes them across its rows, and single
-    bytes laid out for that are copied to shared memory 8 bytes at a time in place of 16."""
-    if EVEN and FORMAT != 1:
-        pairs = tl.load(at)
-    else:
-        pairs = tl.load(at, mask=here[:, None], other=0)
+    """A tile of codes of values, read two at a time (at: int16): a matrix product takes them across its rows, and
+    single bytes laid out for that are copied to shared memory 8 bytes at a time in place of 16."""
+    pairs = tl.load(at) if EVEN and FORMAT != 1 else tl.load(at, mask=here[:, None], other=0)
     return tl.interleave((pairs & 255).to(tl.int8), (pairs >> 8).to(tl.int8)).to(KIND, bitcast=True)
 
 
@@ -273,8 +270,13 @@ def join_kernel(part_ptr, norm_ptr, out_ptr, T, G, H, splits,  # type: ignore[no
 def tiles(format: str, D: int, room: int, device: torch.device) -> config.Config:
     """BLOCK_N keys a turn; PROGRAMS: how many programs fill the device (two for each processor)."""
     tuned = config.pick("kv_attention", config.key(D, D, format=format), room, config.device_name(device.index))
+    return tuned or rule(format, D, config.processors(device.index))
+
+
+def rule(format: str, D: int, processors: int) -> config.Config:
+    """Tiles where no table has an entry."""
     block = (128 if format == "int4" else 64) if D <= 128 else 32
-    return tuned or {"BLOCK_N": block, "PROGRAMS": 2 * config.processors(device.index), "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_N": block, "PROGRAMS": 2 * processors, "num_warps": 4, "num_stages": 3}
 
 
 def splits_of(pairs: int, room: int, block: int, programs: int) -> int:

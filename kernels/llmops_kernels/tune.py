@@ -4,7 +4,7 @@ For each op, shape and number of tokens it starts from the tiles of the op's own
 after the other, keeping what is faster, until a whole round changes nothing. Each candidate is first checked against
 the result of the rule's tiles and then timed as a replayed CUDA graph over copies of the data that pass the L2 cache.
 What it finds goes into OUT/OP.json under the device's name, beside what is there; a call takes the entry of its shape
-whose M is nearest (`config.py`).
+whose M is nearest (`config.py`). For `kv_attention` N and K are both the width of a head, M is the room of the cache.
 
     --out DIR     the folder of the tables: LLMOPS_KERNEL_CONFIGS, or the package's own
     --dry         the same path without a GPU, on tiny shapes in Triton's interpreter: it says that tuning runs, and
@@ -36,6 +36,7 @@ __all__ = ["Found", "descend", "main", "tune", "write"]
 SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336))  # Llama-3-8B, N and K
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 TINY, FEW_ROWS = ((64, 256),), (1, 17)
+HEADS, ROOMS = ((128, 128),), (2048, 8192, 32768)  # of kv_attention
 ROUNDS = 3
 FASTER = 0.99  # less than 1 % is noise
 ALIKE = 2e-2  # relative distance from the result of the rule's tiles: another order of sums, not other numbers
@@ -113,11 +114,15 @@ def write(folder: Path, op: str, device: str, shape: str, m: int, tiles: config.
     beside.replace(path)
 
 
-def trials(ops: Sequence[str], shapes: Sequence[tuple[int, int]], rows: Sequence[int], device: str) -> Iterator[Trial]:
+def trials(ops: Sequence[str], shapes: Sequence[tuple[int, int]] | None, rows: Sequence[int] | None, device: str,
+           dry: bool = False) -> Iterator[Trial]:
+    """shapes, rows: None for those that an op is tuned for by default."""
     processors = config.processors(torch.cuda.current_device() if device == "cuda" else None)
     for op in ops:
-        for n, k in shapes:
-            for m in rows:
+        usual = (HEADS, ROOMS) if op == "kv_attention" else (SHAPES, ROWS)
+        tiny = ((64, 64),) if op == "kv_attention" else TINY
+        for n, k in shapes or (tiny if dry else usual[0]):
+            for m in rows or (FEW_ROWS if dry else usual[1]):
                 yield from TRIALS[op](n, k, m, device, processors)
 
 
@@ -143,9 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, folder: Path, device: str) -> int:
     name = config.device_name(torch.cuda.current_device() if device == "cuda" else None)
-    shapes, rows = asked.shapes or (TINY if asked.dry else SHAPES), asked.m or (FEW_ROWS if asked.dry else ROWS)
     print(f"{name}: tables in {folder}", flush=True)
-    for trial in trials(asked.op or list(TRIALS), shapes, rows, device):
+    for trial in trials(asked.op or list(TRIALS), asked.shapes, asked.m, device, asked.dry):
         if asked.dry:  # the second value of each axis shows that it is one
             trial = Trial(trial.op, trial.shape, trial.m, trial.starts, {a: v[1:2] for a, v in trial.axes.items()},
                           trial.footprint, trial.make)

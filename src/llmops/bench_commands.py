@@ -79,7 +79,7 @@ def _positive(given: str) -> float:
     return value
 
 
-SENSORS = ("auto", "nvml", "rapl", "codecarbon", "declared", "none")
+SENSORS = ("auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none")
 MODELS: Argument = ("models",), {
     "metavar": "MODEL", "nargs": "+",
     "help": "[NAME=][RUNTIME:]MODEL; RUNTIME is llmops (default), transformers, onnxruntime, openvino, llamacpp or "
@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
         (("--window",), {"metavar": "S", "type": _positive, "default": 0.0,
                          "help": "Seconds that a block lasts at least (default: one request)."}),
         (("--sensor",), {"metavar": "NAME", "default": "auto", "type": _sensor,
-                         "help": "auto, nvml, rapl, codecarbon, declared or none."}),
+                         "help": "auto, nvml, rapl, zeus, codecarbon, declared or none."}),
         (("--watts",), {"metavar": "W", "type": _positive, "help": "Declared power of the machine."}),
         (("--device",), {"metavar": "DEVICE", "default": "auto", "help": "auto, cpu or cuda."}),
         (("--threads",), {"metavar": "N", "type": at_least(1), "help": "CPU threads of every runtime (default: "

@@ -27,6 +27,7 @@ from llmops.charges import Charges
 from llmops.errors import BudgetReached, LlmopsError, StoreError
 from llmops.explain import origin
 from llmops.ledger import SCHEMA, Ledger
+from llmops.measure.summary import noise_floor
 from llmops.pairing import completed, references
 from llmops.planner import as_recipe, budgeted, plan
 from llmops.processes import join, terminable
@@ -281,6 +282,8 @@ class _Walk:
                 if teacher is not None and self.plan.recipe.measure is not None:
                     row["building"]["break_even_to_teacher_tokens"] = self.charges.beside_teacher(
                         stage, row, teacher).as_dict()
+        for line in noise_floor(row):
+            self.watcher.note(f"  {line}")
         self._append(stage, row, {score: [item.as_dict() for item in each] for score, each in items.items()})
         self.store.scored(stage.score_key)
         return row

@@ -171,8 +171,10 @@ class Scorer:
         progress = self.progress
         report = (lambda done, total: progress(done, total, "measure")) if progress is not None else None
         done = measure(model, base, tokenizer, options, self.meter, self.recipe.seed, report)
+        row["energy"] |= self._natural(model, tokenizer)
         row["size"]["peak_memory_bytes"] = peak_memory(model, tokenizer, options, self.recipe.seed).as_dict()
-        row["latency"], row["energy"], row["workload"] = done.latency, done.energy, done.workload
+        row["latency"], row["workload"] = done.latency, done.workload
+        row["energy"] |= done.energy
         row["verdict"]["warnings"] += done.warnings
         figures = row["energy"][str(min(options.batch_sizes))]
         per_token = Quantity.from_dict(figures["joules_per_token"])
@@ -187,6 +189,22 @@ class Scorer:
             evaluated = Quantity.from_dict(row["building"]["evaluate_energy_j"])
             paid = total([built, evaluated]) if evaluated.value is not None else built
             row["building"]["break_even_tokens"] = break_even(paid, _of_base(per_token, ratio), ratio).as_dict()
+
+    def _natural(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Requests of natural length over the first questions of what is scored; {} where that is not asked for."""
+        options = self.recipe.measure
+        assert options is not None
+        names = [name for entry in self.recipe.evaluate if (name := getattr(entry.options, "data", None)) is not None
+                 and self.rows(name).kind not in ("text", "preference")]
+        if not options.natural_requests or not names:
+            return {}
+        from llmops.data.render import prompts_and_answers
+        from llmops.measure.natural import natural, stop_tokens
+
+        asked = prompts_and_answers(self.rows(names[0]), tokenizer)[:options.natural_requests]
+        found = natural(model, [prompt.input_ids for prompt in asked], stop_tokens(model, tokenizer),
+                        options.natural_tokens, self.meter)
+        return {f"natural_{name}": figure for name, figure in found.items()}
 
     # ----------------------------------------------------------------------------------------------------- loading
 

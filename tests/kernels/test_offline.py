@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.slow
 def test_machine_code_is_as_required() -> None:
-    """Of each op one set of tiles for each kernel and matrix instruction; `make kernels` compiles every one."""
+    """Of each op one set of tiles for each kernel, matrix instruction and limit; `make kernels` compiles every one."""
     done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     assert done.returncode == 0, done.stderr
@@ -22,11 +22,11 @@ def test_machine_code_is_as_required() -> None:
 
 
 @pytest.mark.parametrize("op", offline.ops())
-def test_the_sample_holds_every_kernel_and_matrix_instruction(op: str) -> None:
+def test_the_sample_holds_every_kernel_matrix_instruction_and_limit(op: str) -> None:
     cases = importlib.import_module(f"benchmarks.kernels.{op}").compiled()
     kept = offline.sample(cases)
-    assert {(case.kernel, case.matrix) for case in kept} == {(case.kernel, case.matrix) for case in cases}
-    assert len(kept) <= 5 and all(case in cases for case in kept)
+    wanted = {(case.kernel, case.matrix, case.limit) for case in cases}
+    assert {(case.kernel, case.matrix, case.limit) for case in kept} == wanted and len(kept) == len(wanted)
 
 
 @pytest.mark.parametrize("op", offline.ops())

@@ -92,15 +92,29 @@ def test_every_start_and_axis_is_one_of_the_ops() -> None:
                 assert trial.footprint > 0 and trial.shape.startswith("N=4096,K=4096")
 
 
+def test_attention_is_tuned_for_widths_of_heads_and_rooms() -> None:
+    found = list(tune.trials(["kv_attention", "int8_linear"], None, None, "cpu"))
+    attention = [trial for trial in found if trial.op == "kv_attention"]
+    assert [(trial.shape, trial.m) for trial in attention] == [
+        (f"N=128,K=128,format={format}", room) for room in tune.ROOMS for format in ("int8", "fp8", "int4")]
+    assert {trial.m for trial in found if trial.op == "int8_linear"} == set(tune.ROWS)
+    assert all(set(trial.axes) == set(trial.starts[0]) and trial.starts[0]["BLOCK_N"] in trial.axes["BLOCK_N"]
+               for trial in attention)
+    assert list(tune.trials(["kv_attention"], [(4096, 4096)], [1], "cpu")) == []
+    one = next(tune.trials(["kv_attention"], [(16, 16)], [40], "cpu"))
+    assert one.make(1)().shape == (1, 1, 32, 16)
+
+
 def test_the_whole_path_runs_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    done = python("-m", "llmops_kernels.tune", "--dry", "--op", "int8_linear", "--op", "sparse24_linear", "--m", "2",
-                  "--out", str(tmp_path), interpreter=False)
+    asked = [word for op in ("int8_linear", "sparse24_linear", "kv_attention") for word in ("--op", op)]
+    done = python("-m", "llmops_kernels.tune", "--dry", *asked, "--m", "2", "--out", str(tmp_path), interpreter=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "int8_linear N=64,K=256 M=2: not measured" in done.stdout
     read = config.table(tmp_path / "int8_linear.json")["cpu"]["N=64,K=256"][2]
     assert {"BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "SWAP", "num_warps"} <= set(read)
     assert 2 in config.table(tmp_path / "sparse24_linear.json")["cpu"]["N=64,K=256"]
+    assert 2 in config.table(tmp_path / "kv_attention.json")["cpu"]["N=64,K=64,format=fp8"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -144,3 +144,33 @@ def test_zeus_that_is_not_installed_is_a_reason() -> None:
 
     with pytest.raises(NotUsable, match=r"pip install llmops\[zeus\]"):
         open_zeus(missing)
+
+
+def test_an_aligned_window_is_exact_where_a_plain_one_is_an_update_off() -> None:
+    clock = Clock()
+    trace = Trace([0.1 * step for step in range(300)], {  # 100 W for 5 s, then 400 W
+        "gpu0": [100 * second + 300 * max(0.0, second - 5) for second in (0.1 * step for step in range(300))]})
+    meter = Meter(Replay(trace, clock, update_period_s=0.1), clock=clock, sleep=clock.advance)
+    clock.advance(4.95)
+    with meter.window("plain") as plain:
+        clock.advance(10.0)
+    clock.now = 4.95
+    with meter.window("aligned", aligned=True) as aligned:
+        clock.advance(10.0)
+    assert plain.energy.value == pytest.approx(100 * 0.1 + 400 * 9.9) and plain.wall_s == pytest.approx(10)
+    assert aligned.energy.value == pytest.approx(400 * 10.0, rel=0.0101)  # one update more
+    assert aligned.wall_s == pytest.approx(10)
+
+
+def test_an_aligned_window_does_not_wait_for_what_stands_still_or_died() -> None:
+    clock = Clock()
+    trace = Trace([0.1 * step for step in range(300)], {"gpu0": [10.0 * step for step in range(300)],
+                                                        "off": [0.0] * 300})
+    meter = Meter(Replay(trace, clock, update_period_s=0.1, ends_s=12.0), clock=clock, sleep=clock.advance)
+    with meter.window("one is off", aligned=True) as window:
+        clock.advance(5.0)
+    assert window.energy.value is None and "(off)" in window.energy.method and clock.now < 6.1
+    assert window.parts["gpu0"].value == pytest.approx(500, abs=61)
+    with meter.window("dies", aligned=True) as window:
+        clock.advance(5.45)
+    assert window.energy.value is None and "device is lost" in window.energy.method

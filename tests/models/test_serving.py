@@ -273,7 +273,8 @@ def test_norms_and_the_middle_of_the_mlp_hand_codes_to_layers_that_take_them(
     assert {name: counted.count(name) for name in counted} == {
         "rms_norm_quantize": 4, "quantize_tokens": 4, "add_rms_norm_quantize": 4, "swiglu_quantize": 4}
     apart, here = (float((y - exact).norm() / exact.norm()) for y in (wanted, found))
-    assert here < 1.15 * apart < (0.06 if scheme == "w8a8" else 0.2)  # no farther from the same layers in float32 than what rounds at every step
+    # no farther from the same layers in float32 than what rounds at every step
+    assert here < 1.15 * apart < (0.06 if scheme == "w8a8" else 0.2)
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.whole.given is None and attention.q_proj.whole.x is None
 

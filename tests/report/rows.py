@@ -9,7 +9,7 @@ import hashlib
 import math
 from typing import Any
 
-from llmops.measure.cost import break_even
+from llmops.measure.cost import break_even, total
 from llmops.quantity import Quantity
 
 EVIL = '<script>alert(1)</script>'
@@ -128,7 +128,8 @@ def _pays_back(row: dict[str, Any]) -> None:
     built, each, ratio = (Quantity.from_dict(body) for body in (
         row["building"]["chain_energy_j"], row["energy"]["1"]["joules_per_token"], row["energy"]["1"]["ratio_to_base"]))
     base = Quantity(each.value / ratio.value, "J/token", each.provenance, each.method)
-    row["building"]["break_even_tokens"] = break_even(built, base, ratio).as_dict()
+    paid = total([built, Quantity.from_dict(row["building"]["evaluate_energy_j"])])
+    row["building"]["break_even_tokens"] = break_even(paid, base, ratio).as_dict()
 
 
 def _rtn(bits: int) -> dict[str, Any]:

@@ -33,6 +33,10 @@ def test_energy_over_base_is_that_of_adding_it_up():
     tokens = 5e5
     mine = one.built + tokens * one.row["energy"]["1"]["joules_per_token"]["value"]
     assert one.at(tokens) == pytest.approx(mine / (tokens * one.base))
+    whole = one.row["building"]["chain_energy_j"]["value"] + one.row["building"]["evaluate_energy_j"]["value"]
+    assert one.built == pytest.approx(whole)
+    del one.row["building"]["break_even_tokens"]  # without it the same is added up
+    assert paybacks(Page([one.row]))[0].built == pytest.approx(whole)
 
 
 def test_the_picture_holds_a_curve_a_diamond_and_words_for_each():

@@ -72,6 +72,10 @@ def test_it_prints_with_its_folds_open(browser, place):
     opened = "document.querySelectorAll('details[open]').length"
     browser.run("window.seen = -1; addEventListener('beforeprint', () => setTimeout(() => {}, 0)); "
                 f"addEventListener('beforeprint', () => {{ window.seen = {opened}; }})")
+    browser.call("Emulation.setDeviceMetricsOverride", width=1032, height=800, deviceScaleFactor=1, mobile=False)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert json.loads(browser.run(SCRIPT))["wide"] <= 1032  # A4 across, less its margins
+    browser.call("Emulation.setEmulatedMedia", media="")
     assert len(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"]) > 50_000
     assert browser.run("window.seen") >= 12 and browser.run(opened) == 0
 

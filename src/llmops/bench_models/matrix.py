@@ -31,6 +31,7 @@ from llmops.store import replace_file
 
 __all__ = ["Matrix", "run_matrix"]
 
+WORKLOAD = ("batch_sizes", "prompt_tokens", "new_tokens", "repeats", "window_s", "sensor", "watts")
 MACHINE = ("device", "cpu", "cores", "gpu", "driver", "threads")
 
 
@@ -69,8 +70,9 @@ class Matrix:
         """What the figures of a cell depend on, hashed."""
         sides = [{"runtime": one.runtime, "version": version_of(one.runtime), "sha256": one.sha256,
                   "model": one.model if one.sha256 is None else None} for one in (arm, self.arms[0])]
-        body = {"arm": sides[0], "reference": sides[1], "itself": arm.name == self.reference, "workload":
-                cell.model_dump(mode="json"), "seed": self.seed, "kernel": self.kernel, "room": self.room,
+        workload = cell.model_dump(mode="json", include=set(WORKLOAD))
+        body = {"arm": sides[0], "reference": sides[1], "itself": arm.name == self.reference, "workload": workload,
+                "seed": self.seed, "kernel": self.kernel, "room": self.room,
                 "machine": {name: self.machine.get(name) for name in MACHINE}}
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

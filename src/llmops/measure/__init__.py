@@ -7,6 +7,7 @@
     meter.py              windows of time and energy
     workload.py           the fixed decoding workload;  decode.py its interleaved blocks;  summary.py their figures
     intervals.py          medians, ratios and their intervals
+    natural.py            requests that end by themselves, beside the fixed length
     memory.py             weights, peak memory, bytes on disk
     cost.py  carbon.py    break-even and totals; grams and SCI
     grid.py  budget.py    intensity by hour and its cleanest window; how many joules a budget is

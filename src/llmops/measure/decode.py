@@ -8,7 +8,7 @@ floor of the machine (`aa_ratio`).
 
 A block is (1) prefills alone, metered, and (2) whole requests, metered: joules per output token and per request come
 straight from (2), prefill included; prefill from (1); decode is what remains of (2) after (1). Both repeat until they
-last `window_s`, and at least 100 updates of a hardware counter (three of an estimate). A window is idle-subtracted
+last `window_s`, and at least 150 updates of a hardware counter (three of an estimate). A window is idle-subtracted
 where idle power was read. The device's clocks, temperature and power limit are kept from before and after, and who
 else was at work there (`beside.py`).
 
@@ -43,8 +43,9 @@ from llmops.quantity import Quantity
 __all__ = ["Block", "Measurement", "block", "measure", "peak_memory"]
 
 WARM_TOKENS = 16
-UPDATES_WANTED = 100  # of the sensor in every window: one more or less is 1 %
-UPDATES_LEAST = 3  # of an estimate, whose ticks are not its largest error; below 100 the row warns
+UPDATES_WANTED = 100  # of the sensor in every window: one more or less is 1 %; with less the row warns
+UPDATES_SIZED = 150  # what windows of a hardware counter are made to last: waiting for its changes is then below 1 %
+UPDATES_LEAST = 3  # of an estimate, whose ticks are not its largest error
 IDLE_S = 10.0  # idle power of a hardware counter, where the options don't say how long
 
 
@@ -150,7 +151,7 @@ def _evaluating(models: Any) -> Iterator[None]:
 
 def _lasting(options: MeasureOptions, meter: Meter) -> float:
     """Seconds that a window lasts at least."""
-    updates = UPDATES_WANTED if meter.sensor.provenance == "measured" else UPDATES_LEAST
+    updates = UPDATES_SIZED if meter.sensor.provenance == "measured" else UPDATES_LEAST
     return max(options.window_s, updates * (meter.sensor.update_period_s or 0.0))
 
 
@@ -159,7 +160,7 @@ def block(runner: Any, prompt: Tensor, options: MeasureOptions, meter: Meter, ar
     lasting = _lasting(options, meter)
     batch = int(prompt.shape[0])
     prefills = 0
-    with meter.window(f"{arm} prefill {batch}") as before:
+    with meter.window(f"{arm} prefill {batch}", aligned=True) as before:
         if meter.sensor.provenance != "null":  # without energy, prefills alone would tell nothing new
             until = time.perf_counter() + lasting
             while prefills == 0 or time.perf_counter() < until:
@@ -167,7 +168,7 @@ def block(runner: Any, prompt: Tensor, options: MeasureOptions, meter: Meter, ar
                 runner.sync()
                 prefills += 1
     requests: list[Timing] = []
-    with meter.window(f"{arm} requests {batch}") as window:
+    with meter.window(f"{arm} requests {batch}", aligned=True) as window:
         until = time.perf_counter() + lasting
         while not requests or time.perf_counter() < until:
             requests.append(runner.request(prompt, options.new_tokens))
@@ -178,7 +179,7 @@ def block(runner: Any, prompt: Tensor, options: MeasureOptions, meter: Meter, ar
 def _idle_watts(meter: Meter, seconds: float) -> Quantity:
     if seconds <= 0:
         return Quantity.null("W", "idle power was not read (measure.idle_s: 0)")
-    with meter.window("idle") as window:
+    with meter.window("idle", aligned=True) as window:
         time.sleep(seconds)
     joules = window.energy
     if joules.value is None:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
 
-__all__ = ["log_ratio", "median_interval", "t_quantile"]
+__all__ = ["log_ratio", "mean_interval", "median_interval", "t_quantile"]
 
 MEDIAN_FACTOR = math.sqrt(math.pi / 2)
 
@@ -38,6 +38,17 @@ def median_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]
     half = t_quantile(len(values) - 1) * MEDIAN_FACTOR * stdev(scaled) / math.sqrt(len(values))
     if logs:
         return math.exp(middle), (math.exp(middle - half), math.exp(middle + half))
+    return middle, (middle - half, middle + half)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean and its 95 % t interval; no interval for a single value. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("no values")
+    middle = fmean(values)
+    if len(values) < 2:
+        return middle, None
+    half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return middle, (middle - half, middle + half)
 
 

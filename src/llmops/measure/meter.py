@@ -3,6 +3,11 @@
 The device is synchronized before the first and after the last reading, otherwise kernels that were only queued would
 be billed to the next window. Readings lie outside the timed section, so a slow sensor does not lengthen `wall_s`.
 
+A counter that changes every 100 ms tells at either end what was up to 100 ms ago. In a window of 100 updates that is
+up to 1 % at each end, more where power changes or an update is missed (benchmarks/bench_energy_traces.py). An `aligned`
+window therefore waits at both ends for a change of every part, and bills from change to change. What the device draws
+while the last one is waited for (idle, for less than an update) is in it; `wall_s` is not lengthened.
+
 A window's energy is null, with the reason, when there is no sensor, when the sensor failed at either end, when a
 counter fell, when the window is shorter than one update of the counter, and when the counter did not move in it. For
 a hardware counter one part that did not move is enough: hardware that is on draws power, so a still counter means
@@ -20,6 +25,9 @@ from llmops.measure.sensors import Sensor
 from llmops.quantity import Quantity
 
 __all__ = ["Meter", "Window", "synchronize"]
+
+WORTH_WAITING_S = 0.005  # a counter that changes more often than that is read as it stands
+PATIENCE = 5.0  # updates that a change is waited for: a few may be missed
 
 
 class Window:
@@ -51,20 +59,27 @@ def synchronize(device: str) -> None:
 class Meter:
     """Joins a sensor, a device and a clock. Windows may nest; they may not overlap across threads."""
 
-    def __init__(self, sensor: Sensor, device: Any = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, sensor: Sensor, device: Any = "cpu", clock: Callable[[], float] = time.perf_counter,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
         self.sensor = sensor
+        self._sleep = sleep
         self.device = str(device)
         self._clock = clock
         self._depth = 0
 
     @contextmanager
-    def window(self, label: str) -> Iterator[Window]:
-        """Meter the body of a `with`. The figures are there once it is left, also when the body raised."""
+    def window(self, label: str, aligned: bool = False) -> Iterator[Window]:
+        """Meter the body of a `with`. The figures are there once it is left, also when the body raised.
+
+        aligned: begin and end at a change of a hardware counter, which takes up to two updates longer.
+        """
         window = Window(label)
         synchronize(self.device)
         before = self._read()
         if self._depth == 0:
             before = self._attempt(self.sensor.start) or before
+        if aligned:
+            before = self._change(before)
         self._depth += 1
         began = self._clock()
 
@@ -83,7 +98,9 @@ class Meter:
                 self._depth -= 1
                 # Stopped before the last reading: what a sensor must do to stop, it then does once, not twice.
                 failure = self._attempt(self.sensor.stop) if self._depth == 0 else None
-                window.energy, window.parts = self._energy(before, failure or self._read(), window.wall_s)
+                after = failure or self._read()
+                window.energy, window.parts = self._energy(before, self._change(after) if aligned else after,
+                                                           window.wall_s)
                 window.so_far = lambda: (window.wall_s, window.energy)
 
     def _read(self) -> dict[str, float] | str:
@@ -92,6 +109,22 @@ class Meter:
             return dict(self.sensor.read())
         except Exception as error:  # drivers raise what they like; the work that is metered must go on
             return self._failed(error)
+
+    def _change(self, reading: dict[str, float] | str) -> dict[str, float] | str:
+        """Every part at its next change after `reading`; one that does not change within a few updates as it is."""
+        period = self.sensor.update_period_s
+        if isinstance(reading, str) or self.sensor.provenance != "measured" or not period or period < WORTH_WAITING_S:
+            return reading
+        found: dict[str, float] = {}
+        until = self._clock() + PATIENCE * period
+        while len(found) < len(reading) and self._clock() < until:
+            self._sleep(period / 100)
+            now = self._read()
+            if isinstance(now, str):
+                return now
+            found |= {part: joules for part, joules in now.items()
+                      if part not in found and joules != reading.get(part)}
+        return reading | found
 
     def _attempt(self, action: Callable[[], None]) -> str | None:
         try:

@@ -21,11 +21,14 @@ class MeasureOptions(Options):
     batch_sizes: list[int] = Field([1, 8], min_length=1)
     repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant")
     window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long; at least "
-                                                   "100 updates of a hardware counter, whatever is given")
+                                                   "150 updates of a hardware counter, whatever is given")
     sensor: Literal["auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none"] = Field(
         "auto", description="auto: NVML counter, RAPL, Zeus (AMD, Apple, Jetson), declared watts where given, then "
                             "CodeCarbon's estimate")
     watts: float | None = Field(None, gt=0, description="declared power of the machine, for sensor: declared or auto")
+    natural_requests: int = Field(0, ge=0, description="questions of the first scored data that are also answered "
+                                                       "until a stop token, for joules per request; 0: none")
+    natural_tokens: int = Field(256, ge=1, description="most tokens of such an answer")
     zone: str | None = Field(None, pattern=ZONE, description="the grid: ISO 3166 alpha-3 code, as FRA; with "
                                                              "`intensity`, a zone of that file")
     intensity: str | None = Field(None, min_length=1, description="CSV of utc,zone,g_per_kwh (beside the recipe, or "

@@ -7,7 +7,7 @@ without energy makes the energy figure null: leaving it out would choose the blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmops.measure.intervals import log_ratio, median_interval
@@ -16,7 +16,7 @@ from llmops.quantity import Quantity, weakest
 if TYPE_CHECKING:
     from llmops.measure.decode import Block
 
-__all__ = ["energy_group", "latency_group"]
+__all__ = ["energy_group", "latency_group", "noise_floor"]
 
 Tokens = tuple[int, int]  # prompt tokens, new tokens
 AA_REASON = "this is the base; its A/A run against itself is in {name}"
@@ -33,6 +33,19 @@ def _decode_speed(block: Block, tokens: Tokens) -> float:
 def _middle(values: Sequence[float], unit: str, provenance: Any, method: str) -> Quantity:
     value, interval = median_interval(values)
     return Quantity(value, unit, provenance, f"{method}; median of {len(values)} blocks", interval, len(values))
+
+
+def noise_floor(row: Mapping[str, Any]) -> list[str]:
+    """A line a batch size on what the base against itself came to; [] for rows without it."""
+    said = []
+    for batch, group in (row.get("latency") or {}).items():
+        ratios = {"speed": group.get("aa_speed_ratio"),
+                  "energy": ((row.get("energy") or {}).get(batch) or {}).get("aa_ratio")}
+        told = [f"{what} {100 * max(ratio['ci95'][1] - 1, 1 - ratio['ci95'][0]):.2g} %"
+                for what, ratio in ratios.items() if ratio and ratio["ci95"]]
+        if told:
+            said.append(f"noise floor, batch {batch} (A/A, how far its interval reaches from 1): {', '.join(told)}")
+    return said
 
 
 def _percentile(values: Sequence[float], share: float, method: str) -> Quantity:

@@ -304,9 +304,10 @@ def _adopt(cache: Any, index: int, dtype: str) -> None:
     while cache.layer_class_to_replicate is not None and len(layers) <= index:
         layers.append(cache.layer_class_to_replicate())
     layer = layers[index] if index < len(layers) else None
-    if isinstance(layer, QuantizedLayer) or isinstance(getattr(layer, "dtype", None), str):  # or of a StaticKVCache
-        if layer.dtype != dtype:
-            raise ModelError(f"given a cache in {layer.dtype}; expected {dtype}, as this model keeps it")
+    kept = getattr(layer, "dtype", None)
+    if isinstance(kept, str):  # a QuantizedLayer, or one of a StaticKVCache
+        if kept != dtype:
+            raise ModelError(f"given a cache in {kept}; expected {dtype}, as this model keeps it")
         return
     if layer is None or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ModelError(f"layer {index} keeps a {type(layer).__name__}; expected keys and values that grow by the "

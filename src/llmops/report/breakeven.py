@@ -8,7 +8,7 @@ N e_base. Their ratio is
 so every curve falls towards its r, and meets 1 at the break-even N* = E_build / (e_base (1 - r)) of
 `llmops.measure.cost`. The band is that of r alone, as the interval of N* is: it is drawn around the curve, and where
 its upper edge never comes below 1 no saving was shown, however far to the right one looks. E_build is the whole chain,
-the teacher included.
+the teacher included, and scoring the variant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ LETTER = 6.7
 
 @dataclass(frozen=True)
 class Payback:
-    """built: J of everything a variant stands on; base: J per token of the base; ratio: with its 95% interval."""
+    """built: J of everything a variant stands on, and of scoring it; base: J per token of the base; ratio: with its 95%
+    interval."""
 
     row: Row
     built: float
@@ -61,9 +62,19 @@ def paybacks(page: Page) -> list[Payback]:
         each = figure(row, "energy", page.batch, "joules_per_token")
         if (state_of(row) == "ok" and group(row, "transform").get("kind") and built.value and ratio.value
                 and each.value and min(built.value, ratio.value, each.value) > 0):
-            found.append(Payback(row, built.value, each.value / ratio.value, ratio))
+            base = each.value / ratio.value
+            found.append(Payback(row, _paid(row, built.value, base, ratio.value), base, ratio))
     return sorted(found, key=lambda one: (figure(one.row, "building", "break_even_tokens").value or math.inf,
                                           one.ratio.value or 0.0))
+
+
+def _paid(row: Row, built: float, base: float, ratio: float) -> float:
+    """J that have to be won back: what the row's own break-even counts, else building and scoring."""
+    tokens = figure(row, "building", "break_even_tokens").value
+    if tokens is not None and tokens > 0 and ratio < 1:
+        return tokens * base * (1 - ratio)
+    scored = figure(row, "building", "evaluate_energy_j").value or 0.0
+    return built + max(scored, 0.0)
 
 
 def section(page: Page) -> Markup:
@@ -84,9 +95,9 @@ def section(page: Page) -> Markup:
 
 def _caption(found: Sequence[Payback]) -> str:
     left = f" {len(found) - MOST} more are in the table." if len(found) > MOST else ""
-    return ("All energy of a variant, building included, over that of the base after so many output tokens; below 1 "
-            "it has paid for itself. Band: 95% interval of the paired ratio; a band that never falls below 1 shows no "
-            "saving." + left)
+    return ("All energy of a variant, building and scoring included, over that of the base after so many output "
+            "tokens; below 1 it has paid for itself. Band: 95% interval of the paired ratio; "
+            "a band that never falls below 1 shows no saving." + left)
 
 
 def chart(found: Sequence[Payback], batch: str) -> Markup:

@@ -22,7 +22,7 @@ from llmops.report.sections import NOTHING, Page, scrolled
 __all__ = ["Spent", "kwh", "section", "spent"]
 
 TITLES = {"finetune": "fine-tuning", "prune": "pruning", "quantize": "quantizing", "distill": "distilling",
-          "teacher": "teachers", "tries": "tries cut off or failed", "evaluate": "scoring"}
+          "teacher": "teachers", "tries": "tries cut off or failed", "evaluate": "scoring", "measure": "measuring"}
 WHOLE = {"energy_j", "chain_energy_j", "teacher_energy_j"}
 NAMED = re.compile(r"(\w+)_energy_j")
 WIDE = 240.0
@@ -142,9 +142,9 @@ def _headline(whole: Spent) -> Markup:
     stage, most = max(whole.parts.items(), key=lambda each: each[1].value or 0.0)
     share = (most.value or 0.0) / total.value if total.value else 0.0
     least = "at least " if whole.unknown else ""
+    apart = "" if "measure" in whole.parts else " Measuring speed and energy itself is not part of it."
     return tag("p", f"Having these variants and their scores took {least}", tag("b", show(total), title=told(total)),
-               f" ({kwh(total)}); most of it, {share:.0%}, went into {TITLES.get(stage, stage)}. Measuring speed and "
-               "energy itself is not part of it.")
+               f" ({kwh(total)}); most of it, {share:.0%}, went into {TITLES.get(stage, stage)}.{apart}")
 
 
 def _legend(stages: Sequence[str]) -> Markup:
