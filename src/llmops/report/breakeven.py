@@ -96,8 +96,8 @@ def section(page: Page) -> Markup:
 def _caption(found: Sequence[Payback]) -> str:
     left = f" {len(found) - MOST} more are in the table." if len(found) > MOST else ""
     return ("All energy of a variant, building and scoring included, over that of the base after so many output "
-            "tokens; below 1 it has paid for itself. Band: 95% interval of the paired ratio; "
-            "a band that never falls below 1 shows no saving." + left)
+            "tokens; below 1 it has paid for itself. Band: 95% interval of the paired ratio; a band that never falls "
+            "below 1 shows no saving." + left)
 
 
 def chart(found: Sequence[Payback], batch: str) -> Markup:
