@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from llmops.data_view import data_view
 from llmops.errors import DataError
-from llmops.methods.finetune.options import Training
+from llmops.methods.finetune.options.dpo import Dpo
 from llmops.preflight import preflight, preflight_report, report_text
 from llmops.recipe import Recipe, make_plan, parse_recipe
 from llmops.recipe.plan import Plan
@@ -19,12 +19,6 @@ from llmops.recipe.plan import Plan
 PAIRS = [{"prompt": f"Where does {name} live?", "completion": f"In {name}ville."} for name in ("Ada", "Bo", "Cy")]
 CHOICES = [{"prompt": "Two and three?", "chosen": "Five.", "rejected": "Six."},
            {"prompt": "Four and one?", "chosen": "Five.", "rejected": "Five."}]
-
-
-class Dpo(Training):
-    """Stands for the options of a step that trains on pairs."""
-
-    method: Literal["dpo"] = "dpo"
 
 
 def recipe_of(folder: Path, rows: list[dict[str, Any]], *, limits: str = "{}", max_length: int = 64) -> Recipe:
@@ -40,7 +34,8 @@ def recipe_of(folder: Path, rows: list[dict[str, Any]], *, limits: str = "{}", m
 
 
 def with_dpo(recipe: Recipe, *names: str) -> Recipe:
-    variants = {name: replace(variant, options=Dpo(data="train", max_length=64)) if name in names else variant
+    pairs = Dpo(method="dpo", data="train", max_length=64)
+    variants = {name: replace(variant, options=pairs) if name in names else variant
                 for name, variant in recipe.variants.items()}
     return replace(recipe, variants=variants)
 

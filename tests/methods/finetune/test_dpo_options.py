@@ -41,10 +41,14 @@ def test_what_is_wrong_is_said(place, step, said):
         parsed(place, step)
 
 
-def test_a_quantized_parent_is_refused(place):
-    with pytest.raises(RecipeError, match="a quantized variant: the reference of DPO is the parent"):
-        parsed(place, {"data": "pairs"}, w4={"from": "tuned", "quantize": {"method": "rtn", "scheme": "w4a16"}},
-               late={"from": "w4", "finetune": {"method": "dpo", "data": "pairs"}})
+def test_a_parent_in_another_format_than_integers_is_refused(place):
+    def late(scheme):
+        return parsed(place, {"data": "pairs"}, few={"from": "tuned", "quantize": {"method": "rtn", "scheme": scheme}},
+                      late={"from": "few", "finetune": {"method": "dpo", "data": "pairs"}})
+
+    assert late("w4a16").variants["late"].method == "dpo"
+    with pytest.raises(RecipeError, match="in nf4, whose rounding cannot be trained; expected integer weights"):
+        late("nf4")
 
 
 def test_the_score_of_preferences_wants_preferences(place):
