@@ -14,12 +14,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def python(*arguments: str, interpreter: bool) -> subprocess.CompletedProcess[str]:
+def pythons() -> list[str]:
+    """This Python, and those of environments with other versions of Triton that LLMOPS_PYTHONS names (PATH-like)."""
+    return [sys.executable, *filter(None, os.environ.get("LLMOPS_PYTHONS", "").split(os.pathsep))]
+
+
+def python(*arguments: str, interpreter: bool, which: str = sys.executable) -> subprocess.CompletedProcess[str]:
     """Run Python with the kernels on its path, with Triton's interpreter on or off."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("kernels", "src", "")),
                     "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreter else {})
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run([which, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def interpreted(script: str, cases: Sequence[Any]) -> list[dict[str, Any]]:

@@ -7,15 +7,16 @@ import json
 
 import pytest
 from benchmarks import offline
-from tests.kernels.processes import python
+from tests.kernels.processes import python, pythons
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-def test_machine_code_is_as_required() -> None:
+@pytest.mark.parametrize("which", pythons())
+def test_machine_code_is_as_required(which: str) -> None:
     """Of each op one set of tiles for each kernel, matrix instruction and limit; `make kernels` compiles every one."""
-    done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False)
+    done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False, which=which)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     assert done.returncode == 0, done.stderr
     assert {json.loads(line)["op"] for line in done.stdout.splitlines()} == set(offline.ops())
