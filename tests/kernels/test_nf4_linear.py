@@ -17,14 +17,14 @@ ONE = {"BLOCK_M": 16, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 
 SPLIT, LARGE = ONE | {"PARTS": 2}, ONE | {"BLOCK_M": 64, "num_warps": 8}
 #      table, blocksize, nested absmax, every M, N, K, dtype, bias, tile (None: the op's own rule), seed
 CASES: list[list[Any]] = [
-    ["nf4", 64, False, [1, 2, 3, 15, 16], 136, 512, "float16", False, SPLIT],
-    ["nf4", 64, True, [3, 17], 130, 320, "bfloat16", True, SPLIT],
+    ["nf4", 64, False, [0, 1, 2, 3, 15, 16], 136, 512, "float16", False, SPLIT],
+    ["nf4", 64, True, [0, 3, 17], 130, 320, "bfloat16", True, SPLIT],
     ["nf4", 64, False, [33, 64, 129], 72, 256, "bfloat16", False, LARGE],
     ["nf4", 64, False, [3], 72, 256, "float16", False, SPLIT, 1],
     ["fp4", 128, False, [3], 72, 384, "float16", True, ONE],
-    ["nf4", 256, True, [2], 64, 512, "bfloat16", False, None],
-    ["nf4", 32, False, [2], 64, 96, "float16", False, None],  # blocks too small for the kernel: dense
-    ["nf4", 64, True, [2], 72, 192, "bfloat16", True, {"DENSE": 1}]]
+    ["nf4", 256, True, [0, 2], 64, 512, "bfloat16", False, None],
+    ["nf4", 32, False, [0, 2], 64, 96, "float16", False, None],  # blocks too small for the kernel: dense
+    ["nf4", 64, True, [0, 2], 72, 192, "bfloat16", True, {"DENSE": 1}]]
 
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:

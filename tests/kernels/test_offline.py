@@ -35,8 +35,7 @@ def test_machine_code_is_as_required(which: str) -> None:
 def test_machine_code_is_as_required_on_the_oldest_triton() -> None:
     oldest = oldest_triton()
     if oldest is None:
-        pytest.skip(f"no Triton beside the environment's in {sys.prefix}/oldest-triton: `make oldest-triton` installs it, "
-                    f"with a network")
+        pytest.skip(f"no Triton in {sys.prefix}/oldest-triton: `make oldest-triton` puts it there, with a network")
     floor = re.search(r'"triton>=([\d.]+)', (offline.ROOT / "pyproject.toml").read_text())
     assert floor and f"Triton {floor[1]}.0: " in gate(before=oldest)
 
