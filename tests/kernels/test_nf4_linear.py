@@ -29,9 +29,11 @@ CASES: list[list[Any]] = [
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    far, *results = interpreted("interpret_nf4_linear.py", ["far", *CASES])
+    below: list[list[Any]] = [["joined", [3], ONE], ["joined", [2, 17], {"DENSE": 1}]]
+    far, *results = interpreted("interpret_nf4_linear.py", [["far"], *CASES, *below])
     assert far["error"] <= 5e-4
-    for case, result in zip(CASES, results, strict=True):
+    assert [result["error"] for result in results[len(CASES):]] == [0.0, 0.0]
+    for case, result in zip(CASES, results[:len(CASES)], strict=True):
         assert result["error"] <= (3e-3 if case[6] == "bfloat16" else 5e-4), (case, result)
         assert result["repeat"] == 0.0 and result["spilled"] == 0, (case, result)
 
@@ -90,6 +92,7 @@ def test_opcheck_and_full_graph_compile() -> None:
     (2, torch.rand(255), r"absmax is float32 \(255,\)"),
     (2, torch.rand(256).half(), "absmax is float16"), (3, torch.zeros(256, dtype=torch.uint8), "some are missing"),
     (7, "nf3", r"kind is 'nf3'; expected one of"), (8, 48, "blocksize is 48"), (9, 65, "expected .*uint8"),
+    (5, torch.rand(64), "some are missing"),
     (6, torch.rand(63), r"bias is float32 \(63,\)"), (2, torch.rand(256, device="meta"), "absmax is on meta")])
 def test_what_does_not_fit_is_an_error(place: int, value: Any, message: str) -> None:
     given = arguments()
