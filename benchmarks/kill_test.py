@@ -174,7 +174,8 @@ def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     row["identity"] = {name: value for name, value in row["identity"].items() if name not in ("run_id", "utc")}
     row["building"] = {name: value for name, value in row["building"].items() if name not in TIMED_BUILDING}
     row["size"] = {name: value for name, value in row["size"].items() if name not in TIMED_SIZE}
-    row["log"] = [event for event in row["log"]["events"] if not event.startswith("went on") and " s" not in event
+    events = (row.get("log") or {}).get("events") or []  # one that failed has none
+    row["log"] = [event for event in events if not event.startswith("went on") and " s" not in event
                   and "% of the time" not in event]
     return row
 
