@@ -15,12 +15,13 @@ import torch
 
 from llmops.data.options import Limits
 from llmops.data.pairs import encode_pairs
-from llmops.data.render import prompts_and_answers, text_stream
+from llmops.data.render import prompts_and_answers
 from llmops.data.sources import Rows
+from llmops.data.stream import owned_stream
 from llmops.evaluate import multiple_choice, preference_accuracy
 from llmops.evaluate.exact_match import greedy
 from llmops.evaluate.live import context_limit, item_id, scoring, stop_ids
-from llmops.evaluate.perplexity import windows
+from llmops.evaluate.perplexity import parts_of, windows
 
 __all__ = ["REPLAYED", "Question", "answered", "questions"]
 
@@ -63,14 +64,17 @@ def _preference_accuracy(model: Any, tokenizer: Any, rows: Rows, options: Any) -
 
 
 def _perplexity(model: Any, tokenizer: Any, rows: Rows, options: Any) -> list[Question]:
-    ids = text_stream(rows, tokenizer, options.separator)[:options.max_tokens]
+    ids, owners = owned_stream(rows, tokenizer, options.separator)
+    ids = ids[:options.max_tokens]
     limit = context_limit(model)
     context = min(options.context, limit) if limit is not None else options.context
+    apart = bool(options.slices or options.cluster)
     found = []
-    for start, end, first in windows(len(ids), context, options.stride) if len(ids) >= context else []:
-        window = ids[start:end]
-        cut = first - start
-        found.append(Question(item_id(window), tokenizer.decode(window), window[:cut], {"": window[cut:]}))
+    for cut in windows(len(ids), context, options.stride) if len(ids) >= context else []:
+        for part in parts_of(cut, owners, apart):
+            window, told = ids[cut[0]:cut[1]], ids[part.start if part.whole else part.first:part.end]
+            found.append(Question(part.id(window), tokenizer.decode(told), ids[part.start:part.first],
+                                  {"": ids[part.first:part.end]}))
     return found
 
 
