@@ -338,7 +338,7 @@ class _Walk:
         variant = recipe.variants.get(stage.variant)
         options = variant.options.model_dump(mode="json") if variant is not None else {}
         return {
-            "schema": SCHEMA, "goals": goals_body(recipe),
+            "schema": SCHEMA, "goals": goals_body(recipe), "card": recipe.card.model_dump(exclude_defaults=True),
             "identity": {"base_model": recipe.model.id, "revision": recipe.model.revision, "seed": recipe.seed,
                          "llmops": __version__},
             "status": {"state": "ok", "reason": None},
@@ -360,7 +360,7 @@ class _Walk:
     def _append(self, stage: Stage, row: dict[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         recipe = self.plan.recipe
         teacher = stage.teacher
-        row = {**row, "goals": goals_body(recipe), "identity": {
+        row = {**row, "goals": goals_body(recipe), "card": recipe.card.model_dump(exclude_defaults=True), "identity": {
             **row["identity"], "run": recipe.name, "run_id": self.run_id, "variant": stage.variant,
             "parent": stage.parents[0] if stage.parents else None, "teacher": teacher, "key": stage.key,
             "parent_key": stage.parent_keys[0] if stage.parent_keys else None, "score_key": stage.score_key,
@@ -383,6 +383,7 @@ def goals_body(recipe: Recipe) -> dict[str, Any]:
 
 def _done(row: Mapping[str, Any], stage: Stage, recipe: Recipe) -> bool:
     same = row["identity"].get("score_key") == stage.score_key and row["goals"] == goals_body(recipe)
+    same = same and (row.get("card") or {}) == recipe.card.model_dump(exclude_defaults=True)
     return same and row["status"]["state"] in ("ok", "broken")
 
 

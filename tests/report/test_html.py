@@ -149,6 +149,13 @@ def test_what_cannot_be_drawn_is_named_with_its_reason():
     assert "tuned-w4 (the sensor died)" in read(rows).words
 
 
+def test_intended_use_is_as_stated_or_stated_by_nobody():
+    assert read().words.count("stated by nobody") == 4
+    rows = [{**row, "card": {"intended_use": "our <products>", "limitations": ["old", "small"]}} for row in make_rows()]
+    words = read(rows).words
+    assert "our <products>" in words and words.count("stated by nobody") == 2
+
+
 def test_the_verdict_the_reasons_and_the_nulls_are_said():
     words = read().words
     assert "wins by the recipe's goals" in words
