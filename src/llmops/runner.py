@@ -141,10 +141,12 @@ class _Walk:
             stack.enter_context(reserved(recipe.measure.exclusive, f"run {recipe.name}"))
 
     def _checked(self) -> None:
+        from llmops.grids import answers
         from llmops.preflight import preflight
         from llmops.trackers import check_trackers
 
         check_trackers(self.plan.recipe)
+        answers(self.plan.recipe)
         for line in (*self.plan.advice, *budgeted(self.plan, self.store, self.ledger.rows()), *preflight(self.plan)):
             self.watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
 

@@ -40,7 +40,8 @@ def test_who_comes_second_is_told_who_is_there(tmp_path: Path, first: bool, seco
 
 def test_a_holder_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     script = ("import sys, time\nfrom pathlib import Path\nfrom llmops.measure.reserve import reserved\n"
-              "with reserved(True, 'run gone', Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n")
+              "with reserved(True, 'run gone', Path(sys.argv[1])):\n    print('held', flush=True)\n"
+              "    time.sleep(60)\n")
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     with pytest.raises(LlmopsError, match=f"process {process.pid} .run gone"), reserved(False, "x", tmp_path):
