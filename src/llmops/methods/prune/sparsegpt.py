@@ -185,8 +185,8 @@ class _Pass:
         return (~keep).float()
 
     def _columns(self, first: int, last: int, drop: Tensor, E: Tensor) -> None:
-        """Solve for columns first..last: E takes what they lose, and drop what is chosen in passing, both (last - first,
-        out). What is lost is not taken off them: nobody looks at them again before `result` does."""
+        """Solve for columns first..last: E takes what they lose, drop what is chosen in passing, both (columns, out).
+        What is lost is not taken off them: nobody looks at them again before `result` does."""
         U, W = self.factor.U[first:last, first:last], self.w_t[first:last]
         few = _FEW if self.groups is None else self.groups.every
         held = itertools.repeat(None) if self.held_t is None else self.held_t[first:last].split(few)
@@ -222,7 +222,8 @@ class _Groups:
         one = torch.eye(every, device=U.device)
         self.sign = (one[self.after] - one[self.before]).t().contiguous()  # (every, pairs)
         self.start = one[self.before].sum(0).unsqueeze(1)
-        inside = U.view(len(U) // every, every, len(U) // every, every).diagonal(dim1=0, dim2=2)  # (every, every, groups)
+        groups = len(U) // every
+        inside = U.view(groups, every, groups, every).diagonal(dim1=0, dim2=2)  # (every, every, groups)
         self.below = (inside.permute(2, 1, 0) - one).contiguous().unbind()
 
     def choose(self, W: Tensor, cost: Tensor, held: Tensor | None, drop: Tensor) -> None:
