@@ -24,10 +24,10 @@ SCHEME = {"scheme": "w4a16", "group_size": 32}
 SEEN = {**SCHEME, "data": "calib"}
 #: Most live bytes beside the model, in float32 blocks, where an MLP is three times as wide as the rest and the widest
 #: layer a quarter of the block: the block itself and one layer's temporaries; the widest layer's H, once more while it
-#: is factorised; H of every input at once; offsets, roundings and weights' gradients of all layers.
+#: is factorised; H of every input at once; offsets in 16 bits, codes, and one layer's temporaries.
 MOST = {"rtn": (Rtn(method="rtn", **SCHEME), 1.2), "hqq": (Hqq(method="hqq", iterations=2, **SCHEME), 2.3),
         "gptq": (Gptq(method="gptq", **SEEN), 2.9), "awq": (Awq(method="awq", grid=2, **SEEN), 3.0),
-        "autoround": (Autoround(method="autoround", iterations=2, **SEEN), 4.8)}
+        "autoround": (Autoround(method="autoround", iterations=2, **SEEN), 3.0)}
 
 
 @pytest.fixture(scope="module")
