@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -51,10 +52,11 @@ def test_what_is_tuned_is_what_is_stored_and_better_than_rounding(bits: int, gro
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_written_steps_are_those_of_the_equations(symmetric: bool) -> None:
+def test_the_written_steps_are_those_of_the_equations(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against autograd through the equations themselves, `round` passed as if it were not there."""
     generator = torch.Generator().manual_seed(3)
     W, out = torch.randn(6, 64, generator=generator), torch.randn(6, 64, generator=generator)
+    monkeypatch.setattr(sys.modules[_Layer.__module__], "AT_ONCE", 128)  # two rows
     for bits in (2, 3):
         layer = _Layer(W, bits=bits, group_size=16, symmetric=symmetric, dtype=torch.float32)
         layer.V.copy_((torch.rand(6, 4, 16, generator=generator) - 0.5) * UNITS)
@@ -68,7 +70,7 @@ def test_the_written_steps_are_those_of_the_equations(symmetric: bool) -> None:
         plain = (steps.clamp(bottom, top) * s).flatten(1)
         gradients = torch.autograd.grad(plain, (V, *factors), out)
         assert bool((gradients[0] == 0).any())  # where it was clamped
-        torch.testing.assert_close(layer.rounded()[0], plain.detach())
+        torch.testing.assert_close(layer.rounded(), plain.detach())
         layer.gradient = out.clone()
         layer.settle(0.03, round(0.03 * UNITS))
         for mine, before, gradient, (least, most) in zip((layer.V / UNITS, *layer.factors), (V, *factors), gradients,
@@ -91,7 +93,7 @@ def test_a_layer_moves_once_however_often_it_is_run() -> None:
     for lost in (False, True):
         layers = {name: _Layer(each, bits=3, group_size=8, symmetric=True, dtype=torch.float32)
                   for name, each in W.items()}
-        made = layers["twice"].rounded()[0].requires_grad_()
+        made = layers["twice"].rounded().requires_grad_()
         expected = _Layer(W["twice"], bits=3, group_size=8, symmetric=True, dtype=torch.float32)
         (expected.gradient,) = torch.autograd.grad(squared(made), made)
         expected.settle(0.1, round(0.1 * UNITS))

@@ -29,7 +29,7 @@ whatever its V.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ __all__ = ["UNITS", "Loss", "Product", "Tuned", "autoround", "inputs_of"]
 #: (name of a weight, its inputs (..., in)) -> what it makes of them, x W~^T (..., out)
 Product = Callable[[str, Tensor], Tensor]
 Loss = Callable[[Product, int], Tensor]
+AT_ONCE = 1 << 16  # weights that are rounded at once: they stay in a cache
 UNITS = 65534  # of V in a step of the grid, from the lower end of its range to the upper one
 
 
@@ -150,10 +151,8 @@ class _Rounded(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         layer: _Layer = ctx.layer
-        made = layer.rounded()[0].to(g.dtype)
         with Products():
-            back = g @ made if ctx.needs_input_grad[0] else None
-            del made
+            back = g @ layer.rounded().to(g.dtype) if ctx.needs_input_grad[0] else None
             forth = g.flatten(0, -2).t() @ x.flatten(0, -2)
         layer.gradient = forth if layer.gradient is None else layer.gradient.add_(forth)
         del forth
@@ -189,23 +188,31 @@ class _Layer:
 
     def product(self, x: Tensor) -> Tensor:
         """x W~^T (..., out)."""
-        made = self.rounded()[0].to(x.dtype)
+        made = self.rounded().to(x.dtype)
         with Products():
             return torch.nn.functional.linear(x, made)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def rounded(self) -> tuple[Tensor, Tensor]:
-        """((out, in) float32, exactly what `stored` stands for; (out, groups, group) where nothing was clamped)."""
+    def pieces(self) -> Iterator[tuple[slice, Tensor, Any, Any]]:
+        """(rows, their scales (rows, groups, 1), least and largest step) for a few rows at a time."""
         grid = self.grid()
-        s = grid.scale.float().unsqueeze(-1)
-        free = self._exact(s).round_()
-        steps = free.clamp(*_ends(grid))
-        idle = steps == free
-        return steps.mul_(s).flatten(1), idle
+        s, ends = grid.scale.float().unsqueeze(-1), grid.bounds()
+        rows = max(1, AT_ONCE // self.G[0].numel())
+        for first in range(0, len(s), rows):
+            piece = slice(first, first + rows)
+            low, high = (end[piece].unsqueeze(-1) if isinstance(end, Tensor) else end for end in ends)
+            yield piece, s[piece], low, high
 
-    def _exact(self, s: Tensor) -> Tensor:
-        """W / s + V."""
-        return torch.div(self.G, s).add_(self.V, alpha=1 / UNITS)
+    def nearest(self, rows: slice, s: Tensor, out: Tensor | None = None) -> Tensor:
+        """round(W / s + V) of some rows (rows, groups, group), not clamped."""
+        return torch.div(self.G[rows], s, out=out).add_(self.V[rows], alpha=1 / UNITS).round_()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def rounded(self) -> Tensor:
+        """(out, in) float32, exactly what `stored` stands for."""
+        made = torch.empty_like(self.G)
+        for rows, s, low, high in self.pieces():
+            self.nearest(rows, s, made[rows]).clamp_(low, high).mul_(s)
+        return made.flatten(1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def settle(self, rate: float, units: int) -> None:
@@ -218,26 +225,25 @@ class _Layer:
         self.waiting = 0
         if self.gradient is None:
             return
-        g, self.gradient = self.gradient.float().view_as(self.G), None
-        made, idle = self.rounded()
-        total = made.view_as(g).mul_(g).sum(-1)
-        del made
-        g.mul_(idle)
-        total.sub_((g * self.G).sum(-1))
-        g.mul_(self.sign.unsqueeze(-1)).sign_().mul_(-units).add_(self.V).clamp_(-(UNITS // 2), UNITS // 2)
-        self.V.copy_(g)
+        G, self.gradient = self.gradient.float().view_as(self.G), None
+        total = torch.empty_like(self.high)  # dL/ds times |s|
+        for rows, s, low, high in self.pieces():
+            g, free = G[rows], self.nearest(rows, s)
+            steps = free.clamp(low, high)
+            clamped = steps != free
+            total[rows] = steps.mul_(g).sum(-1).mul_(s.squeeze(-1))
+            g.masked_fill_(clamped, 0)
+            total[rows] -= torch.mul(g, self.G[rows], out=free).sum(-1)
+            g.sign_().mul_(-units * self.sign[rows].unsqueeze(-1)).add_(self.V[rows]).clamp_(-(UNITS // 2), UNITS // 2)
+            self.V[rows] = g
         for factor, reach in zip(self.factors, (self.high, -self.low), strict=False):
             factor.sub_((total * reach).sign_(), alpha=rate).clamp_(0, 1)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def stored(self) -> QuantizedWeight:
         """The codes and scales of the iterate as it stands."""
-        grid = self.grid()
-        exact = self._exact(grid.scale.float().unsqueeze(-1))
-        return grid.weight(exact.round_().clamp_(*_ends(grid)), self.group_size)
-
-
-def _ends(grid: Grid) -> tuple[Any, Any]:
-    """Least and largest step: two numbers, or two tensors (out, groups, 1)."""
-    low, high = (end.unsqueeze(-1) if isinstance(end, Tensor) else end for end in grid.bounds())
-    return low, high
+        grid, codes = self.grid(), torch.empty_like(self.G, dtype=torch.int8)
+        for rows, s, low, high in self.pieces():
+            steps = self.nearest(rows, s).clamp_(low, high)
+            codes[rows] = steps if grid.zero is None else steps.add_(grid.zero[rows].unsqueeze(-1))
+        return QuantizedWeight(codes.flatten(1), grid.scale, grid.zero, self.bits, self.group_size)
