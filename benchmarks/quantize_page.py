@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from _published import order, shares, table, verdict
-from _quantize_case import perplexity_table, verdict_table
+from _quantize_case import perplexity_table, verdict_table, verdicts
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "quantization-figures.md"
@@ -53,11 +53,12 @@ def lost(verdicts: Sequence[dict[str, Any]]) -> list[str]:
 def accuracy(about: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """The section of one model."""
     protocol, base = result["protocol"], result["base"]
-    counted = [line for line in result["verdicts"] if "ratio" in line]
+    lines = verdicts(result["rows"], base["perplexity"])
+    counted = [line for line in lines if "ratio" in line]
     ahead = sum(line["ratio"] <= 1 for line in counted)
     low = [line for line in counted if line["bits"] <= 3]
-    behind = lost(result["verdicts"])
-    share = [f"{line['share']:.0%} at {line['bits']} bits in groups of {line['group']}" for line in result["verdicts"]
+    behind = lost(lines)
+    share = [f"{line['share']:.0%} at {line['bits']} bits in groups of {line['group']}" for line in lines
              if "share" in line and line["bits"] < 8]
     score = f", exact match {base['exact_match']:.1%} (in brackets below)" if "exact_match" in base else ""
     crops = result["calibration"]
@@ -70,7 +71,7 @@ def accuracy(about: dict[str, Any], result: dict[str, Any]) -> list[str]:
             f"Ours is at or below the best peer in {ahead} of {len(counted)} comparisons, at 3 and 2 bits in "
             f"{sum(line['ratio'] <= 1 for line in low)} of {len(low)}. "
             f"GPTQ wins back of what rounding to nearest loses: {', '.join(share) or 'not measured'}.", "",
-            *(["Behind:", "", *behind, ""] if behind else []), verdict_table(result["verdicts"]), ""]
+            *(["Behind:", "", *behind, ""] if behind else []), verdict_table(lines), ""]
 
 
 def published(found: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ def test_pairs_are_of_the_same_windows_and_know_their_noise():
     ratio, half = bench.paired([1.0, 2.0, 3.0], [1.1, 2.1, 3.1])
     assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(0, abs=1e-12)  # the windows agree
     ratio, half = bench.paired([1.0, 2.0], [1.2, 2.0])
-    assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(math.exp(-0.1) * 0.2)
+    assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(math.exp(-0.1) * 12.7062 * 0.1)
     assert bench.paired([1.0], [1.0]) == (1.0, math.inf)
     with pytest.raises(ValueError, match="2 and 1 windows; expected the same"):
         bench.paired([1.0, 2.0], [1.0])

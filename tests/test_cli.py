@@ -21,7 +21,7 @@ LEAVES = sorted(cli.COMMANDS)
 
 # What every command takes: arguments, then options. A changed line here is a changed interface.
 TAKES = {
-    "tune": "RECIPE --set --runs --json -q --quiet --wide --exclusive --green --deadline --forecast --lasts",
+    "tune": "RECIPE --set --runs --json -q --quiet --wide --exclusive --green --deadline --forecast --zone --lasts",
     "plan": "RECIPE --set --runs --data --json",
     "validate": "RECIPE --set --json",
     "schema": "--markdown --compatibility",

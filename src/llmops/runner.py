@@ -118,6 +118,10 @@ class _Walk:
     def begin(self, green: Green | None) -> None:
         """Wait for a clean window where one was asked for, and meter the whole where there is a budget."""
         recipe = self.plan.recipe
+        if not all(stage.done for stage in self.plan.stages):
+            from llmops.grids import answers
+
+            answers(recipe)
         if green is not None:
             from llmops.green import choose, wait
 

@@ -11,6 +11,7 @@
     memory.py             weights, peak memory, bytes on disk
     cost.py  carbon.py    break-even and totals; grams and SCI
     grid.py  budget.py    intensity by hour and its cleanest window; how many joules a budget is
+    providers/            intensity by key: Electricity Maps, WattTime (marginal), Great Britain's
     beside.py             who else measures here
     environment.py        where it was measured
 

@@ -137,8 +137,9 @@ def _emissions(row: Row, grams: float, source: str) -> dict[str, Any]:
     found: dict[str, Any] = {"emissions": round(grams, 4), "source": clean(source),
                              "training_type": "fine-tuning" if trained else "compression"}
     zone = re.search(r"([^;:(]+ \([A-Z]{3}\)), annual average", figure(row, "carbon", "intensity").method)
-    if zone:
-        found["geographical_location"] = clean(zone.group(1))
+    grid = group(row, "carbon").get("grid") or {}
+    if zone or grid.get("valid_from"):
+        found["geographical_location"] = clean(zone.group(1) if zone else grid["zone"])
     hardware = machine.get("gpu") or machine.get("cpu")
     if hardware:
         found["hardware_used"] = clean(", ".join(map(str, hardware)) if isinstance(hardware, list) else hardware)
