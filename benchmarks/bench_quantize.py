@@ -7,6 +7,7 @@ take its cells in turn, one after the other, so that a machine that slows down s
 
     perplexity   by the protocol of the GPTQ and Wanda papers; pairs with Student's interval over the same windows
     exact match  of the tuned built-in model, in parentheses
+    divergence   KL from the float32 model to the quantized one on the first windows, nats a token: no chance lowers it
     s, CPU s     of the quantization alone; medians over the cells of a method, and of ours / theirs cell by cell
     MiB          most resident memory over that of the loaded model, in the first cell of a fresh process
 
@@ -181,7 +182,9 @@ def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str],
     save_file({"tokens": crops}, asked.cache / f"{name}-calibration.safetensors")
     case = Case(str(folder), str(asked.cache / f"{name}-calibration.safetensors"), str(rows), samples, length,
                 iterations=asked.iterations, threads=asked.threads)
-    base = scorer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    base, scorer = scorer(exact), scorer.beside(exact)
+    del exact
     print(f"{name}: perplexity {base['perplexity']:.5g}", file=sys.stderr, flush=True)
     about = {"model": name, "calibration": {"crops": samples, "length": length}, "protocol": scorer.protocol(),
              "iterations": asked.iterations, "base": base}
