@@ -54,6 +54,7 @@ from _quantize_case import (
     OURS,
     PACKAGES,
     Case,
+    divergence_table,
     methods_of,
     perplexity_table,
     picked,
@@ -207,7 +208,8 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join([f"{result['model']}: float32 perplexity {result['base']['perplexity']:.5g}{score}; calibrated on "
                       f"{result['calibration']['crops']} crops of {result['calibration']['length']} tokens; scored on "
                       f"{result['protocol']['windows']} windows of {result['protocol']['context']} tokens", "",
-                      perplexity_table(result["rows"], result["base"]), "", verdict_table(result["verdicts"]),
+                      perplexity_table(result["rows"], result["base"]), "", divergence_table(result["rows"]), "",
+                      verdict_table(result["verdicts"]),
                       *(["", speed_table(result["speeds"])] if result["speeds"] else []),
                       *(["", *told] if told else [])])
 
