@@ -12,7 +12,7 @@ the same simulated clock, and run their own code:
     codecarbon    GPUDevice with the counter, and without one (power sampled once a second, as its thread does)
     naive         a power gauge (mean of a second) read once a second, times the time between
 
-and two lengths: as the protocol sizes windows (150 probed updates), and 60 ms, less than an update, where the right
+and two lengths: as the protocol sizes windows (200 probed updates), and 60 ms, less than an update, where the right
 answer is "not known". Then a RAPL counter that wraps within the window. Printed: median and largest relative error,
 and how often a reader said that it does not know.
 """

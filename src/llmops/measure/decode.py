@@ -8,7 +8,7 @@ floor of the machine (`aa_ratio`).
 
 A block is (1) prefills alone, metered, and (2) whole requests, metered: joules per output token and per request come
 straight from (2), prefill included; prefill from (1); decode is what remains of (2) after (1). Both repeat until they
-last `window_s`, and at least 150 updates of a hardware counter (three of an estimate). A window is idle-subtracted
+last `window_s`, and at least 200 updates of a hardware counter (three of an estimate). A window is idle-subtracted
 where idle power was read. The device's clocks, temperature and power limit are kept from before and after, and who
 else was at work there (`beside.py`).
 
@@ -44,7 +44,7 @@ __all__ = ["Block", "Measurement", "block", "measure", "peak_memory"]
 
 WARM_TOKENS = 16
 UPDATES_WANTED = 100  # of the sensor in every window: one more or less is 1 %; with less the row warns
-UPDATES_SIZED = 150  # what windows of a hardware counter are made to last: waiting for its changes is then below 1 %
+UPDATES_SIZED = 200  # what windows of a hardware counter are made to last: two updates of waiting are then at most 1 %
 UPDATES_LEAST = 3  # of an estimate, whose ticks are not its largest error
 IDLE_S = 10.0  # idle power of a hardware counter, where the options don't say how long
 

@@ -21,7 +21,7 @@ class MeasureOptions(Options):
     batch_sizes: list[int] = Field([1, 8], min_length=1)
     repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant")
     window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long; at least "
-                                                   "150 updates of a hardware counter, whatever is given")
+                                                   "200 updates of a hardware counter, whatever is given")
     sensor: Literal["auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none"] = Field(
         "auto", description="auto: NVML counter, RAPL, Zeus (AMD, Apple, Jetson), declared watts where given, then "
                             "CodeCarbon's estimate")
