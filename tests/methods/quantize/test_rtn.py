@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmops.errors import LlmopsError, ModelError
-from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, packing, rtn
+from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, grid, packing, rtn
 from llmops.methods.quantize.grid import SHRINK
 
 SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, False), (3, 64, True), (2, 32, False), (2, -1, True), (6, 32, True)]
@@ -95,6 +95,15 @@ def test_the_searched_clip_is_the_best_of_its_grid_in_every_group(bits: int, gro
     plain = rtn(W, bits=bits, group_size=group, symmetric=symmetric)
     lost = [float((each.dequantize().double() - W.double()).square().sum()) for each in (made, plain)]
     assert lost[0] <= lost[1] * (0.9 if bits == 2 else 1.001)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_searched_a_few_at_a_time_get_the_same_grids(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rtn(weight_of(), bits=4, group_size=32, symmetric=symmetric, clip="mse")
+    monkeypatch.setattr(grid, "AT_ONCE", 96)  # three rows of 128
+    few = rtn(weight_of(), bits=4, group_size=32, symmetric=symmetric, clip="mse")
+    assert torch.equal(few.codes, whole.codes) and torch.equal(few.scale, whole.scale)
+    assert symmetric or torch.equal(few.zero_point, whole.zero_point)  # type: ignore[arg-type]
 
 
 def test_the_searched_clip_keeps_zeros_and_refuses_unknown_names() -> None:

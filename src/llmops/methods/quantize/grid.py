@@ -188,6 +188,11 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
     squared errors, (groups, group) or (1, 1); all equal by default. Cost: len(ranges) passes over G, twice as many
     where a grid can be turned round.
     """
+    rows = max(1, 4 * AT_ONCE // max(1, G[:1].numel()))
+    if isinstance(bits, int) and len(G) > rows:  # no row hangs on another; what a pass leaves lies in a cache
+        parts: list[Any] = [searched(part, bits, symmetric, dtype, importance, ranges) for part in G.split(rows)]
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None, bits)
     G = G.contiguous()  # a transposed one would make every pass several times slower
     low, high = G.amin(-1), G.amax(-1)
     if isinstance(bits, FloatFormat):
