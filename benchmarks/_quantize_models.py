@@ -1,4 +1,4 @@
-"""The two models of bench_quantize.py, what they are calibrated on, and the one evaluator of every answer.
+"""The models of bench_quantize.py and bench_prune.py, what they are calibrated on, the one evaluator of every answer.
 
 `tiny`  builtin:tiny, tuned as in recipes/quantize.yaml, so that exact match means something. Calibrated on
         builtin:study; scored by exact match on builtin:facts and perplexity on builtin:world.
@@ -12,10 +12,12 @@ float16 loses nothing on the way in.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from _quantize_case import Case
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens, text_stream
 from llmops.data.sources import load_rows, rows_from
@@ -242,6 +245,56 @@ def calibration(rows: Path, tokenizer: Any, samples: int, length: int, seed: int
     """What every contender is calibrated on, (samples, length)."""
     read = load_rows("calib", {"calib": DataSource(source=str(rows))}, rows.parent, seed)
     return calibration_tokens(read, tokenizer, samples=samples, length=length, seed=seed)
+
+
+def prepared(name: str, asked: Any, **more: Any) -> tuple[Case, Scorer, dict[str, Any]]:
+    """(case, scorer, what of both belongs into the results) of the model "tiny" or "text".
+
+    asked: the script's options cache, text, tokens, questions, windows, calibration, threads; more: of the case.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tuned_tiny(asked.cache) if name == "tiny" else pretrained_text(asked.text, asked.cache, asked.tokens)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, kept = asked.cache / f"{name}.jsonl", asked.cache / f"{name}-calibration.safetensors"
+    if name == "tiny":
+        tiny_rows(rows)
+        scorer, length = tiny_scorer(tokenizer, asked.questions, asked.windows * 8), 128
+    else:
+        text_rows(asked.text, rows)
+        scorer, length = text_scorer(asked.text, tokenizer, asked.windows), 256
+    samples = asked.calibration // length
+    save_file({"tokens": calibration(rows, tokenizer, samples, length, 0)}, kept)
+    base = scorer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    print(f"{name}: perplexity {base['perplexity']:.5g}", file=sys.stderr, flush=True)
+    case = Case(str(folder), str(kept), str(rows), samples, length, threads=asked.threads, **more)
+    return case, scorer, {"model": name, "calibration": {"crops": samples, "length": length},
+                          "protocol": scorer.protocol(), "base": base}
+
+
+def add_options(to: argparse.ArgumentParser, logs: str, tokens: int) -> None:
+    """The options of both scripts that `prepared` and the workers are told."""
+    to.add_argument("--text", type=Path, help="folder with the texts of the second model")
+    to.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
+    to.add_argument("--models", nargs="+", choices=["tiny", "text"], default=["tiny", "text"])
+    to.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
+    to.add_argument("--tokens", type=int, default=tokens, help="tokens the second model is pretrained on")
+    to.add_argument("--questions", type=int, default=300)
+    to.add_argument("--windows", type=int, default=16, help="of 2,048 tokens, most that are scored")
+    to.add_argument("--threads", type=int, default=1)
+    to.add_argument("--logs", type=Path, default=Path(logs), help="folder for what workers print")
+
+
+def wanted_models(asked: Any) -> Iterator[str]:
+    """Those that can be made; folders are."""
+    for folder in (asked.logs, asked.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in asked.models:
+        if name == "text" and asked.text is None:
+            print("\ntext: left out, for no --text FOLDER with its texts was given")
+        else:
+            yield name
 
 
 def dense_state(folder: Path) -> dict[str, Tensor]:

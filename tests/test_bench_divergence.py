@@ -15,8 +15,11 @@ from llmops.evaluate.options import Perplexity
 @pytest.fixture
 def models(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    before = set(sys.modules)
     yield import_module("_quantize_models")
-    sys.modules.pop("_quantize_models")
+    for name in set(sys.modules) - before:
+        if name.startswith("_quantize"):
+            del sys.modules[name]
 
 
 def test_it_is_the_mean_kl_of_the_float_model_over_the_first_windows(models):
