@@ -58,9 +58,9 @@ def base(i: int, bits: int, bf16: bool) -> float:
 @cache
 def programs(bits: int, bf16: bool, zero: bool) -> tuple[str, ...]:
     """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero)."""
-    made = tuple(_program(i, bits, bf16, zero) for i in range(layout(bits, 128).fields))
+    made = tuple(_program(i, bits, bf16, zero) for i in range(16 if bits == 3 else 16 // bits))
     if bits == 8 and bf16 and not zero:  # programs 2 and 3: the parts with the signs of fields 0 and 1
-        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc300c300, 0xEA;"])
+        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc380c380, 0x6A;"])
                       for i in (0, 1))
     return made
 
@@ -75,10 +75,12 @@ def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
         if not zero:
             return _block([*lines, "lop3.b32 $0, w, 0x007f007f, 0x43004300, 0xEA;"])
         return _block([*lines, "lop3.b32 v, w, 0x007f007f, 0x43004300, 0xEA;",
-                       "lop3.b32 w, w, 0x00800080, 0xc300c300, 0xEA;", "fma.rn.bf16x2 v, w, one, v;",
+                       "lop3.b32 w, w, 0x00800080, 0xc380c380, 0x6A;", "fma.rn.bf16x2 v, w, one, v;",
                        "fma.rn.bf16x2 $0, v, one, less;"])
     if bits == 8:
-        return _block([*lines, "lop3.b32 v, w, 0x00ff00ff, 0x64806480, 0x6A;", "add.f16x2 $0, v, less;"])
+        lines += ["lop3.b32 v, $1, 0x00ff00ff, 0x64006400, 0xEA;"] + ["prmt.b32 v, $1, v, 0x7351;"] * i
+        return _block([*lines[1:], "add.f16x2 $0, v, less;"])
+
     width = 2 if bits == 3 else bits
     mask = ((1 << width) - 1) << at
     lines.append(f"lop3.b32 v, w, 0x{mask << 16 | mask:08x}, 0x{magic << 16 | magic:08x}, 0xEA;")

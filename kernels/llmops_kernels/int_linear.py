@@ -54,7 +54,8 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     GROUPS: scales of a row and chunk; 0: one scale a row, applied at the end. PARTS: y is (PARTS, M, N) float32.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    PER: tl.constexpr = 8 if BITS == 3 else 16 // BITS  # fields of a word
+    WORDS: tl.constexpr = 3 if BITS == 3 else FIELDS // PER
     SPAN: tl.constexpr = WORDS * TILE * RUN  # words of a tile
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -70,8 +71,9 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     rk = tl.arange(0, RUN)
     first = part * per_part
     last = tl.minimum(first + per_part, chunks)
-    tile = ((rn // TILE).to(tl.int64) * chunks + first) * SPAN
-    q = q_ptr + (tile + (rn % TILE) * RUN)[:, None] + rk[None, :]
+    row = pid_n * BLOCK_N  # a block lies in one tile: a scalar moves along K, offsets within it are constant
+    q = q_ptr + ((row // TILE).to(tl.int64) * chunks + first) * SPAN + (row % TILE) * RUN
+    inside = tl.arange(0, BLOCK_N)[:, None] * RUN + rk[None, :]
     x = x_ptr + rm[:, None].to(tl.int64) * stride_xm + (first * (RUN * FIELDS) + rk)[None, :]
     scale = scale_ptr + first.to(tl.int64) * GROUPS * tall + rn
     zero = zero_ptr + first.to(tl.int64) * GROUPS * tall + rn
@@ -81,15 +83,15 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     if ZERO and GROUPS == 0:
         points = tl.load(zero).to(tl.float32)
     for chunk in tl.range(first, last):
-        word = tl.load(q, eviction_policy="evict_first")
-        other = word
-        high = word
         if BITS == 3:
-            other = tl.load(q + TILE * RUN, eviction_policy="evict_first")
-            high = tl.load(q + 2 * TILE * RUN, eviction_policy="evict_first")
+            high = tl.load(q + inside + 2 * TILE * RUN, eviction_policy="evict_first")
         if GROUPS == 0:
             total = acc
         for i in tl.static_range(FIELDS):
+            if i % PER == 0:
+                word = tl.load(q + inside + (i // PER) * TILE * RUN, eviction_policy="evict_first")
+                if BITS != 3:
+                    high = word
             if EVEN_K:
                 a = tl.load(x + i * RUN, mask=alive, other=0.0)
             else:
@@ -101,10 +103,10 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
                 if GROUPS > 0:
                     points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
                 add = less(points, i, BITS, dtype)[:, None]
-            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i)
+            w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 if BITS == 8 else i)
             total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
-                w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS)
+                w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 + 2)
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if i % FEW == FEW - 1 and GROUPS > 0:
                 factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)

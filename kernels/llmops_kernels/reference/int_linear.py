@@ -32,7 +32,7 @@ from torch import Tensor
 __all__ = ["GROUPS", "HIGH_BITS", "TILE_ROWS", "Layout", "Packed", "dequantize", "int_linear", "layout", "pack",
            "unpack"]
 
-TILE_ROWS = 64
+TILE_ROWS = 128
 GROUPS = (32, 64, 128)  # beside -1, one scale a row
 # 3 bits: where word 2 keeps the high bit of code i, chosen so that few shifts bring it above the code's low bits.
 HIGH_BITS = (2, 4, 6, 8, 3, 5, 7, 9, 10, 12, 14, 0, 11, 13, 15, 1)
@@ -79,6 +79,8 @@ def layout(bits: int, group_size: int) -> Layout:
         raise ValueError(f"group_size is {group_size}; expected one of {list(GROUPS)}, or -1 for one scale a row")
     width = 8 if bits > 4 else bits
     run = 32 if group_size == 32 or width < 4 else 128 if width == 8 and group_size != 64 else 64
+    if width == 8:  # a chunk of 256 columns, whatever the run
+        return Layout(width, run, 256 // run, 128 // run, group_size)
     return Layout(width, run, 16 if width == 3 else 16 // width, 3 if width == 3 else 1, group_size)
 
 
@@ -102,14 +104,15 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int,
     padded = torch.zeros(tall, chunks * how.chunk, dtype=torch.int32, device=codes.device)
     padded[:N, :K] = codes
     tiles = padded.view(tall // TILE_ROWS, TILE_ROWS, chunks, how.fields, how.run).permute(0, 2, 3, 1, 4)
-    unsigned = tiles & 255 if how.bits == 8 else tiles + (1 << (how.bits - 1))  # (T, C, fields, 64, run)
+    unsigned = tiles + (1 << (how.bits - 1))  # (T, C, fields, rows, run)
+    per = 8 if how.bits == 3 else 16 // how.bits
     words = torch.zeros(*tiles.shape[:2], how.words, TILE_ROWS, how.run, dtype=torch.int32, device=codes.device)
     for i in range(how.fields):
         if how.bits == 3:
             words[:, :, i // 8] |= (unsigned[:, :, i] & 3) << (2 * (i % 8))
             words[:, :, 2] |= (unsigned[:, :, i] >> 2) << HIGH_BITS[i]
         else:
-            words[:, :, 0] |= unsigned[:, :, i] << (how.bits * i)
+            words[:, :, i // per] |= unsigned[:, :, i] << (how.bits * (i % per))
     signed = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     groups = max(1, chunks * how.groups)
     points = None if zero is None else _turn(zero.to(torch.int16), tall, groups)
@@ -127,15 +130,15 @@ def unpack(words: Tensor, bits: int, group_size: int, rows: int, columns: int) -
     """The codes again: (rows, columns) int8, the exact inverse of `pack`."""
     how = layout(bits, group_size)
     bare = words.to(torch.int32) & 0xFFFF
+    per = 8 if how.bits == 3 else 16 // how.bits
     fields = []
     for i in range(how.fields):
         if how.bits == 3:
             low = (bare[:, :, i // 8] >> (2 * (i % 8))) & 3
             fields.append((low | (((bare[:, :, 2] >> HIGH_BITS[i]) & 1) << 2)) - 4)
         else:
-            field = (bare[:, :, 0] >> (how.bits * i)) & ((1 << how.bits) - 1)
-            fields.append(torch.where(field > 127, field - 256, field) if how.bits == 8
-                          else field - (1 << (how.bits - 1)))
+            field = (bare[:, :, i // per] >> (how.bits * (i % per))) & ((1 << how.bits) - 1)
+            fields.append(field - (1 << (how.bits - 1)))
     codes = torch.stack(fields, dim=2)  # (T, C, fields, 64, run)
     tall, wide = codes.shape[0] * TILE_ROWS, codes.shape[1] * how.chunk
     return codes.permute(0, 3, 1, 2, 4).reshape(tall, wide)[:rows, :columns].to(torch.int8).contiguous()
