@@ -72,15 +72,14 @@ def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
              f"mov.b32 one, {_pair(1.0, bf16)};",
              "mov.b32 less, $3;" if zero else f"mov.b32 less, {_pair(-base(i, bits, bf16), bf16)};"]
     if bits == 8 and bf16:
+        low = "lop3.b32 {}, w, 0x007f007f, 0x43004300, 0xEA;"
         if not zero:
-            return _block([*lines, "lop3.b32 $0, w, 0x007f007f, 0x43004300, 0xEA;"])
-        return _block([*lines, "lop3.b32 v, w, 0x007f007f, 0x43004300, 0xEA;",
-                       "lop3.b32 w, w, 0x00800080, 0xc380c380, 0x6A;", "fma.rn.bf16x2 v, w, one, v;",
-                       "fma.rn.bf16x2 $0, v, one, less;"])
-    if bits == 8:
+            return _block([*lines, low.format("$0")])
+        return _block([*lines, low.format("v"), "lop3.b32 w, w, 0x00800080, 0xc380c380, 0x6A;",
+                       "fma.rn.bf16x2 v, w, one, v;", "fma.rn.bf16x2 $0, v, one, less;"])
+    if bits == 8:  # the high byte by one permutation, the magic byte out of the low one's number
         lines += ["lop3.b32 v, $1, 0x00ff00ff, 0x64006400, 0xEA;"] + ["prmt.b32 v, $1, v, 0x7351;"] * i
         return _block([*lines[1:], "add.f16x2 $0, v, less;"])
-
     width = 2 if bits == 3 else bits
     mask = ((1 << width) - 1) << at
     lines.append(f"lop3.b32 v, w, 0x{mask << 16 | mask:08x}, 0x{magic << 16 | magic:08x}, 0xEA;")
@@ -131,9 +130,9 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.
         if BITS == 8:
             code = (bare >> (8 * (i % 2))) & 255
             if i >= 2:
-                value = tl.where(code > 127, -256, -128).to(tl.float32)
+                value = tl.where(code > 127, -128, -256).to(tl.float32)
             elif ZERO or dtype == tl.float16:
-                value = tl.where(code > 127, code - 256, code).to(tl.float32)
+                value = code.to(tl.float32) - 128
             else:
                 value = (128 + (code & 127)).to(tl.float32)
         elif BITS == 3:  # AT: HIGH_BITS[i]

@@ -77,7 +77,7 @@ def test_packing_is_exact_and_invertible(bits: int, group: int) -> None:
     assert torch.equal(unpack(packed.words, bits, group, 100, 384), codes)
     assert packed.words.is_contiguous() and packed.words.dtype == torch.int16
     field = 8 if bits > 4 else bits  # what is stored is what is promised: no wider slots
-    assert packed.words.numel() * 16 == packed.words.shape[0] * 64 * packed.words.shape[1] * \
+    assert packed.words.numel() * 16 == packed.words.shape[0] * 128 * packed.words.shape[1] * \
         layout(bits, group).chunk * field
 
 
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         (r"strides .* expected its rows contiguous", (turned, *parts, None, None, 4, 128, 72)),
         (r"words is int16 .*; expected int16", (x[:, :256], *parts, None, None, 4, 128, 72)),
         (r"words is int32", (x, packed.words.int(), packed.scale, None, None, 4, 128, 72)),
-        (r"words is int16 .*; expected int16 \(2, 1, 3", (x, *parts, None, None, 3, 128, 72)),
+        (r"words is int16 .*; expected int16 \(1, 1, 3", (x, *parts, None, None, 3, 128, 72)),
         (r"group_size is 48; expected one of \[32, 64, 128\], or -1", (x, *parts, None, None, 4, 48, 72)),
         (r"bits is 9; expected 2 to 8", (x, *parts, None, None, 9, 128, 72)),
         (r"scale is bfloat16 .*; expected .* \(8, 128\)", (x, *parts, None, None, 4, 64, 72)),
