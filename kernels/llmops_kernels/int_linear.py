@@ -136,7 +136,7 @@ def tiles(m: int, n: int, k: int, bits: int, group_size: int, processors: int) -
         return {"DENSE": 1}
     if m > 16:  # two programs a processor fit: one unpacks while the other's products run
         found = {"BLOCK_M": 32 if m <= 32 else 64, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4, "num_stages": 3}
-    elif how.run == 128:
+    elif how.bits == 8 and how.run >= 64:
         found = {"BLOCK_M": 16, "BLOCK_N": 128, "SWAP": int(how.groups > 0), "num_warps": 4, "num_stages": 3}
     else:  # with runs of 32, two warps copy 16 bytes a thread where four would copy 8
         found = {"BLOCK_M": 16, "BLOCK_N": 64, "SWAP": 0, "num_warps": 4 if how.run == 64 else 2, "num_stages": 4}
