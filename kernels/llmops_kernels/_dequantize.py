@@ -25,6 +25,7 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, tall, 
                                ZERO: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
     """Half a tile of `reference/int_linear.py`'s layout: (TILE / 2 rows, RUN * FIELDS columns) of out (N, K)."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    PAIRED: tl.constexpr = BITS == 8 and dtype == tl.bfloat16  # numbers of 8 bits in two parts
     ROWS: tl.constexpr = TILE // 2
     PER: tl.constexpr = 8 if BITS == 3 else 16 // BITS  # fields of a word
     WORDS: tl.constexpr = 3 if BITS == 3 else FIELDS // PER
@@ -44,10 +45,14 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, tall, 
         at = (chunk * GROUPS + i // FEW).to(tl.int64) * tall + rn
         add = word
         if ZERO:
-            add = less(tl.load(zero_ptr + at).to(tl.float32), i, BITS, dtype)[:, None]
+            points = tl.load(zero_ptr + at).to(tl.float32)
+            if not PAIRED:
+                add = less(points, i, BITS, dtype)[:, None]
         w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 if BITS == 8 else i).to(tl.float32)
-        if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
+        if PAIRED:
             w += field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 + 2).to(tl.float32)
+            if ZERO:
+                w = -128 - 0.5 * w - points[:, None]
         w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
         columns = (chunk * FIELDS + i) * RUN + rk
         tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),

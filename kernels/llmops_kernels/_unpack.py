@@ -59,10 +59,24 @@ def base(i: int, bits: int, bf16: bool) -> float:
 def programs(bits: int, bf16: bool, zero: bool) -> tuple[str, ...]:
     """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero)."""
     made = tuple(_program(i, bits, bf16, zero) for i in range(16 if bits == 3 else 16 // bits))
-    if bits == 8 and bf16 and not zero:  # programs 2 and 3: the parts with the signs of fields 0 and 1
-        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc380c380, 0x6A;"])
-                      for i in (0, 1))
+    if bits == 8 and bf16:  # programs 2 and 3: the second parts of fields 0 and 1
+        made += tuple(_second(i, zero) for i in (0, 1))
     return made
+
+
+def _second(i: int, zero: bool) -> str:
+    """The second part of field i of 8 bits in bf16."""
+    if not zero:
+        return _block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc380c380, 0x6A;"])
+    return _block([*_negative(i, "v"), f"mov.b32 one, {_pair(1.0, True)};", f"mov.b32 less, {_pair(256.0, True)};",
+                   "fma.rn.relu.bf16x2 $0, v, one, less;"])
+
+
+def _negative(i: int, out: str) -> list[str]:
+    """-f of field i."""
+    if i == 0:
+        return [f"lop3.b32 {out}, $1, 0x00ff00ff, 0xc300c300, 0xEA;"]
+    return ["lop3.b32 w, $1, 0x00ff00ff, 0xc300c300, 0xEA;", f"prmt.b32 {out}, $1, w, 0x7351;"]
 
 
 def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
@@ -71,12 +85,10 @@ def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
     lines = [f"shr.b32 w, $1, {shift};" if shift else "mov.b32 w, $1;",
              f"mov.b32 one, {_pair(1.0, bf16)};",
              "mov.b32 less, $3;" if zero else f"mov.b32 less, {_pair(-base(i, bits, bf16), bf16)};"]
+    if bits == 8 and bf16 and zero:
+        return _block(_negative(i, "$0"))
     if bits == 8 and bf16:
-        low = "lop3.b32 {}, w, 0x007f007f, 0x43004300, 0xEA;"
-        if not zero:
-            return _block([*lines, low.format("$0")])
-        return _block([*lines, low.format("v"), "lop3.b32 w, w, 0x00800080, 0xc380c380, 0x6A;",
-                       "fma.rn.bf16x2 v, w, one, v;", "fma.rn.bf16x2 $0, v, one, less;"])
+        return _block([*lines, "lop3.b32 $0, w, 0x007f007f, 0x43004300, 0xEA;"])
     if bits == 8:  # the high byte by one permutation, the magic byte out of the low one's number
         lines += ["lop3.b32 v, $1, 0x00ff00ff, 0x64006400, 0xEA;"] + ["prmt.b32 v, $1, v, 0x7351;"] * i
         return _block([*lines[1:], "add.f16x2 $0, v, less;"])
@@ -129,10 +141,14 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.
         bare = word.to(tl.int32) & 0xFFFF
         if BITS == 8:
             code = (bare >> (8 * (i % 2))) & 255
-            if i >= 2:
-                value = tl.where(code > 127, -128, -256).to(tl.float32)
-            elif ZERO or dtype == tl.float16:
+            if dtype == tl.float16:
                 value = code.to(tl.float32) - 128
+            elif ZERO:
+                value = -tl.where(code > 127, 2 * code, 128 + code).to(tl.float32)
+                if i >= 2:
+                    value = tl.maximum(value + 256, 0.0)
+            elif i >= 2:
+                value = tl.where(code > 127, -128, -256).to(tl.float32)
             else:
                 value = (128 + (code & 127)).to(tl.float32)
         elif BITS == 3:  # AT: HIGH_BITS[i]
@@ -142,7 +158,7 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.
             value = (((bare >> (2 * (i % 8))) & 3) | top).to(tl.float32) - 4.0
         else:
             value = ((bare >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32) - (1 << (BITS - 1))
-        if ZERO:
+        if ZERO and (BITS != 8 or dtype == tl.float16):
             value = value - add
         return value
     elif dtype == tl.float16:

@@ -57,6 +57,7 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     PER: tl.constexpr = 8 if BITS == 3 else 16 // BITS  # fields of a word
     WORDS: tl.constexpr = 3 if BITS == 3 else FIELDS // PER
     SPAN: tl.constexpr = WORDS * TILE * RUN  # words of a tile
+    PAIRED: tl.constexpr = BITS == 8 and dtype == tl.bfloat16  # numbers of 8 bits in two parts
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     band = 8 * tiles_n  # programs that are near in time share x and weights in the L2 cache
@@ -102,12 +103,16 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
             if ZERO:
                 if GROUPS > 0:
                     points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
-                add = less(points, i, BITS, dtype)[:, None]
+                if not PAIRED:
+                    add = less(points, i, BITS, dtype)[:, None]
             w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 if BITS == 8 else i)
             total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
-            if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
+            if PAIRED:
                 w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 + 2)
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
+                if ZERO:
+                    w = tl.broadcast_to((256 + 2 * points).to(dtype)[:, None], (BLOCK_N, RUN))
+                    total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if i % FEW == FEW - 1 and GROUPS > 0:
                 factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)
                 acc += total * (factor[:, None] if SWAP else factor[None, :])
@@ -119,6 +124,8 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
         zero += GROUPS * tall
     if SWAP:
         acc = acc.T
+    if PAIRED and ZERO:
+        acc *= -0.5
     if GROUPS == 0:
         acc *= tl.load(scale).to(tl.float32)[None, :]
     if BIAS and PARTS == 1:
