@@ -35,7 +35,7 @@ def compiled() -> list[Compiled]:
 
 
 def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
-    kept = ("BITS", "RUN", "FIELDS", "GROUPS", "ZERO", "PROGRAMS", "TILE")
+    kept = ("BITS", "RUN", "FIELDS", "GROUPS", "NEAR", "ZERO", "PROGRAMS", "TILE")
     every = constants(bits, group, zero, False, dtype == "bf16")
     known = {name: every[name] for name in kept}
     types = {"q_ptr": "*i16", "scale_ptr": f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",

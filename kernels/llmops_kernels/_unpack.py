@@ -25,7 +25,7 @@ from ._interpret import INTERPRET
 from ._triton import tl, triton
 from .reference.int_linear import HIGH_BITS, layout
 
-__all__ = ["base", "field", "less", "programs"]
+__all__ = ["base", "field", "less", "points_at", "programs", "scales"]
 
 
 def _pair(value: float, bf16: bool) -> str:
@@ -114,19 +114,75 @@ def _pick(listing, i):  # type: ignore[no-untyped-def]
     return listing.split("|")[i]
 
 
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def _reader(dtype, count):  # type: ignore[no-untyped-def]
+    """PTX: $0 ... = the 2 or 4 numbers of dtype from address $COUNT on, as float32."""
+    if str(dtype) == "fp32":
+        out = ", ".join(f"${i}" for i in range(count))
+        return f"ld.global.nc.v{count}.f32 {{{out}}}, [${count}];"
+    lines = ["{ .reg .b32 a, b; .reg .b16 low, high;",
+             f"ld.global.nc.v2.b32 {{a, b}}, [${count}];" if count == 4 else f"ld.global.nc.b32 a, [${count}];"]
+    for i, name in enumerate("ab"[: count // 2]):
+        if str(dtype) == "bf16":
+            lines += [f"shl.b32 ${2 * i}, {name}, 16;", f"and.b32 ${2 * i + 1}, {name}, 0xffff0000;"]
+        else:
+            lines += [f"mov.b32 {{low, high}}, {name};", f"cvt.f32.f16 ${2 * i}, low;",
+                      f"cvt.f32.f16 ${2 * i + 1}, high;"]
+    return " ".join([*lines, "}"])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def scales(at, rows: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales of COUNT (2 or 4) groups, which lie next to each other, of neighbouring rows from scalar `at` on: four
+    float32 (rows,), the two twice. Read and widened by assembly, which the compiler runs where the product needs its
+    results; a `tl.load` of as many rows as threads goes through shared memory.
+    """
+    dtype: tl.constexpr = at.dtype.element_ty
+    place = at + COUNT * tl.arange(0, rows)
+    if INTERPRET:
+        a = tl.load(place).to(tl.float32)
+        b = tl.load(place + 1).to(tl.float32)
+        c = tl.load(place + COUNT - 2).to(tl.float32)
+        d = tl.load(place + COUNT - 1).to(tl.float32)
+    elif COUNT == 4:
+        a, b, c, d = tl.inline_asm_elementwise(_reader(dtype, 4), "=f,=f,=f,=f,l", [place.to(tl.int64)],
+                                               dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+                                               pack=1)
+    else:
+        a, b = tl.inline_asm_elementwise(_reader(dtype, 2), "=f,=f,l", [place.to(tl.int64)],
+                                         dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
+        c, d = a, b
+    return a, b, c, d
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def points_at(at, rows: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero points of neighbouring rows, STEP numbers apart, from scalar `at` on: int16 (rows,).
+
+    One by one and 64 at a time: the pipeliner would copy wider ones 4 bytes at a time, and more through shared memory.
+    """
+    few = STEP * tl.arange(0, 64)
+    if rows == 128:
+        return tl.join(tl.load(at + few), tl.load(at + few + 64 * STEP)).permute(1, 0).reshape(rows)
+    else:
+        return tl.load(at + STEP * tl.arange(0, rows))
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `field` adds to field i for zero points `zero`, float32: -(base + zero), exact in dtype."""
+    """What `field` adds to field i for zero points `zero`, int16: -(base + zero), exact in dtype; put together bitwise."""
     if INTERPRET:
-        return zero
+        return zero.to(tl.float32)
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    HALF: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
-    AT16: tl.constexpr = (WIDTH * i) % 8
-    AT: tl.constexpr = 0 if BITS == 4 else (2 * (i % 8)) % 6
+    HALF: tl.constexpr = 1 << (BITS - 1)
     if dtype == tl.float16:
-        return ((-1152 if BITS == 8 else -(1024 >> AT16) - HALF) - zero).to(tl.float16)
+        AT: tl.constexpr = 0 if BITS == 8 else (WIDTH * i) % 8
+        BASE: tl.constexpr = (0xE400 - (AT << 10)) + (HALF << AT) - 0x10000
+        return ((zero << AT) + BASE).to(tl.int16).to(tl.float16, bitcast=True)
     else:
-        return ((0 if BITS == 8 else -(128 >> AT) - HALF) - zero).to(tl.bfloat16)
+        AT: tl.constexpr = 0 if BITS == 4 else (2 * (i % 8)) % 6
+        BASE: tl.constexpr = (0xC300 - (AT << 7)) + (HALF << AT) - 0x10000
+        return ((zero << AT) + BASE).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function

@@ -32,7 +32,7 @@ from ._interpret import INTERPRETED, dot, narrow
 from ._library import define, ops
 from ._split import sum_parts
 from ._triton import tl, triton
-from ._unpack import field, less, programs
+from ._unpack import field, less, points_at, programs, scales
 from .reference import int_linear as reference
 from .reference.int_linear import TILE_ROWS, Packed, dequantize, layout, pack, unpack
 
@@ -44,8 +44,8 @@ DENSE_FROM = 512  # tokens from which a call dequantizes and multiplies densely,
 # ---------------------------------------------------------------------------------------------------- kernels
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # type: ignore[no-untyped-def]
-                      M, N, K, stride_xm, stride_ym, tall, chunks, per_part,
-                      BITS: tl.constexpr, RUN: tl.constexpr, FIELDS: tl.constexpr, GROUPS: tl.constexpr,
+                      M, N, K, stride_xm, stride_ym, chunks, per_part,
+                      BITS: tl.constexpr, RUN: tl.constexpr, FIELDS: tl.constexpr, GROUPS: tl.constexpr, NEAR: tl.constexpr,
                       ZERO: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
                       PROGRAMS: tl.constexpr, SWAP: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr):
@@ -68,22 +68,29 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     part = tl.program_id(1)
 
     rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rk = tl.arange(0, RUN)
+    SIDES: tl.constexpr = GROUPS // FIELDS if GROUPS > FIELDS else 1  # groups of a run
+    FEW: tl.constexpr = FIELDS // (GROUPS // SIDES) if GROUPS > 0 else FIELDS  # fields of a group
+    WIDE: tl.constexpr = SIDES * BLOCK_M
+    side = tl.arange(0, WIDE) // BLOCK_M
+    rm = pid_m * BLOCK_M + tl.arange(0, WIDE) % BLOCK_M
     first = part * per_part
     last = tl.minimum(first + per_part, chunks)
     row = pid_n * BLOCK_N  # a block lies in one tile: a scalar moves along K, offsets within it are constant
     q = q_ptr + ((row // TILE).to(tl.int64) * chunks + first) * SPAN + (row % TILE) * RUN
     inside = tl.arange(0, BLOCK_N)[:, None] * RUN + rk[None, :]
-    x = x_ptr + rm[:, None].to(tl.int64) * stride_xm + (first * (RUN * FIELDS) + rk)[None, :]
-    scale = scale_ptr + first.to(tl.int64) * GROUPS * tall + rn
-    zero = zero_ptr + first.to(tl.int64) * GROUPS * tall + rn
+    x = x_ptr + first * (RUN * FIELDS)
+    tokens = rm[:, None].to(tl.int64) * stride_xm + rk[None, :]
+    at = ((row // TILE).to(tl.int64) * chunks + first) * (GROUPS * TILE) + (row % TILE) * NEAR
+    scale = scale_ptr + at
+    zero = zero_ptr + at
     alive = rm[:, None] < M
-    acc = tl.zeros((BLOCK_N if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_N), tl.float32)
-    FEW: tl.constexpr = FIELDS // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
+    if SIDES > 1:  # every token once for each group, zero but in that group's columns
+        alive = alive & (side[:, None] == (rk // (RUN // SIDES))[None, :])
+    acc = tl.zeros((BLOCK_N if SWAP else WIDE, WIDE if SWAP else BLOCK_N), tl.float32)
     if ZERO and GROUPS == 0:
-        points = tl.load(zero).to(tl.float32)
-    for chunk in tl.range(first, last):
+        points = tl.load(zero_ptr + rn)
+    for chunk in tl.range(0, last - first):  # counted from 0, two instructions less
         if BITS == 3:
             high = tl.load(q + inside + 2 * TILE * RUN, eviction_policy="evict_first")
         if GROUPS == 0:
@@ -94,44 +101,61 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
                 if BITS != 3:
                     high = word
             if EVEN_K:
-                a = tl.load(x + i * RUN, mask=alive, other=0.0)
+                a = tl.load(x + tokens + i * RUN, mask=alive, other=0.0)
             else:
-                a = tl.load(x + i * RUN, mask=alive & (rk + (chunk * FIELDS + i) * RUN < K)[None, :], other=0.0)
-            if i % FEW == 0 and GROUPS > 0:
+                a = tl.load(x + tokens + i * RUN, mask=alive & (rk + ((first + chunk) * FIELDS + i) * RUN < K)[None, :], other=0.0)
+            if GROUPS > 0 and (SIDES > 1 or i % FEW == 0):
                 total = tl.zeros_like(acc)
+                if i * SIDES // FEW % NEAR == 0:
+                    s0, s1, s2, s3 = scales(scale + (chunk * GROUPS + i * SIDES // FEW) * TILE, BLOCK_N, NEAR)
+                factor = (s0 if i * SIDES // FEW % 4 == 0 else s1 if i * SIDES // FEW % 4 == 1 else
+                          s2 if i * SIDES // FEW % 4 == 2 else s3)
+                next_factor = s1 if i * SIDES // FEW % 4 == 0 else s3
+                if ZERO:
+                    here = zero + chunk * (GROUPS * TILE) + i * SIDES // FEW // NEAR * (NEAR * TILE) + i * SIDES // FEW % NEAR
+                    points = points_at(here, BLOCK_N, NEAR)
+                    if SIDES > 1:
+                        next_points = points_at(here + 1, BLOCK_N, NEAR)
             add = word
             if ZERO:
-                if GROUPS > 0:
-                    points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
                 if not PAIRED:
                     add = less(points, i, BITS, dtype)[:, None]
+                    if SIDES > 1:
+                        add = tl.join(less(points, i, BITS, dtype), less(next_points, i, BITS, dtype))[:, :, None]
+                        add = tl.broadcast_to(add, (BLOCK_N, SIDES, RUN // SIDES)).reshape(BLOCK_N, RUN)
             w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 if BITS == 8 else i)
             total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if PAIRED:
                 w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 + 2)
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
                 if ZERO:
-                    w = tl.broadcast_to((256 + 2 * points).to(dtype)[:, None], (BLOCK_N, RUN))
+                    w = tl.broadcast_to((256 + 2 * points.to(tl.float32)).to(dtype)[:, None], (BLOCK_N, RUN))
                     total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
-            if i % FEW == FEW - 1 and GROUPS > 0:
-                factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)
-                acc += total * (factor[:, None] if SWAP else factor[None, :])
+            if GROUPS > 0 and (SIDES > 1 or i % FEW == FEW - 1):
+                if SIDES > 1:
+                    if SWAP:
+                        acc += total * tl.where(side[None, :] == 0, factor[:, None], next_factor[:, None])
+                    else:
+                        acc += total * tl.where(side[:, None] == 0, factor[None, :], next_factor[None, :])
+                else:
+                    acc += total * (factor[:, None] if SWAP else factor[None, :])
         if GROUPS == 0:
             acc = total
         q += SPAN
         x += RUN * FIELDS
-        scale += GROUPS * tall
-        zero += GROUPS * tall
     if SWAP:
         acc = acc.T
+    if SIDES > 1:
+        acc = tl.sum(acc.reshape(SIDES, BLOCK_M, BLOCK_N), 0)
+        rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if PAIRED and ZERO:
         acc *= -0.5
     if GROUPS == 0:
-        acc *= tl.load(scale).to(tl.float32)[None, :]
+        acc *= tl.load(scale_ptr + rn).to(tl.float32)[None, :]
     if BIAS and PARTS == 1:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     at = (part.to(tl.int64) * M + rm.to(tl.int64))[:, None] * stride_ym + rn[None, :]
-    tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=alive & (rn[None, :] < N))
+    tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
 
 
 
@@ -155,7 +179,7 @@ def tiles(m: int, n: int, k: int, bits: int, group_size: int, processors: int) -
 def constants(bits: int, group_size: int, zero: bool, bias: bool, bf16: bool) -> dict[str, object]:
     """What the kernel is compiled for, beside its tiles."""
     how = layout(bits, group_size)
-    return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "ZERO": zero, "BIAS": bias,
+    return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "NEAR": how.near, "ZERO": zero, "BIAS": bias,
             "PROGRAMS": "|".join(programs(how.bits, bf16, zero)), "TILE": TILE_ROWS}
 
 
@@ -186,7 +210,7 @@ def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(rows, tile["BLOCK_N"]), parts)
     int_linear_kernel[grid](
         x, words, scale, scale if zero is None else zero, scale if bias is None else bias, target, M, rows, K,
-        x.stride(0), target.stride(-2), scale.shape[1], chunks, triton.cdiv(chunks, parts),
+        x.stride(0), target.stride(-2), chunks, triton.cdiv(chunks, parts),
         **constants(bits, group_size, zero is not None, bias is not None, x.dtype == torch.bfloat16),
         PARTS=parts, EVEN_K=K % how.chunk == 0, SWAP=bool(tile.get("SWAP")), BLOCK_M=tile["BLOCK_M"],
         BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], num_stages=tile["num_stages"])
@@ -203,7 +227,8 @@ def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Te
     checks.group(group_size, K, reference.GROUPS)
     tall, chunks = -(-rows // 128) * 128, -(-K // how.chunk)
     checks.tensor("words", words, torch.int16, (tall // TILE_ROWS, chunks, how.words, TILE_ROWS, how.run), like=x)
-    checks.tensor("scale", scale, (*checks.HALVES, torch.float32), (max(1, chunks * how.groups), tall), like=x)
+    checks.tensor("scale", scale, (*checks.HALVES, torch.float32),
+                  (tall // TILE_ROWS, max(1, chunks * how.groups // how.near), TILE_ROWS, how.near), like=x)
     if zero is not None:
         checks.tensor("zero", zero, torch.int16, tuple(scale.shape), like=x)
     if bias is not None:

@@ -117,11 +117,11 @@ def test_what_does_not_fit_is_an_error() -> None:
         (r"words is int16 .*; expected int16 \(1, 1, 3", (x, *parts, None, None, 3, 128, 72)),
         (r"group_size is 48; expected one of \[32, 64, 128\], or -1", (x, *parts, None, None, 4, 48, 72)),
         (r"bits is 9; expected 2 to 8", (x, *parts, None, None, 9, 128, 72)),
-        (r"scale is bfloat16 .*; expected .* \(8, 128\)", (x, *parts, None, None, 4, 64, 72)),
-        (r"zero is int8", (x, *parts, torch.zeros(4, 128, dtype=torch.int8), None, 4, 128, 72)),
+        (r"scale is bfloat16 .*; expected .* \(1, 2, 128, 4\)", (x, *parts, None, None, 4, 64, 72)),
+        (r"zero is int8", (x, *parts, torch.zeros(1, 2, 128, 2, dtype=torch.int8), None, 4, 128, 72)),
         (r"bias is bfloat16 \(71,\)", (x, *parts, None, torch.zeros(71, dtype=x.dtype), 4, 128, 72)),
         (r"words is on meta; expected cpu", (x, packed.words.to("meta"), packed.scale, None, None, 4, 128, 72)),
-        (r"scale has strides", (x, packed.words, packed.scale.t().contiguous().t(), None, None, 4, 128, 72))]
+        (r"scale has strides", (x, packed.words, packed.scale.transpose(1, 2).contiguous().transpose(1, 2), None, None, 4, 128, 72))]
     for message, arguments in wrong:
         with pytest.raises((ValueError, RuntimeError), match=message):
             op(*arguments)

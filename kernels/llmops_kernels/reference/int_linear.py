@@ -57,6 +57,11 @@ class Layout:
         """Scales of a row and chunk; 0: one scale for the whole row."""
         return 0 if self.group == -1 else self.chunk // self.group
 
+    @property
+    def near(self) -> int:
+        """Scales of a row that lie next to each other: a kernel reads them at once."""
+        return 1 if self.group == -1 else 4 if self.groups % 4 == 0 else 2
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -78,7 +83,7 @@ def layout(bits: int, group_size: int) -> Layout:
     if group_size != -1 and group_size not in GROUPS:
         raise ValueError(f"group_size is {group_size}; expected one of {list(GROUPS)}, or -1 for one scale a row")
     width = 8 if bits > 4 else bits
-    run = 32 if group_size == 32 or width < 4 else 128 if width == 8 and group_size != 64 else 64
+    run = 32 if width < 4 else 128 if width == 8 and group_size in (-1, 128) else 64
     if width == 8:  # a chunk of 256 columns, whatever the run
         return Layout(width, run, 256 // run, 128 // run, group_size)
     return Layout(width, run, 16 if width == 3 else 16 // width, 3 if width == 3 else 1, group_size)
@@ -115,15 +120,20 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int,
             words[:, :, i // per] |= unsigned[:, :, i] << (how.bits * (i % per))
     signed = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     groups = max(1, chunks * how.groups)
-    points = None if zero is None else _turn(zero.to(torch.int16), tall, groups)
-    return Packed(signed.contiguous(), _turn(scale, tall, groups), points, bits, group_size, N, K)
+    points = None if zero is None else _turn(zero.to(torch.int16), tall, groups, how.near)
+    return Packed(signed.contiguous(), _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
 
 
-def _turn(given: Tensor, tall: int, groups: int) -> Tensor:
-    """(N, G) -> (groups, tall), padded with zeros."""
-    out = torch.zeros(groups, tall, dtype=given.dtype, device=given.device)
-    out[: given.shape[1], : given.shape[0]] = given.t()
-    return out
+def _turn(given: Tensor, tall: int, groups: int, near: int) -> Tensor:
+    """(N, G) -> (T, groups / near, rows of a tile, near), padded with zeros."""
+    out = torch.zeros(tall, groups, dtype=given.dtype, device=given.device)
+    out[: given.shape[0], : given.shape[1]] = given
+    return out.view(-1, TILE_ROWS, groups // near, near).transpose(1, 2).contiguous()
+
+
+def _back(turned: Tensor, rows: int, groups: int) -> Tensor:
+    """The inverse of `_turn`: (rows, groups)."""
+    return turned.transpose(1, 2).reshape(turned.shape[0] * TILE_ROWS, -1)[:rows, :groups]
 
 
 def unpack(words: Tensor, bits: int, group_size: int, rows: int, columns: int) -> Tensor:
@@ -151,8 +161,8 @@ def dequantize(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, gro
     groups = columns // size
     grouped = unpack(words, bits, group_size, rows, columns).to(dtype).view(rows, groups, size)
     if zero is not None:
-        grouped = grouped - zero[:groups, :rows].t().to(dtype).unsqueeze(-1)
-    return (grouped * scale[:groups, :rows].t().to(dtype).unsqueeze(-1)).view(rows, columns)
+        grouped = grouped - _back(zero, rows, groups).to(dtype).unsqueeze(-1)
+    return (grouped * _back(scale, rows, groups).to(dtype).unsqueeze(-1)).view(rows, columns)
 
 
 def int_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,
