@@ -165,12 +165,14 @@ def tiles(m: int, n: int, k: int, bits: int, group_size: int, processors: int) -
     how = layout(bits, group_size)
     if m > DENSE_FROM:
         return {"DENSE": 1}
+    two = how.groups > how.fields  # groups of a run: their tokens stand twice in a tile, the weights go left
     if m > 16:  # two programs a processor fit: one unpacks while the other's products run
-        found = {"BLOCK_M": 32 if m <= 32 else 64, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4, "num_stages": 3}
-    elif how.bits == 8 and how.run >= 64:
+        found = {"BLOCK_M": 32 if m <= 32 or two else 64, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4, "num_stages": 3}
+    elif how.bits == 8:
         found = {"BLOCK_M": 16, "BLOCK_N": 128, "SWAP": int(how.groups > 0), "num_warps": 4, "num_stages": 3}
     else:  # with runs of 32, two warps copy 16 bytes a thread where four would copy 8
-        found = {"BLOCK_M": 16, "BLOCK_N": 64, "SWAP": 0, "num_warps": 4 if how.run == 64 else 2, "num_stages": 4}
+        found = {"BLOCK_M": 16, "BLOCK_N": 64, "SWAP": int(two), "num_warps": 4 if how.run == 64 else 2,
+                 "num_stages": 4}
     made = triton.cdiv(n, found["BLOCK_N"]) * triton.cdiv(m, found["BLOCK_M"])
     parts = -(-2 * processors // made) if m <= 16 else 2 * processors // made  # fill the chip; never a second wave
     return found | {"PARTS": max(1, min(triton.cdiv(k, how.chunk) // 2, parts, 16))}
