@@ -40,7 +40,7 @@ def compiled() -> list[Compiled]:
 
 def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
     kept = ("BITS", "RUN", "FIELDS", "GROUPS", "NEAR", "ZERO", "PROGRAMS", "TILE")
-    every = constants(bits, group, zero, False, dtype == "bf16")
+    every = constants(bits, group, zero, False, dtype == "bf16", True)
     known = {name: every[name] for name in kept}
     types = {"q_ptr": "*i16", "scale_ptr": f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",
              "out_ptr": f"*{dtype}"}
@@ -50,7 +50,8 @@ def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
 
 def _case(dtype: str, bits: int, group: int, zero: bool, m: int, n: int, warps: int, stages: int, parts: int,
           swap: bool) -> Compiled:
-    known = constants(bits, group, zero, False, dtype == "bf16")
+    scaled = m > 16 and group in (32, 64)
+    known = constants(bits, group, zero, False, dtype == "bf16", scaled)
     types = {"x_ptr": f"*{dtype}", "q_ptr": "*i16", "scale_ptr": f"*{dtype}",
              "y_ptr": "*fp32" if parts > 1 else f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",
              "bias_ptr": f"*{dtype}"}

@@ -25,7 +25,6 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, chunks
                                NEAR: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
     """Half a tile of `reference/int_linear.py`'s layout: (TILE / 2 rows, RUN * FIELDS columns) of out (N, K)."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    PAIRED: tl.constexpr = BITS == 8 and dtype == tl.bfloat16  # numbers of 8 bits in two parts
     ROWS: tl.constexpr = TILE // 2
     PER: tl.constexpr = 8 if BITS == 3 else 16 // BITS  # fields of a word
     WORDS: tl.constexpr = 3 if BITS == 3 else FIELDS // PER
@@ -50,14 +49,8 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, chunks
                 at = (tile * GROUPS + group // NEAR * NEAR) * TILE + (rn % TILE) * NEAR + group % NEAR
             add = word
             if ZERO:
-                points = tl.load(zero_ptr + at)
-                if not PAIRED:
-                    add = less(points, i, BITS, dtype)[:, None]
-            w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 if BITS == 8 else i).to(tl.float32)
-            if PAIRED:
-                w += field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i % 2 + 2).to(tl.float32)
-                if ZERO:
-                    w = -128 - 0.5 * w - points.to(tl.float32)[:, None]
+                add = less(tl.load(zero_ptr + at), i, BITS, dtype)[:, None]
+            w = field(word, high, add, BITS, ZERO, False, PROGRAMS, dtype, i % 2 if BITS == 8 else i).to(tl.float32)
             w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
             columns = (chunk * FIELDS + i) * RUN + rk
             tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),
@@ -79,7 +72,7 @@ def dequantize_pairs_kernel(q_ptr, absmax_ptr, table_ptr, out_ptr, elements,  # 
 
 def dense_integers(words: Tensor, scale: Tensor, zero: Tensor | None, rows: int, columns: int, dtype: torch.dtype,
                    constants: dict[str, Any]) -> Tensor:
-    """(rows, columns) in dtype; `constants` from `int_linear.constants`, for that dtype."""
+    """(rows, columns) in dtype; `constants` from `int_linear.constants`, for that dtype and scaled weights."""
     out = torch.empty(rows, columns, dtype=dtype, device=words.device)
     kept = {name: constants[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "NEAR", "ZERO", "PROGRAMS", "TILE")}
     dequantize_integers_kernel[(words.shape[1], 2 * words.shape[0])](

@@ -15,7 +15,7 @@ SPLIT = DECODE | {"PARTS": 3}
 MIDDLE = {"BLOCK_M": 32, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2}
 LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "PARTS": 2, "SWAP": 1, "num_warps": 8, "num_stages": 2}
 DENSE = {"DENSE": 1}
-#      bits, group, every M, N, K, dtype, zero point, bias, tile (None: the op's own rule), seed
+#      bits, group, every M, N, K, dtype, zero point, bias, tile (None: the op's own rule), seed, type of scales
 CASES: list[list[Any]] = [
     [4, 128, [1, 2, 3, 15, 16], 200, 640, "bfloat16", False, False, SPLIT],
     [4, 128, [3], 128, 512, "float16", True, True, SPLIT],
@@ -37,6 +37,13 @@ CASES: list[list[Any]] = [
     [2, -1, [1], 64, 260, "bfloat16", False, False, DECODE],
     [6, 128, [3], 64, 256, "float16", False, False, DECODE],
     [8, 128, [3], 136, 512, "bfloat16", False, False, None],
+    [8, 32, [3, 17], 136, 288, "bfloat16", True, False, None],
+    [8, 32, [2], 130, 320, "float16", False, True, None],
+    [8, 64, [2, 33], 130, 320, "bfloat16", False, False, None],
+    [8, 128, [2], 72, 512, "float16", True, False, None],
+    [4, 32, [3, 40], 130, 352, "float16", True, False, None],
+    [4, 64, [2, 17], 72, 320, "bfloat16", True, False, None, 0, "float32"],
+    [4, 32, [33], 72, 288, "bfloat16", False, False, None, 0, "float32"],
     [3, 128, [17], 72, 512, "bfloat16", True, False, None],
     [4, 128, [40], 136, 640, "bfloat16", True, True, DENSE],
     [3, 64, [40], 72, 576, "float16", False, False, DENSE],
@@ -121,7 +128,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         (r"zero is int8", (x, *parts, torch.zeros(1, 2, 128, 2, dtype=torch.int8), None, 4, 128, 72)),
         (r"bias is bfloat16 \(71,\)", (x, *parts, None, torch.zeros(71, dtype=x.dtype), 4, 128, 72)),
         (r"words is on meta; expected cpu", (x, packed.words.to("meta"), packed.scale, None, None, 4, 128, 72)),
-        (r"scale has strides", (x, packed.words, packed.scale.transpose(1, 2).contiguous().transpose(1, 2), None, None, 4, 128, 72))]
+        (r"scale has strides", (x, packed.words, packed.scale.mT.contiguous().mT, None, None, 4, 128, 72))]
     for message, arguments in wrong:
         with pytest.raises((ValueError, RuntimeError), match=message):
             op(*arguments)
