@@ -17,23 +17,23 @@ LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "PARTS": 2, "SWAP": 1, "num_warps": 8, "
 DENSE = {"DENSE": 1}
 #      bits, group, every M, N, K, dtype, zero point, bias, tile (None: the op's own rule), seed, type of scales
 CASES: list[list[Any]] = [
-    [4, 128, [1, 2, 3, 15, 16], 200, 640, "bfloat16", False, False, SPLIT],
+    [4, 128, [0, 1, 2, 3, 15, 16], 200, 640, "bfloat16", False, False, SPLIT],
     [4, 128, [3], 128, 512, "float16", True, True, SPLIT],
     [4, 64, [3], 72, 576, "float16", False, False, DECODE],
     [4, 32, [2], 130, 224, "bfloat16", True, False, SPLIT],
     [4, -1, [16], 64, 300, "float16", True, False, SPLIT],
     [4, 128, [17, 33], 136, 384, "float16", False, True, MIDDLE],
-    [4, 64, [64, 129], 130, 320, "bfloat16", True, False, LARGE],
-    [4, 128, [1, 17, 64], 72, 512, "bfloat16", False, False, None],
+    [4, 64, [0, 64, 129], 130, 320, "bfloat16", True, False, LARGE],
+    [4, 128, [0, 1, 17, 64], 72, 512, "bfloat16", False, False, None],
     [4, 128, [3], 72, 256, "float16", False, False, SPLIT, 1],
-    [8, -1, [1, 16], 72, 500, "bfloat16", False, True, SPLIT],
+    [8, -1, [0, 1, 16], 72, 500, "bfloat16", False, True, SPLIT],
     [8, 32, [3], 64, 160, "float16", True, False, DECODE],
     [8, 128, [17], 130, 384, "bfloat16", True, False, MIDDLE],
     [8, 64, [33], 64, 192, "float16", False, False, LARGE],
-    [3, 128, [3], 72, 640, "bfloat16", False, False, SPLIT],
+    [3, 128, [0, 3], 72, 640, "bfloat16", False, False, SPLIT],
     [3, 32, [2], 64, 512, "float16", True, False, DECODE],
     [3, -1, [17], 64, 600, "float16", False, True, MIDDLE],
-    [2, 64, [3], 72, 448, "float16", True, False, SPLIT],
+    [2, 64, [0, 3], 72, 448, "float16", True, False, SPLIT],
     [2, -1, [1], 64, 260, "bfloat16", False, False, DECODE],
     [6, 128, [3], 64, 256, "float16", False, False, DECODE],
     [8, 128, [3], 136, 512, "bfloat16", False, False, None],
@@ -46,7 +46,7 @@ CASES: list[list[Any]] = [
     [4, 32, [33], 72, 288, "bfloat16", False, False, None, 0, "float32"],
     [3, 128, [17], 72, 512, "bfloat16", True, False, None],
     [4, 128, [40], 136, 640, "bfloat16", True, True, DENSE],
-    [3, 64, [40], 72, 576, "float16", False, False, DENSE],
+    [3, 64, [0, 40], 72, 576, "float16", False, False, DENSE],
     [8, -1, [40], 72, 300, "bfloat16", False, False, DENSE],
     [2, 32, [40], 72, 288, "float16", True, False, DENSE]]
 
