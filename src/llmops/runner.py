@@ -116,12 +116,16 @@ class _Walk:
         self.charges = Charges(self.plan, self.store)
 
     def begin(self, green: Green | None) -> None:
-        """Wait for a clean window where one was asked for, and meter the whole where there is a budget."""
+        """Refuse what can't be measured as asked, wait for a clean window where one was asked for, and meter the whole
+        where there is a budget."""
         recipe = self.plan.recipe
         if not all(stage.done for stage in self.plan.stages):
             from llmops.grids import answers
+            from llmops.measure.beside import alone
 
             answers(recipe)
+            if recipe.measure is not None and recipe.measure.exclusive:
+                alone()  # who measures now is known before hours of building
         if green is not None:
             from llmops.green import choose, wait
 

@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows: nobody is seen
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Beside", "beside"]
+__all__ = ["Beside", "alone", "beside"]
 
 
 def _folder() -> Path:
@@ -64,6 +64,13 @@ def beside(exclusive: bool = False, gpus: list[dict[str, Any]] | None = None, fo
         _refuse(exclusive, result.found)
 
 
+def alone(folder: Path | None = None) -> None:
+    """Raises LlmopsError when another llmops measures now. It is not told of us: we begin nothing yet."""
+    if fcntl is not None:
+        _refuse(True, [f"llmops process {pid} measures on this machine"
+                       for pid in _others(folder or _folder(), None, told=False)])
+
+
 def _refuse(exclusive: bool, found: list[str]) -> None:
     if exclusive and found:
         raise LlmopsError(f"exclusive measuring was asked for, and {'; '.join(found)}; expected nobody: wait for them, "
@@ -95,8 +102,8 @@ def _announced(place: Path) -> Iterator[Path | None]:
         file.close()
 
 
-def _others(place: Path, mine: Path) -> list[str]:
-    """Processes that measure now; each is told of ours."""
+def _others(place: Path, mine: Path | None, told: bool = True) -> list[str]:
+    """Processes that measure now; each is told of ours where `told`."""
     found = []
     for path in sorted(place.glob("*.measuring")):
         if path == mine:
@@ -105,7 +112,7 @@ def _others(place: Path, mine: Path) -> list[str]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.write(f"{os.getpid()}\n")
+                file.write(f"{os.getpid()}\n" if told else "")
                 found.append(path.name.partition("-")[0])
             else:
                 path.unlink(missing_ok=True)  # its process is gone
