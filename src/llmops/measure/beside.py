@@ -5,7 +5,8 @@ users of the machine share. Whoever begins writes its process into the files of 
 when it ends: so both know of each other, whichever began first and even if one lay within the other. A file whose
 process is gone is unlocked, means nothing, and is removed.
 
-With `exclusive` the one who comes second is refused. Without it both figures are kept, and say that they overlap.
+With `exclusive` the one who comes second is refused (a whole run already at its start: `reserve.py`). Without it both
+figures are kept, and say that they overlap.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ try:
 except ImportError:  # Windows: nobody is seen
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Beside", "alone", "beside"]
+__all__ = ["Beside", "beside", "shared_folder"]
 
 
-def _folder() -> Path:
+def shared_folder() -> Path:
+    """Where those who measure on this machine find each other."""
     return Path(tempfile.gettempdir()) / "llmops-measuring"
 
 
@@ -48,7 +50,7 @@ def beside(exclusive: bool = False, gpus: list[dict[str, Any]] | None = None, fo
     Raises LlmopsError at once when `exclusive` is asked for and somebody is there already, or when somebody came
     while the block lasted.
     """
-    result, place = Beside(), folder or _folder()
+    result, place = Beside(), folder or shared_folder()
     crowded = [f"{device['name']} runs {device['other_processes']} other process(es)" for device in gpus or []
                if device.get("other_processes")]
     with contextlib.ExitStack() as stack:
@@ -62,13 +64,6 @@ def beside(exclusive: bool = False, gpus: list[dict[str, Any]] | None = None, fo
             result.found += [line for line in dict.fromkeys(f"llmops process {pid} measures on this machine"
                                                             for pid in came) if line not in result.found]
         _refuse(exclusive, result.found)
-
-
-def alone(folder: Path | None = None) -> None:
-    """Raises LlmopsError when another llmops measures now. It is not told of us: we begin nothing yet."""
-    if fcntl is not None:
-        _refuse(True, [f"llmops process {pid} measures on this machine"
-                       for pid in _others(folder or _folder(), None, told=False)])
 
 
 def _refuse(exclusive: bool, found: list[str]) -> None:
@@ -102,8 +97,8 @@ def _announced(place: Path) -> Iterator[Path | None]:
         file.close()
 
 
-def _others(place: Path, mine: Path | None, told: bool = True) -> list[str]:
-    """Processes that measure now; each is told of ours where `told`."""
+def _others(place: Path, mine: Path) -> list[str]:
+    """Processes that measure now; each is told of ours."""
     found = []
     for path in sorted(place.glob("*.measuring")):
         if path == mine:
@@ -112,7 +107,7 @@ def _others(place: Path, mine: Path | None, told: bool = True) -> list[str]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.write(f"{os.getpid()}\n" if told else "")
+                file.write(f"{os.getpid()}\n")
                 found.append(path.name.partition("-")[0])
             else:
                 path.unlink(missing_ok=True)  # its process is gone
