@@ -5,7 +5,7 @@
 The recipe tunes `builtin:tiny` a little, lets it write data (`synthesize`), and teaches two students: one from signals
 on the disk, one live from its answers. Shards are made small, so that there are many; whatever else runs is the command
 itself. Kills come in turn while signals, answers and written data are made: at once when the first unfinished file is
-seen, or some time later. After each kill, and at the end:
+seen, or some time after a shard. After each kill, and at the end:
 
 - a folder without a manifest is never taken for whole, and with one all of its shards are there
 - a finished shard is never made again: its bytes, its time of change and who paid for it stay
@@ -70,7 +70,7 @@ def kill_teaching(kills: int, folder: Path, seed: int = 0, say: Callable[[str], 
     """(where each kill came, faults)."""
     draw = random.Random(seed)
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(RECIPE, sort_keys=False), encoding="utf-8")
     quiet, runs = folder / "quiet", folder / "killed"
     subprocess.run(_command(recipe, quiet), check=True, stdout=subprocess.DEVNULL)
     say(f"quiet run: {', '.join(f'{len(_shards(quiet / kind))} shards of {kind}' for kind in KINDS)}")
@@ -81,7 +81,7 @@ def kill_teaching(kills: int, folder: Path, seed: int = 0, say: Callable[[str], 
         so_far = len(faults)
         while not ended:
             kind = KINDS[done % len(KINDS)] if done < kills else None
-            ended, told = _attempt(recipe, runs, kind, 0.0 if done % 2 == 0 else draw.uniform(0, 0.3))
+            ended, told = _attempt(recipe, runs, kind, None if draw.random() < 0.6 else draw.uniform(0, 0.3))
             if not ended:
                 done += 1
                 moments.append(f"{kind}: {told}")
@@ -98,15 +98,21 @@ def _command(recipe: Path, runs: Path) -> list[str]:
     return [sys.executable, "-c", LAUNCH, "tune", str(recipe), "--runs", str(runs), "--quiet"]
 
 
-def _attempt(recipe: Path, runs: Path, kind: str | None, later: float) -> tuple[bool, str]:
-    """(whether it ended by itself, what was there when it was killed, or what it said when it failed)."""
+def _attempt(recipe: Path, runs: Path, kind: str | None, later: float | None) -> tuple[bool, str]:
+    """(whether it ended by itself, what was there when it was killed, or what it said when it failed).
+
+    later: seconds after a shard; None: while a file is being written.
+    """
     child = subprocess.Popen(_command(recipe, runs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     before = len(_shards(runs / kind)) if kind else 0
     while child.poll() is None:
-        if kind and len(_shards(runs / kind)) > before and not list((runs / kind).glob("*/manifest.json")):
+        if kind and later is None and list((runs / kind).glob("*/.*")):
+            break
+        if kind and later is not None and len(_shards(runs / kind)) > before \
+                and not list((runs / kind).glob("*/manifest.json")):
             time.sleep(later)
             break
-        time.sleep(0.0005)
+        time.sleep(0.0002)
     if child.poll() is None and kind is not None:
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()

@@ -187,7 +187,7 @@ def _summary(recipe: Recipe, name: str) -> str:
     if getattr(options, "kv_cache", None):
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
-        words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
+        words += [f"{100 * options.sparsity:.4g}%", *([options.pattern] if options.pattern != "unstructured" else [])]
     if variant.method in ("depth", "width"):
         words += _size_words(options)
     if hasattr(options, "rank"):
