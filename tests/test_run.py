@@ -56,6 +56,9 @@ def test_a_row_holds_every_group_with_provenance(finished):
     assert row["quality"]["exact_match:test"]["versus"]["parent"]["variant"] == "tuned"
     assert set(row["quality"]["exact_match:test"]["versus"]) >= {"parent", "base"}
     assert row["tokens"]["parent"]["kl_mean"]["value"] > 0
+    assert {"measure_energy_j", "evaluate_energy_j"} <= set(row["building"])
+    for part in ("evaluate", "measure"):
+        assert row["building"][f"{part}_flops"]["provenance"] == "estimated" and row["building"][f"{part}_wall_s"]
 
     def quantities(body):
         if isinstance(body, dict) and "provenance" in body:
@@ -103,6 +106,21 @@ def test_a_second_run_does_no_work_and_imports_no_torch(finished, place):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [row["row_id"] for row in first.rows]
+
+
+def test_a_card_that_changes_is_written_and_nothing_else_is_done(finished, place):
+    runs, first = finished
+    goals = {"exact_match": {"max_drop": 1.0}, "prefer": "disk_bytes"}
+    before = {path: path.stat().st_mtime_ns for path in (runs / "store").rglob("*.safetensors")}
+    result = run(place, runs, measure=MEASURE, goals=goals, name="carded", card={"intended_use": "telling towns"})
+    assert {path: path.stat().st_mtime_ns for path in (runs / "store").rglob("*.safetensors")} == before
+    assert [row["quality"] for row in result.rows] == [row["quality"] for row in first.rows]  # not scored again
+    assert all(row["card"] == {"intended_use": "telling towns"} for row in result.rows)
+    assert "telling towns" in (runs / "carded" / "w4" / "README.md").read_text()
+    assert "telling towns" in (runs / "carded" / "report.html").read_text()
+    again = run(place, runs, measure=MEASURE, goals=goals, name="carded", card={"intended_use": "telling lakes"})
+    assert "telling lakes" in (runs / "carded" / "w4" / "README.md").read_text()
+    assert [row["row_id"] for row in again.rows] != [row["row_id"] for row in result.rows]
 
 
 def test_another_recipe_with_the_same_prefix_builds_only_the_rest(finished, place):

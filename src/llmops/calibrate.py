@@ -40,6 +40,7 @@ silent zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmops.block_stream import Stream, finite, lent
+from llmops.block_stream import Stream, computing, finite, lent
 from llmops.errors import LlmopsError
 from llmops.gathering import STATISTICS, InPassing, Turn, measure, statistic_of, tail_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
@@ -60,6 +61,7 @@ __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "wa
 
 Update = Callable[[str, nn.Linear, Any], Tensor | None]
 Once = Callable[[Tensor], Any]
+Product = Callable[[str, Tensor], Tensor]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
 TailUpdate = Callable[[Tail], None]
@@ -199,12 +201,13 @@ class Block:
     def batches(self) -> int:
         return len(self.flow.hidden)
 
-    def run(self, batch: int = 0, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output on a batch, with `weights` (full layer name -> weight) in place of its own if given."""
-        if weights is None:
+    def run(self, batch: int = 0, product: Product | None = None, names: Sequence[str] = ()) -> Tensor:
+        """The block's output on a batch; x W^T of the layers `names` (full) is what `product` makes of (name, x)."""
+        with ExitStack() as stack:
+            for name in names if product is not None else ():
+                assert product is not None
+                stack.enter_context(computing(self.layers[name], partial(product, name)))
             return self.flow.run(self.index, batch)
-        inside = {f"{full.removeprefix(self.name + '.')}.weight": weight for full, weight in weights.items()}
-        return self.flow.run(self.index, batch, weights=inside)
 
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""

@@ -20,6 +20,7 @@ from llmops.errors import LlmopsError, StepError, unknown
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, covered
 from llmops.models.tail import Tail, lent_tail, through
+from llmops.ops.float32 import Products
 
 __all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "statistic_of", "tail_of", "turns_of"]
 
@@ -68,8 +69,9 @@ class _Hessian:
         wide = x.float()
         if self.total is None:
             self.total = wide.new_zeros(wide.shape[1], wide.shape[1])
-        for first in range(0, len(self.total), _ROWS):
-            self.total[first:first + _ROWS, first:].addmm_(wide[:, first:first + _ROWS].t(), wide[:, first:])
+        with Products():
+            for first in range(0, len(self.total), _ROWS):
+                self.total[first:first + _ROWS, first:].addmm_(wide[:, first:first + _ROWS].t(), wide[:, first:])
 
     def result(self, tokens: int) -> Tensor:
         assert self.total is not None

@@ -1,25 +1,27 @@
 """y = x @ ((codes - zero) * scale).T + bias for 2-, 3-, 4- and 8-bit weights, in PyTorch; and the layout of the kernel.
 
-The layout. A weight is cut into tiles of 64 rows and one *chunk* of columns; a tile is contiguous, so a program
-streams. Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds the code of column `i * RUN + j` of
-the chunk (planar): the kernel extracts field i of all words with one mask and has the codes of RUN neighbouring
-columns, ready to be multiplied with RUN neighbouring elements of x. Two words share a register, which makes every mask
-work on two codes.
+The layout. A weight is cut into tiles of 128 rows and one *chunk* of columns; a tile is contiguous, so a program
+streams (one of 64 rows reads half a tile). Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds
+the code of column `i * RUN + j` of the chunk (planar): the kernel extracts field i of all words with one mask and has
+the codes of RUN neighbouring columns, ready to be multiplied with RUN neighbouring elements of x. Two words share a
+register, which makes every mask work on two codes. Codes are stored unsigned, by half their range too large.
 
-    bits   words of a row and chunk   fields                                   columns in a chunk
-    8      RUN                        2, two's complement                      2 * RUN
-    4      RUN                        4, code + 8                              4 * RUN
-    2      RUN                        8, code + 2                              8 * RUN
-    3      3 * RUN                    16: words 0, 1 hold the low two bits     16 * RUN
-                                      (8 fields each), word 2 the high bits
+    bits   RUN                            words of a row and chunk   fields                    columns in a chunk
+    8      128, groups of 32 or 64: 64    RUN; 2 * RUN               2 a word                  256
+    4      64                             RUN                        4                         256
+    2      32                             RUN                        8                         256
+    3      32                             3 * RUN                    16: words 0, 1 the low    512
+                                                                     two bits (8 fields
+                                                                     each), word 2 the high
 
-RUN is 64; 128 for 8 bits in groups that are a whole number of such runs; 32 for groups of 32, and for 2 and 3 bits.
-Codes of 5 to 7 bits are stored as 8. Scales (and zero points) are transposed to (groups, rows), so that neighbouring
-rows are read together; zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
+Of groups of 32 a run of 64 has two. Codes of 5 to 7 bits are stored as 8. Scales and zero points lie by tile, four (or
+two) groups of a row next to each other, then the rows: what a program needs for a chunk is contiguous, and a row's
+scales are one read. Zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
 number that it sees. Rows are padded to 128, columns to whole chunks; padding multiplies zeros.
 
-Shapes: N rows (outputs), K columns (inputs); T = ceil(N / 128) * 2 tiles of rows, C = ceil(K / chunk); x (M, K);
-words int16 (T, C, W, 64, RUN), W = 3 for 3 bits, else 1; scale (C * groups a chunk or 1, T * 64); zero int16, the same.
+Shapes: N rows (outputs), K columns (inputs); T = ceil(N / 128) tiles of rows, C = ceil(K / chunk); x (M, K); words
+int16 (T, C, W, 128, RUN), W: words of a row and chunk / RUN; scale (T, C * groups a chunk / near, 128, near), (T, 1,
+128, 1) for one a row; zero int16, the same.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 __all__ = ["GROUPS", "HIGH_BITS", "TILE_ROWS", "Layout", "Packed", "dequantize", "int_linear", "layout", "pack",
            "unpack"]
 
-TILE_ROWS = 64
+TILE_ROWS = 128
 GROUPS = (32, 64, 128)  # beside -1, one scale a row
 # 3 bits: where word 2 keeps the high bit of code i, chosen so that few shifts bring it above the code's low bits.
 HIGH_BITS = (2, 4, 6, 8, 3, 5, 7, 9, 10, 12, 14, 0, 11, 13, 15, 1)
@@ -44,8 +46,8 @@ class Layout:
 
     bits: int  # 2, 3, 4 or 8: the width of a field
     run: int  # columns that are neighbours in a tile's row
-    fields: int  # codes of a row and chunk that share word j
-    words: int  # words that hold them: 3 for 3 bits, else 1
+    fields: int  # codes of a row and chunk in words j, j + run, ...
+    words: int  # words that hold them: 3 for 3 bits, 1 or 2 for 8, else 1
     group: int  # columns of a scale; -1: the whole row
 
     @property
@@ -56,6 +58,11 @@ class Layout:
     def groups(self) -> int:
         """Scales of a row and chunk; 0: one scale for the whole row."""
         return 0 if self.group == -1 else self.chunk // self.group
+
+    @property
+    def near(self) -> int:
+        """Scales of a row that lie next to each other: a kernel reads them at once."""
+        return 1 if self.group == -1 else 4 if self.groups % 4 == 0 else 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ def layout(bits: int, group_size: int) -> Layout:
     if group_size != -1 and group_size not in GROUPS:
         raise ValueError(f"group_size is {group_size}; expected one of {list(GROUPS)}, or -1 for one scale a row")
     width = 8 if bits > 4 else bits
-    run = 32 if group_size == 32 or width < 4 else 128 if width == 8 and group_size != 64 else 64
+    run = 32 if width < 4 else 128 if width == 8 and group_size in (-1, 128) else 64
+    if width == 8:  # a chunk of 256 columns, whatever the run
+        return Layout(width, run, 256 // run, 128 // run, group_size)
     return Layout(width, run, 16 if width == 3 else 16 // width, 3 if width == 3 else 1, group_size)
 
 
@@ -102,40 +111,46 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int,
     padded = torch.zeros(tall, chunks * how.chunk, dtype=torch.int32, device=codes.device)
     padded[:N, :K] = codes
     tiles = padded.view(tall // TILE_ROWS, TILE_ROWS, chunks, how.fields, how.run).permute(0, 2, 3, 1, 4)
-    unsigned = tiles & 255 if how.bits == 8 else tiles + (1 << (how.bits - 1))  # (T, C, fields, 64, run)
+    unsigned = tiles + (1 << (how.bits - 1))  # (T, C, fields, rows, run)
+    per = 8 if how.bits == 3 else 16 // how.bits
     words = torch.zeros(*tiles.shape[:2], how.words, TILE_ROWS, how.run, dtype=torch.int32, device=codes.device)
     for i in range(how.fields):
         if how.bits == 3:
             words[:, :, i // 8] |= (unsigned[:, :, i] & 3) << (2 * (i % 8))
             words[:, :, 2] |= (unsigned[:, :, i] >> 2) << HIGH_BITS[i]
         else:
-            words[:, :, 0] |= unsigned[:, :, i] << (how.bits * i)
+            words[:, :, i // per] |= unsigned[:, :, i] << (how.bits * (i % per))
     signed = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     groups = max(1, chunks * how.groups)
-    points = None if zero is None else _turn(zero.to(torch.int16), tall, groups)
-    return Packed(signed.contiguous(), _turn(scale, tall, groups), points, bits, group_size, N, K)
+    points = None if zero is None else _turn(zero.to(torch.int16), tall, groups, how.near)
+    return Packed(signed.contiguous(), _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
 
 
-def _turn(given: Tensor, tall: int, groups: int) -> Tensor:
-    """(N, G) -> (groups, tall), padded with zeros."""
-    out = torch.zeros(groups, tall, dtype=given.dtype, device=given.device)
-    out[: given.shape[1], : given.shape[0]] = given.t()
-    return out
+def _turn(given: Tensor, tall: int, groups: int, near: int) -> Tensor:
+    """(N, G) -> (T, groups / near, rows of a tile, near), padded with zeros."""
+    out = torch.zeros(tall, groups, dtype=given.dtype, device=given.device)
+    out[: given.shape[0], : given.shape[1]] = given
+    return out.view(-1, TILE_ROWS, groups // near, near).transpose(1, 2).contiguous()
+
+
+def _back(turned: Tensor, rows: int, groups: int) -> Tensor:
+    """The inverse of `_turn`: (rows, groups)."""
+    return turned.transpose(1, 2).reshape(turned.shape[0] * TILE_ROWS, -1)[:rows, :groups]
 
 
 def unpack(words: Tensor, bits: int, group_size: int, rows: int, columns: int) -> Tensor:
     """The codes again: (rows, columns) int8, the exact inverse of `pack`."""
     how = layout(bits, group_size)
     bare = words.to(torch.int32) & 0xFFFF
+    per = 8 if how.bits == 3 else 16 // how.bits
     fields = []
     for i in range(how.fields):
         if how.bits == 3:
             low = (bare[:, :, i // 8] >> (2 * (i % 8))) & 3
             fields.append((low | (((bare[:, :, 2] >> HIGH_BITS[i]) & 1) << 2)) - 4)
         else:
-            field = (bare[:, :, 0] >> (how.bits * i)) & ((1 << how.bits) - 1)
-            fields.append(torch.where(field > 127, field - 256, field) if how.bits == 8
-                          else field - (1 << (how.bits - 1)))
+            field = (bare[:, :, i // per] >> (how.bits * (i % per))) & ((1 << how.bits) - 1)
+            fields.append(field - (1 << (how.bits - 1)))
     codes = torch.stack(fields, dim=2)  # (T, C, fields, 64, run)
     tall, wide = codes.shape[0] * TILE_ROWS, codes.shape[1] * how.chunk
     return codes.permute(0, 3, 1, 2, 4).reshape(tall, wide)[:rows, :columns].to(torch.int8).contiguous()
@@ -148,8 +163,8 @@ def dequantize(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, gro
     groups = columns // size
     grouped = unpack(words, bits, group_size, rows, columns).to(dtype).view(rows, groups, size)
     if zero is not None:
-        grouped = grouped - zero[:groups, :rows].t().to(dtype).unsqueeze(-1)
-    return (grouped * scale[:groups, :rows].t().to(dtype).unsqueeze(-1)).view(rows, columns)
+        grouped = grouped - _back(zero, rows, groups).to(dtype).unsqueeze(-1)
+    return (grouped * _back(scale, rows, groups).to(dtype).unsqueeze(-1)).view(rows, columns)
 
 
 def int_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,

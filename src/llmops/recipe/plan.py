@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmops.measure.intervals import LEAST_PAIRS
 from llmops.recipe import keys as k
 from llmops.recipe.estimate import Estimate, estimate
 from llmops.recipe.hashing import FileHashes
@@ -91,7 +92,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order of building; the first is base. advice: whether the goals' margins can be shown."""
+    """Stages in the order of building; the first is base. advice: whether margins and savings can be shown."""
 
     stages: list[Stage]
     recipe: Recipe
@@ -148,11 +149,15 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
 
 
 def _advice(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    said: tuple[str, ...] = ()
+    if recipe.measure is not None and recipe.measure.repeats < LEAST_PAIRS:
+        said = (f"WARNING: measure.repeats: {recipe.measure.repeats}; with fewer than {LEAST_PAIRS} no difference of "
+                "speed or energy is said to be shown",)
     if not any(goal.noninferior or goal.max_drop for goal in recipe.goals.quality.values()):
-        return ()
+        return said
     from llmops.recipe.sample_size import advice
 
-    return advice(recipe, rows)
+    return (*said, *advice(recipe, rows))
 
 
 def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, str], prints: Mapping[str, str],
