@@ -51,7 +51,8 @@ RECIPE: dict[str, Any] = {
 WATTS = RECIPE["measure"]["watts"]
 #: groups of a row that hold times, energies and what is worked out from them
 TIMED = ("environment", "latency", "energy", "carbon", "workload", "verdict")
-TIMED_BUILDING = ("wall_s", "energy_j", "chain_energy_j", "evaluate_energy_j", "evaluate_wall_s", "attempts", "trace",
+TIMED_BUILDING = ("wall_s", "energy_j", "chain_energy_j", "evaluate_energy_j", "evaluate_wall_s", "measure_energy_j",
+                  "measure_wall_s", "attempts", "trace",
                   "break_even_tokens")
 TIMED_SIZE = ("peak_memory_bytes", "disk_bytes")
 
