@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmops.ops import float32
-from llmops.ops.float32 import EXACT, Products, WideLinear, wider
+from llmops.ops.float32 import EXACT, Products, WideLinear, narrower, wider
 
 
 def setting() -> str:
@@ -74,3 +76,10 @@ def test_other_types_and_shapes_go_the_usual_way(monkeypatch: pytest.MonkeyPatch
         assert type(F.linear(x.bfloat16(), W.bfloat16()).grad_fn).__name__ != "_LinearBackward"
         assert type(F.linear(x, W[0]).grad_fn).__name__ != "_LinearBackward"
         assert type(F.linear(x, W).grad_fn).__name__ == "_LinearBackward"
+
+
+def test_bfloat16_is_taken_only_where_the_cpu_has_it() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        pytest.skip("needs Linux to see what the CPU has")
+    assert not narrower() or "avx512_bf16" in flags.read_text()
