@@ -35,7 +35,7 @@ TAKES = {
     "export": "VARIANT --to --type --out --run --runs --force --json",
     "explain": "RUN VARIANT --against --items --runs --json -q --quiet",
     "gate": "RUN [VARIANT...] --goal --junit --runs --json",
-    "promote": "RUN VARIANT --as --why --margin --saving --force --runs --json",
+    "promote": "RUN VARIANT --as --why --margin --saving --batch --force --runs --json",
     "champions": "[NAME] --history --runs --json",
     "audit": "--expect --runs --json",
     "bench models": "MODEL --against --batch --context --new --repeats --window --sensor --watts --device --threads "

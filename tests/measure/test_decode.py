@@ -237,7 +237,7 @@ def test_gpus_are_summed_and_each_is_shown():
 
 
 def test_others_at_work_are_told_and_refused_when_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmops.measure.beside._folder", lambda: tmp_path)
+    monkeypatch.setattr("llmops.measure.beside.shared_folder", lambda: tmp_path)
     few = OPTIONS.model_copy(update={"repeats": 2, "batch_sizes": [1]})
     found, _ = run(repeats=2, batch_sizes=[1])
     assert found.workload["beside"] == [] and found.workload["conditions"]["after"].keys() <= {"load_average_1m"}

@@ -19,7 +19,8 @@ class MeasureOptions(Options):
     prompt_tokens: int = Field(256, ge=1)
     new_tokens: int = Field(128, ge=2)
     batch_sizes: list[int] = Field([1, 8], min_length=1)
-    repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant")
+    repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant; with fewer than 5 no "
+                                              "difference is said to be shown")
     window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long; at least "
                                                    "200 updates of a hardware counter, whatever is given")
     sensor: Literal["auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none"] = Field(

@@ -95,8 +95,8 @@ def front_matter(row: Row) -> dict[str, Any]:
         found["base_model"] = base
         if relation:
             found["base_model_relation"] = relation
-    if identity.get("license"):
-        found["license"] = clean(identity["license"])
+    if terms := group(row, "card").get("license") or identity.get("license"):
+        found["license"] = clean(terms)
     found |= {"library_name": "peft" if relation == "adapter" else "transformers", "pipeline_tag": "text-generation",
               "tags": _tags(row)}
     grams = figure(row, "carbon", "building_g")
@@ -299,7 +299,8 @@ def _use(row: Row) -> str:
 
 
 def _limits(row: Row) -> str:
-    lines = [f"- {safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
+    lines = [f"- stated: {safe(each)}" for each in group(row, "card").get("limitations") or []]
+    lines += [f"- {safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
     lines += [f"- not measured: {safe(name)}: {safe(reason)}" for name, reason in nulls([row])]
     if any(found.provenance == "estimated" for name, _, found in quantities(row) if name == "energy"):
         lines.append("- energy marked ~ is estimated, not measured")
