@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +47,60 @@ STEP = 4096
 
 @dataclass(frozen=True)
 class Scorer:
-    """The evaluator of one model: perplexity over `stream`, and exact match over `questions` if there are any."""
+    """The evaluator of one model: perplexity over `stream`, exact match over `questions` if there are any, and, once it
+    was shown the float model (`beside`), KL(float, quantized) in nats a token over the first windows of the stream.
+
+    Perplexity can fall by chance where rounding moves a model the right way; the divergence only grows with damage.
+    """
 
     tokenizer: Any
     stream: list[int]
     perplexity: Perplexity
     questions: Any = None
+    float_scores: tuple[Tensor, ...] = ()  # of each window (context - 1, vocabulary), log-probabilities, float16
 
     def __call__(self, model: Any) -> dict[str, Any]:
         found = score_stream(model, self.tokenizer, self.stream, self.perplexity, id="perplexity")
         losses = [float(item.score) if item.score is not None else float("inf") for item in found.items]
         made: dict[str, Any] = {"perplexity": found.value.value, "losses": losses}
+        if self.float_scores:
+            apart = [piece for scores, ids in zip(self.float_scores, self._windows(), strict=False)
+                     for piece in _divergences(scores, _scores(model, ids))]
+            made |= {"divergence": sum(apart) / len(apart), "divergences": apart}
         if self.questions is not None:
             asked = ExactMatch(data="test", max_new_tokens=8)
             made["exact_match"] = exact_match(model, self.tokenizer, self.questions, asked, id="exact_match")[0
                                                                                                          ].value.value
         return made
 
+    def beside(self, model: Any, tokens: int = 8192) -> Scorer:
+        """This evaluator, knowing what the float model says of the first `tokens` tokens."""
+        some = self._windows()[:max(1, tokens // self.perplexity.context)]
+        return replace(self, float_scores=tuple(_scores(model, ids).half() for ids in some))
+
+    def _windows(self) -> list[Tensor]:
+        """(context,) each, those that perplexity is taken over."""
+        size = self.perplexity.context
+        ids = torch.tensor(self.stream[:self.perplexity.max_tokens])
+        return list(ids[:len(ids) // size * size].view(-1, size))
+
     def protocol(self) -> dict[str, Any]:
         windows = len(self.stream[:self.perplexity.max_tokens]) // self.perplexity.context
         return {"perplexity": "windows that do not overlap, no BOS, loss over context - 1 tokens each (GPTQ, Wanda)",
                 "context": self.perplexity.context, "windows": windows, "separator": self.perplexity.separator,
                 "questions": len(self.questions.rows) if self.questions is not None else 0}
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _scores(model: Any, ids: Tensor) -> Tensor:
+    """(context - 1, vocabulary) log-probabilities of what follows each token of a window but the last."""
+    return model(ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _divergences(exact: Tensor, found: Tensor, piece: int = 256) -> list[float]:
+    """KL(exact, found), nats a token, of each `piece` tokens. Both (tokens, vocabulary), log-probabilities."""
+    exact = exact.float()
+    return [float(part.mean()) for part in (exact.exp() * (exact - found)).sum(-1).split(piece)]
 
 
 # ---------------------------------------------------------------------------------------------------------- tiny

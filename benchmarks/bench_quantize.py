@@ -7,6 +7,7 @@ take its cells in turn, one after the other, so that a machine that slows down s
 
     perplexity   by the protocol of the GPTQ and Wanda papers; pairs with Student's interval over the same windows
     exact match  of the tuned built-in model, in parentheses
+    divergence   KL from the float32 model to the quantized one on the first windows, nats a token: no chance lowers it
     s, CPU s     of the quantization alone; medians over the cells of a method, and of ours / theirs cell by cell
     MiB          most resident memory over that of the loaded model, in the first cell of a fresh process
 
@@ -49,6 +50,7 @@ from _quantize_case import (
     OURS,
     PACKAGES,
     Case,
+    divergence_table,
     methods_of,
     perplexity_table,
     picked,
@@ -92,6 +94,7 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+    scorer = scorer.beside(model)
     workers: dict[str, Contender] = {}
     done, rows = {(row["contender"], row["bits"], row["group"]) for row in rows}, list(rows)
     for bits in asked.bits:
@@ -136,7 +139,8 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join([f"{result['model']}: float32 perplexity {result['base']['perplexity']:.5g}{score}; calibrated on "
                       f"{result['calibration']['crops']} crops of {result['calibration']['length']} tokens; scored on "
                       f"{result['protocol']['windows']} windows of {result['protocol']['context']} tokens", "",
-                      perplexity_table(result["rows"], result["base"]), "", verdict_table(result["verdicts"]),
+                      perplexity_table(result["rows"], result["base"]), "", divergence_table(result["rows"]), "",
+                      verdict_table(result["verdicts"]),
                       *(["", speed_table(result["speeds"])] if result["speeds"] else []),
                       *(["", *told] if told else [])])
 

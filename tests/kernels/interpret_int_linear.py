@@ -16,7 +16,7 @@ from llmops_kernels.int_linear import int_linear, launch, pack
 
 
 def case(bits: int, group: int, ms: list[int], n: int, k: int, dtype: str, zero: bool, bias: bool,
-         tile: dict[str, int] | None, seed: int = 0) -> dict[str, Any]:
+         tile: dict[str, int] | None, seed: int = 0, scales: str | None = None) -> dict[str, Any]:
     made = torch.Generator().manual_seed(seed * 7919 + bits * 1000 + n + k + zero)
     half, typed = 1 << (bits - 1), getattr(torch, dtype)
     codes = torch.randint(-half, half, (n, k), generator=made, dtype=torch.int8)
@@ -24,7 +24,7 @@ def case(bits: int, group: int, ms: list[int], n: int, k: int, dtype: str, zero:
     size = k if group == -1 else group
     scale = torch.exp(torch.empty(n, k // size).uniform_(-6.9, 0.0, generator=made))  # over three decades
     scale[n // 2] *= 30  # one outlier row
-    scale = scale.to(typed)
+    scale = scale.to(typed if scales is None else getattr(torch, scales))
     points = torch.randint(-half, half, scale.shape, generator=made, dtype=torch.int8) if zero else None
     extra = torch.randn(n, generator=made).to(typed) if bias else None
     shifted = codes.double() if points is None else codes.double() - points.double().repeat_interleave(size, 1)

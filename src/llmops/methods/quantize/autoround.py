@@ -179,7 +179,8 @@ class _Layer:
         low, high = self.G.amin(-1).clamp(max=0), self.G.amax(-1).clamp(min=0)
         self.low, self.high = (-torch.maximum(-low, high), torch.maximum(-low, high)) if symmetric else (low, high)
         self.V = torch.zeros_like(self.G, dtype=torch.int16)  # in units: +-32767 are +-1/2
-        first, whole = (fit(self.G, bits, symmetric, dtype, clip).scale.float() for clip in ("mse", "absmax"))
+        first = fit(self.G, bits, symmetric, dtype, "mse").scale.float()
+        whole = grid_between(self.low, self.high, bits, symmetric, dtype).scale.float()
         self.sign = first.sign()  # of a scale, never 0; see `both_ways` of grid.py
         start = (first / whole).abs().clamp(max=1)
         self.factors = [start.clone() for _ in range(1 if symmetric else 2)]  # alpha, beta
