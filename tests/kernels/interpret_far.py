@@ -60,35 +60,36 @@ def integers(bits: int) -> tuple[Tensor, Tensor]:
     scale = (torch.rand(128, 2, generator=made(1)) + 0.1).to(HALF)
     x = torch.randn(3, k, generator=made(2)).to(HALF)
     near = int_linear.pack(codes, scale, None, bits=bits, group_size=128)
-    assert near.words.shape[0] == near.scale.shape[0] == 1  # one tile of 128 rows
-    tiles = FAR // near.words.numel() + 2
-    words, scales = (room(tiles, *part.shape[1:], dtype=part.dtype) for part in (near.words, near.scale))
+    tiles = FAR // near.words[0].numel() + 2
+    words = room(tiles, *near.words.shape[1:], dtype=torch.int16)
+    scales = room(tiles, *near.scale.shape[1:], dtype=HALF)
     words[-1], scales[-1] = near.words[0], near.scale[0]
     assert words[:-1].numel() >= FAR
     tile = {"BLOCK_M": 16, "BLOCK_N": 64, "PARTS": 1, "num_warps": 4, "num_stages": 2}
     with only(2 * tiles - 1):
         y = int_linear.launch(x, words, scales, None, None, bits, 128, 128 * tiles, tile=tile)
-    return y[:, -64:], int_linear.launch(x, near.words, near.scale, None, None, bits, 128, 128, tile=tile)[:, 64:]
+    return y[:, -64:], int_linear.launch(x, near.words, near.scale, None, None, bits, 128, 128, tile=tile)[:, -64:]
 
 
 def integers_made_dense(bits: int) -> tuple[Tensor, Tensor]:
-    """Words and the dense matrix both past 2^31: the last chunk of the last 64 of two tiles of 128 rows."""
+    """Words and the dense matrix both past 2^31: the last chunk of the second 64 rows."""
     half, how = 1 << (bits - 1), int_linear.layout(bits, 128)
     codes = torch.randint(-half, half, (128, how.chunk), generator=made(), dtype=torch.int8)
     near = int_linear.pack(codes, torch.rand(128, how.chunk // 128, generator=made(1)) + 0.1, None, bits=bits,
                            group_size=128)
-    chunks = FAR // (2 * near.words.numel()) + 2
-    groups = near.scale.shape[1]  # of those that lie next to each other
-    words = room(2, chunks, *near.words.shape[2:], dtype=torch.int16)
-    scale = room(2, chunks * groups, *near.scale.shape[2:], dtype=torch.float32)
-    words[1, -1], scale[1, -groups:] = near.words[0, 0], near.scale[0]
-    dense = room(256, chunks * how.chunk, dtype=HALF)
+    chunks = FAR // near.words[0, 0].numel() + 1
+    words = room(1, chunks, *near.words.shape[2:], dtype=torch.int16)
+    words[0, -1] = near.words[0, 0]
+    a_chunk = near.scale.shape[1]
+    scale = room(1, chunks * a_chunk, *near.scale.shape[2:], dtype=torch.float32)
+    scale[0, -a_chunk:] = near.scale[0]
+    dense = room(128, chunks * how.chunk, dtype=HALF)
     known = int_linear.constants(bits, 128, False, False, False, True)
     kept = {name: known[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "NEAR", "ZERO", "PROGRAMS", "TILE")}
-    with only(chunks - 1, 3):
-        dequantize_integers_kernel[(chunks, 4)](words, scale, scale, dense, 256, dense.shape[1], chunks, **kept)
-    whole = dense_integers(near.words, near.scale, None, 128, how.chunk, HALF, known)
-    return dense[192:, -how.chunk:], whole[64:]
+    with only(chunks - 1, 1):
+        dequantize_integers_kernel[(chunks, 2)](words, scale, scale, dense, 128, dense.shape[1], chunks, **kept)
+    near_dense = dense_integers(near.words, near.scale, None, 128, how.chunk, HALF, known)
+    return dense[64:, -how.chunk:], near_dense[64:]
 
 
 def general(bits: int) -> tuple[Tensor, Tensor]:
