@@ -7,43 +7,30 @@ As `_quantize_worker.py`, with which it shares the clock, the loader and the for
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from _quantize_case import Case
-from _quantize_worker import CLOCK, load, tokenizer, tokens, write
+from _quantize_worker import CLOCK, load, own_job, tokens, write
+from _runner.worker import Mouth, serve
 
 Solve = Callable[[Any, Case, float, str], None]  # (model, case, sparsity, pattern): the model is pruned in place
 
 
 def ours(step: dict[str, Any]) -> Solve:
-    """The step as `llmops tune` takes it. Reading and tokenizing is on nobody's clock; that the tokens are those the
-    others get is made sure of."""
+    """The step as `llmops tune` takes it."""
 
     def solve(model: Any, case: Case, sparsity: float, pattern: str) -> None:
-        import torch
-
         from llmops.build import masking
-        from llmops.build.job import Job, calibration
         from llmops.build.variant import apply_step
-        from llmops.data.options import DataSource
-        from llmops.data.sources import load_rows
         from llmops.methods.prune import options
 
-        asked: dict[str, Any] = {**step, "sparsity": sparsity, "pattern": pattern}
-        source = DataSource(source=case.rows, samples=None)
-        job = Job(model, tokenizer(case), model.dtype, [],
-                  lambda name: load_rows(name, {name: source}, Path(case.rows).parent, case.seed),
-                  lambda name: DataSource(source="memory", samples=case.samples), case.seed)
-        ready = calibration(job, "calib", case.length) if "data" in step else None
-        if ready is not None:
+        asked = {**step, "sparsity": sparsity, "pattern": pattern}
+        if "data" in step:
             asked["length"] = case.length
-            if not torch.equal(ready, tokens(case)):
-                raise ValueError("the calibration tokens differ from those the others get")
+        job, ready = own_job(model, case, "data" in step)
         masking.calibration = lambda *given: ready
         CLOCK.start()
         kind = getattr(options, step["method"].capitalize())
@@ -90,39 +77,21 @@ IMPORTS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     contender, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    mouth = Mouth()
     import torch
 
     torch.set_num_threads(case.threads)
 
-    def say(**message: Any) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    def answer(cell: dict[str, Any]) -> dict[str, Any]:
+        model = load(case)
+        CLOCK.start()
+        SOLVERS[contender](model, case, cell["sparsity"], cell["pattern"])
+        found = CLOCK.stop()
+        if cell["out"]:
+            write(dict(model.named_parameters()), Path(cell["out"]))
+        return found
 
-    try:
-        for module in ("transformers", "safetensors.torch", *IMPORTS[contender.partition("-")[2]]):
-            import_module(module)
-    except Exception as error:
-        say(failed=f"{type(error).__name__}: {error}"[:300])
-        raise
-    say(ready=True)
-    for line in sys.stdin:
-        cell = json.loads(line)
-        try:
-            model = load(case)
-            CLOCK.start()
-            SOLVERS[contender](model, case, cell["sparsity"], cell["pattern"])
-            found = CLOCK.stop()
-            if cell["out"]:
-                write(dict(model.named_parameters()), Path(cell["out"]))
-            say(**found)
-        except Exception as error:  # a contender that cannot do this cell is a row of the table, not the end of it
-            import traceback
-
-            traceback.print_exc()
-            told = str(error).strip().splitlines()
-            say(failed=f"{type(error).__name__}: {told[0] if told else ''}"[:300])
+    serve(mouth, ("transformers", "safetensors.torch", *IMPORTS[contender.partition("-")[2]]), answer)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,14 +74,41 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 
     The ratio is exp of the mean difference; its interval is Student's over the windows, on the log scale.
     """
+    mean, half = _difference(ours, theirs)
+    return math.exp(mean), math.exp(mean) * half
+
+
+def paired_divergences(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """(ratio of the mean divergences, half width of its 95 % interval), of the same pieces of text. The interval is
+    Student's of the difference, over the peer's mean."""
+    mean, half = _difference(ours, theirs)
+    base = statistics.fmean(theirs)
+    return 1 + mean / base, half / base
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval by Student's t) of the pairs' differences."""
+    from llmops.measure.intervals import mean_interval  # needs scipy, which no peer's Python must have
+
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"{len(ours)} and {len(theirs)} windows; expected the same ones, at least one")
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return math.exp(mean), math.inf
-    half = 2.0 * statistics.stdev(differences) / math.sqrt(len(differences))  # t is 2.0 at 60 windows, 2.1 at 16
-    return math.exp(mean), math.exp(mean) * half
+    mean, interval = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    return mean, math.inf if interval is None else interval[1] - mean
+
+
+def standing(ratio: float, half_width: float) -> str:
+    """What a ratio of ours to a peer's comes to: "ahead" or "behind" only where its interval leaves out 1, "equal"
+    where all windows agree, else "level"."""
+    if (ratio, half_width) == (1, 0):
+        return "equal"
+    return "ahead" if ratio + half_width < 1 else "behind" if ratio - half_width > 1 else "level"
+
+
+def counted(lines: Iterable[dict[str, Any]], key: str = "ratio", width: str = "half_width") -> dict[str, int]:
+    """How many verdicts are ahead, level (or equal) and behind. key, width: names of the ratio and its half width."""
+    said = [standing(line[key], line[width]) for line in lines if key in line]
+    return {"ahead": said.count("ahead"), "level": said.count("level") + said.count("equal"),
+            "behind": said.count("behind")}
 
 
 def picked(names: Iterable[str], only: str | None) -> list[str]:
@@ -115,11 +142,12 @@ def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Itera
 
 
 def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity") -> dict[str, Any] | None:
-    """The row of least perplexity among ours or the peers' (highest, for a score); None when none ran."""
+    """The row of least perplexity (or divergence) among ours or the peers' (highest, for a score); None when none
+    ran."""
     found = [row for row in rows if key in row and (row["tool"] == OURS) == ours]
     if not found:
         return None
-    return min(found, key=lambda row: float(row[key])) if key == "perplexity" else max(
+    return min(found, key=lambda row: float(row[key])) if key in ("perplexity", "divergence") else max(
         found, key=lambda row: float(row[key]))
 
 
@@ -130,7 +158,12 @@ def won_back(base: float, plain: float, solved: float) -> float:
 
 def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]]:
     """One line per width, group and method: ours beside the best peer with the same method, and ours of all methods
-    beside the best of all peers (method "best")."""
+    beside the best of all peers (method "best"); and what our GPTQ wins back of our rounding to nearest, and of plain
+    rounding as published tables have it (llm-compressor's), which errs more than ours.
+
+    Where the divergence was measured, the same for it under names that begin with divergence_: least of ours, least of
+    the peers', their ratio.
+    """
     made: list[dict[str, Any]] = []
     for bits, group in sorted({(row["bits"], row["group"]) for row in rows}, reverse=True):
         here = [row for row in rows if (row["bits"], row["group"]) == (bits, group)]
@@ -143,13 +176,24 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
             ratio, half = paired(mine["losses"], peer["losses"])
             made.append({"bits": bits, "group": group, "method": method, "ours": mine["perplexity"],
                          "ours_by": mine["contender"], "peer": peer["perplexity"], "peer_by": peer["contender"],
-                         "ratio": ratio, "half_width": half, "won": ratio <= 1})
-        plain = next((row for row in here if row["contender"] == "rtn-llmops" and "perplexity" in row), None)
-        solved = next((row for row in here if row["contender"] == "gptq-llmops" and "perplexity" in row), None)
-        if plain and solved and plain["perplexity"] > base:
-            made.append({"bits": bits, "group": group, "method": "gptq wins back of rtn's rise",
-                         "share": won_back(base, plain["perplexity"], solved["perplexity"])})
+                         "ratio": ratio, "half_width": half, "won": ratio <= 1, **_nearer(some)})
+        scored = {row["contender"]: row["perplexity"] for row in here if "perplexity" in row}
+        for plain, whose in (("rtn-llmops", ""), ("rtn-llmcompressor", ", absmax / 7.5 at 4 bits")):
+            if "gptq-llmops" in scored and scored.get(plain, 0) > base:
+                made.append({"bits": bits, "group": group, "method": f"gptq wins back of rtn's rise{whose}",
+                             "plain": plain, "share": won_back(base, scored[plain], scored["gptq-llmops"])})
     return made
+
+
+def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The divergence part of a verdict, empty where ours or no peer's was measured."""
+    mine, peer = best(rows, ours=True, key="divergence"), best(rows, ours=False, key="divergence")
+    if mine is None or peer is None:
+        return {}
+    ratio, half = paired_divergences(mine["divergences"], peer["divergences"])
+    return {"divergence_ours": mine["divergence"], "divergence_ours_by": mine["contender"],
+            "divergence_peer": peer["divergence"], "divergence_peer_by": peer["contender"],
+            "divergence_ratio": ratio, "divergence_half_width": half}
 
 
 def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -176,13 +220,25 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def perplexity_table(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
     """Contenders down, widths and groups across; a task score, where there is one, in parentheses."""
+    return _contender_table(rows, _shown, _shown(base))
+
+
+def divergence_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The same of the divergences; "" where none was measured."""
+    def shown(row: dict[str, Any] | None) -> str:
+        return f"{row['divergence']:.3g}" if row and "divergence" in row else ""
+
+    return _contender_table([row for row in rows if "divergence" in row], shown, "0") if any(map(shown, rows)) else ""
+
+
+def _contender_table(rows: Sequence[dict[str, Any]], shown: Callable[[dict[str, Any] | None], str], exact: str) -> str:
     cells = sorted({(row["bits"], row["group"]) for row in rows}, reverse=True)
     lines = ["| method | tool | " + " | ".join(f"{bits} bit, g{group}" for bits, group in cells) + " |",
-             "|-|-|" + "-:|" * len(cells), "| - | float32 | " + " | ".join(_shown(base) for _ in cells) + " |"]
+             "|-|-|" + "-:|" * len(cells), "| - | float32 | " + " | ".join(exact for _ in cells) + " |"]
     for name, (method, tool, _) in CONTENDERS.items():
         mine = {(row["bits"], row["group"]): row for row in rows if row["contender"] == name}
         if mine:
-            lines.append(f"| {method} | {tool} | " + " | ".join(_shown(mine.get(cell)) for cell in cells) + " |")
+            lines.append(f"| {method} | {tool} | " + " | ".join(shown(mine.get(cell)) for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -206,15 +262,21 @@ def speed_table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict_table(lines: Sequence[dict[str, Any]]) -> str:
-    made = ["| bits | group | method | ours | best peer | ours / peer | |", "|-:|-:|-|-:|-:|-:|-|"]
+    """One row a verdict. Ours is ahead or behind where the interval leaves out 1."""
+    nearer = any("divergence_ratio" in line for line in lines)
+    made = ["| bits | group | method | ours | best peer | ours / peer | |" + (" KL, ours / peer | |" if nearer else ""),
+            "|-:|-:|-|-:|-:|-:|-|" + ("-:|-|" if nearer else "")]
     for line in lines:
         if "share" in line:
-            made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['share']:.0%} | | | |")
+            made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['share']:.0%} | | | |"
+                        + (" | |" if nearer else ""))
             continue
-        by = f" ({line['ours_by']})", f" ({line['peer_by']})"
-        sure = abs(line["ratio"] - 1) > line["half_width"]
-        said = "equal" if (line["ratio"], line["half_width"]) == (1, 0) else (
-            ("won" if line["won"] else "lost") + ("" if sure else ", within the noise"))
-        made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['ours']:.5g}{by[0]} | "
-                    f"{line['peer']:.5g}{by[1]} | {line['ratio']:.4f} +- {line['half_width']:.4f} | {said} |")
+        ratio = (f"| {line['ratio']:.4f} +- {line['half_width']:.4f} | "
+                 f"{standing(line['ratio'], line['half_width'])} |")
+        apart = " | |" if nearer else ""
+        if "divergence_ratio" in line:
+            ours, width = line["divergence_ratio"], line["divergence_half_width"]
+            apart = f" {ours:.2f} +- {width:.2f} | {standing(ours, width)} |"
+        made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['ours']:.5g} ({line['ours_by']}) | "
+                    f"{line['peer']:.5g} ({line['peer_by']}) {ratio}{apart}")
     return "\n".join(made)

@@ -1,4 +1,4 @@
-"""The two models of bench_quantize.py, what they are calibrated on, and the one evaluator of every answer.
+"""The models of bench_quantize.py and bench_prune.py, what they are calibrated on, the one evaluator of every answer.
 
 `tiny`  builtin:tiny, tuned as in recipes/quantize.yaml, so that exact match means something. Calibrated on
         builtin:study; scored by exact match on builtin:facts and perplexity on builtin:world.
@@ -12,17 +12,20 @@ float16 loses nothing on the way in.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from _quantize_case import Case
 from llmops.data.options import DataSource
 from llmops.data.render import calibration_tokens, text_stream
 from llmops.data.sources import load_rows, rows_from
@@ -44,28 +47,60 @@ STEP = 4096
 
 @dataclass(frozen=True)
 class Scorer:
-    """The evaluator of one model: perplexity over `stream`, and exact match over `questions` if there are any."""
+    """The evaluator of one model: perplexity over `stream`, exact match over `questions` if there are any, and, once it
+    was shown the float model (`beside`), KL(float, quantized) in nats a token over the first windows of the stream.
+
+    Perplexity can fall by chance where rounding moves a model the right way; the divergence only grows with damage.
+    """
 
     tokenizer: Any
     stream: list[int]
     perplexity: Perplexity
     questions: Any = None
+    float_scores: tuple[Tensor, ...] = ()  # of each window (context - 1, vocabulary), log-probabilities, float16
 
     def __call__(self, model: Any) -> dict[str, Any]:
         found = score_stream(model, self.tokenizer, self.stream, self.perplexity, id="perplexity")
         losses = [float(item.score) if item.score is not None else float("inf") for item in found.items]
         made: dict[str, Any] = {"perplexity": found.value.value, "losses": losses}
+        if self.float_scores:
+            apart = [piece for scores, ids in zip(self.float_scores, self._windows(), strict=False)
+                     for piece in _divergences(scores, _scores(model, ids))]
+            made |= {"divergence": sum(apart) / len(apart), "divergences": apart}
         if self.questions is not None:
             asked = ExactMatch(data="test", max_new_tokens=8)
             made["exact_match"] = exact_match(model, self.tokenizer, self.questions, asked, id="exact_match")[0
                                                                                                          ].value.value
         return made
 
+    def beside(self, model: Any, tokens: int = 8192) -> Scorer:
+        """This evaluator, knowing what the float model says of the first `tokens` tokens."""
+        some = self._windows()[:max(1, tokens // self.perplexity.context)]
+        return replace(self, float_scores=tuple(_scores(model, ids).half() for ids in some))
+
+    def _windows(self) -> list[Tensor]:
+        """(context,) each, those that perplexity is taken over."""
+        size = self.perplexity.context
+        ids = torch.tensor(self.stream[:self.perplexity.max_tokens])
+        return list(ids[:len(ids) // size * size].view(-1, size))
+
     def protocol(self) -> dict[str, Any]:
         windows = len(self.stream[:self.perplexity.max_tokens]) // self.perplexity.context
         return {"perplexity": "windows that do not overlap, no BOS, loss over context - 1 tokens each (GPTQ, Wanda)",
                 "context": self.perplexity.context, "windows": windows, "separator": self.perplexity.separator,
                 "questions": len(self.questions.rows) if self.questions is not None else 0}
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _scores(model: Any, ids: Tensor) -> Tensor:
+    """(context - 1, vocabulary) log-probabilities of what follows each token of a window but the last."""
+    return model(ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _divergences(exact: Tensor, found: Tensor, piece: int = 256) -> list[float]:
+    """KL(exact, found), nats a token, of each `piece` tokens. Both (tokens, vocabulary), log-probabilities."""
+    exact = exact.float()
+    return [float(part.mean()) for part in (exact.exp() * (exact - found)).sum(-1).split(piece)]
 
 
 # ---------------------------------------------------------------------------------------------------------- tiny
@@ -210,6 +245,56 @@ def calibration(rows: Path, tokenizer: Any, samples: int, length: int, seed: int
     """What every contender is calibrated on, (samples, length)."""
     read = load_rows("calib", {"calib": DataSource(source=str(rows))}, rows.parent, seed)
     return calibration_tokens(read, tokenizer, samples=samples, length=length, seed=seed)
+
+
+def prepared(name: str, asked: Any, **more: Any) -> tuple[Case, Scorer, dict[str, Any]]:
+    """(case, scorer, what of both belongs into the results) of the model "tiny" or "text".
+
+    asked: the script's options cache, text, tokens, questions, windows, calibration, threads; more: of the case.
+    """
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tuned_tiny(asked.cache) if name == "tiny" else pretrained_text(asked.text, asked.cache, asked.tokens)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, kept = asked.cache / f"{name}.jsonl", asked.cache / f"{name}-calibration.safetensors"
+    if name == "tiny":
+        tiny_rows(rows)
+        scorer, length = tiny_scorer(tokenizer, asked.questions, asked.windows * 8), 128
+    else:
+        text_rows(asked.text, rows)
+        scorer, length = text_scorer(asked.text, tokenizer, asked.windows), 256
+    samples = asked.calibration // length
+    save_file({"tokens": calibration(rows, tokenizer, samples, length, 0)}, kept)
+    base = scorer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    print(f"{name}: perplexity {base['perplexity']:.5g}", file=sys.stderr, flush=True)
+    case = Case(str(folder), str(kept), str(rows), samples, length, threads=asked.threads, **more)
+    return case, scorer, {"model": name, "calibration": {"crops": samples, "length": length},
+                          "protocol": scorer.protocol(), "base": base}
+
+
+def add_options(to: argparse.ArgumentParser, logs: str, tokens: int) -> None:
+    """The options of both scripts that `prepared` and the workers are told."""
+    to.add_argument("--text", type=Path, help="folder with the texts of the second model")
+    to.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
+    to.add_argument("--models", nargs="+", choices=["tiny", "text"], default=["tiny", "text"])
+    to.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
+    to.add_argument("--tokens", type=int, default=tokens, help="tokens the second model is pretrained on")
+    to.add_argument("--questions", type=int, default=300)
+    to.add_argument("--windows", type=int, default=16, help="of 2,048 tokens, most that are scored")
+    to.add_argument("--threads", type=int, default=1)
+    to.add_argument("--logs", type=Path, default=Path(logs), help="folder for what workers print")
+
+
+def wanted_models(asked: Any) -> Iterator[str]:
+    """Those that can be made; folders are."""
+    for folder in (asked.logs, asked.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in asked.models:
+        if name == "text" and asked.text is None:
+            print("\ntext: left out, for no --text FOLDER with its texts was given")
+        else:
+            yield name
 
 
 def dense_state(folder: Path) -> dict[str, Tensor]:

@@ -10,16 +10,15 @@ with the weights that the tool's own dequantization gives, or, from GPTQModel, i
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from _quantize_case import Case
+from _runner.worker import Clock, Mouth, serve
 
+CLOCK = Clock()
 Dense = Callable[[Path], None]  # writes the answer into a folder
 Solve = Callable[[Any, Case, int, int], Dense]  # (model, case, bits, group)
 
@@ -61,32 +60,42 @@ def with_layers(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- ours
 
 
+def own_job(model: Any, case: Case, calibrated: bool) -> tuple[Any, Any]:
+    """(the job of a step on the model, its calibration tokens or None).
+
+    What it cuts from the rows is compared with what the others get, and given to the step ready: reading and tokenizing
+    is on nobody's clock.
+    """
+    import torch
+
+    from llmops.build.job import Job, calibration
+    from llmops.data.options import DataSource
+    from llmops.data.sources import load_rows
+
+    source = DataSource(source=case.rows, samples=None)
+    job = Job(model, tokenizer(case), model.dtype, [],
+              lambda name: load_rows(name, {name: source}, Path(case.rows).parent, case.seed),
+              lambda name: DataSource(source="memory", samples=case.samples), case.seed)
+    ready = calibration(job, "calib", case.length) if calibrated else None
+    if ready is not None and not torch.equal(ready, tokens(case)):
+        raise ValueError("the calibration tokens differ from those the others get")
+    return job, ready
+
+
 def ours(step: dict[str, Any]) -> Solve:
-    """The step as `llmops tune` takes it. What it cuts from the rows is compared with what the others get, and given to
-    it ready: reading and tokenizing is on nobody's clock."""
+    """The step as `llmops tune` takes it."""
 
     def solve(model: Any, case: Case, bits: int, group: int) -> Dense:
-        import torch
-
         from llmops.build import quantizing
-        from llmops.build.job import Job, calibration
         from llmops.build.variant import apply_step
-        from llmops.data.options import DataSource
-        from llmops.data.sources import load_rows
         from llmops.methods.quantize import options
 
-        source = DataSource(source=case.rows, samples=None)
         asked = {**step, "scheme": f"w{bits}a16", "group_size": group}
         if "data" in step:
             asked["length"] = case.length
         if step["method"] == "autoround":
             asked |= {"iterations": case.iterations, "batch_size": case.batch_size}
-        job = Job(model, tokenizer(case), model.dtype, [],
-                  lambda name: load_rows(name, {name: source}, Path(case.rows).parent, case.seed),
-                  lambda name: DataSource(source="memory", samples=case.samples), case.seed)
-        ready = calibration(job, "calib", case.length) if "data" in step else None
-        if ready is not None and not torch.equal(ready, tokens(case)):
-            raise ValueError("the calibration tokens differ from those the others get")
+        job, ready = own_job(model, case, "data" in step)
         quantizing.calibration = lambda *given: ready
         CLOCK.start()
         kind = getattr(options, step["method"].capitalize())
@@ -219,68 +228,22 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "hqq": ("hqq.models.hf.base",), "autoround": ("auto_round",), "gptqmodel": ("gptqmodel",)}
 
 
-# ---------------------------------------------------------------------------------------------------------- clock
-
-
-class Clock:
-    """Wall, processor time and memory between `start` and `stop`. A solver with more to prepare starts it again."""
-
-    def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM back to what is resident now
-        self.before = _status("VmRSS")
-        self.stopped: dict[str, Any] = {}
-        self.began, self.began_cpu = time.perf_counter(), time.process_time()
-
-    def stop(self) -> dict[str, Any]:
-        if not self.stopped:
-            self.stopped = {"seconds": time.perf_counter() - self.began,
-                            "cpu_seconds": time.process_time() - self.began_cpu,
-                            "peak_bytes": _status("VmHWM") - self.before}
-        return self.stopped
-
-
-CLOCK = Clock()
-
-
-def _status(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key))
-
-
 def main() -> None:
     contender, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    mouth = Mouth()
     import torch
 
     torch.set_num_threads(case.threads)
 
-    def say(**message: Any) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    def answer(cell: dict[str, Any]) -> dict[str, Any]:
+        model = None if contender == "gptq-gptqmodel" else load(case)
+        CLOCK.start()
+        dense = SOLVERS[contender](model, case, cell["bits"], cell["group"])
+        found = CLOCK.stop()
+        dense(Path(cell["out"]))
+        return found
 
-    try:
-        for module in ("transformers", "safetensors.torch", *IMPORTS[contender.partition("-")[2]]):
-            import_module(module)
-    except Exception as error:
-        say(failed=f"{type(error).__name__}: {error}"[:300])
-        raise
-    say(ready=True)
-    for line in sys.stdin:
-        cell = json.loads(line)
-        try:
-            model = None if contender == "gptq-gptqmodel" else load(case)
-            CLOCK.start()
-            dense = SOLVERS[contender](model, case, cell["bits"], cell["group"])
-            found = CLOCK.stop()
-            dense(Path(cell["out"]))
-            say(**found)
-        except Exception as error:  # a contender that cannot do this cell is a row of the table, not the end of it
-            import traceback
-
-            traceback.print_exc()
-            told = str(error).strip().splitlines()
-            say(failed=f"{type(error).__name__}: {told[0] if told else ''}"[:300])
+    serve(mouth, ("transformers", "safetensors.torch", *IMPORTS[contender.partition("-")[2]]), answer)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from _runner.worker import Mouth, peak_bytes, questions, reset_peak, why
 from _tune_case import PAD, Case, load_model, make_packs, trained_tokens_of, vocabulary_of
 
 
@@ -28,20 +28,17 @@ class Done(Exception):
 class Gate:
     """Between a training loop and the parent: counts steps, reports a round, waits for the next."""
 
-    def __init__(self, out: Any, device: str) -> None:
-        self.out, self.device = out, device
+    def __init__(self, mouth: Mouth, device: str) -> None:
+        self.mouth, self.device = mouth, device
+        self.questions = questions()
         self.left = 0
         self.losses: list[float] = []
 
-    def say(self, **message: Any) -> None:
-        self.out.write(json.dumps(message) + "\n")
-        self.out.flush()
-
     def open(self) -> None:
         """Wait for the first round. Memory is counted from here."""
-        _reset_peak(self.device)
-        self.before = _peak(self.device)
-        self.say(ready=True, before_bytes=self.before)
+        reset_peak(self.device)
+        self.before = peak_bytes(self.device)
+        self.mouth.say(ready=True, before_bytes=self.before)
         self._wait()
 
     def step(self, loss: float) -> None:
@@ -54,37 +51,16 @@ class Gate:
             import torch
 
             torch.cuda.synchronize()
-        self.say(seconds=time.perf_counter() - self.began, cpu_seconds=time.process_time() - self.began_cpu,
-                 peak_bytes=_peak(self.device) - self.before, losses=self.losses)
+        self.mouth.say(seconds=time.perf_counter() - self.began, cpu_seconds=time.process_time() - self.began_cpu,
+                 peak_bytes=peak_bytes(self.device) - self.before, losses=self.losses)
         self.losses = []
         self._wait()
 
     def _wait(self) -> None:
-        line = sys.stdin.readline()
-        self.left = json.loads(line)["go"] if line.strip() else 0
+        self.left = next(self.questions, {"go": 0})["go"]
         if not self.left:
             raise Done
         self.began, self.began_cpu = time.perf_counter(), time.process_time()
-
-
-def _reset_peak(device: str) -> None:
-    """Forget the high-water mark so far (Linux: writing 5 sets VmHWM back to what is resident now)."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: str) -> int:
-    """Bytes at the high-water mark: of the process, or allocated on the GPU."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 # ---------------------------------------------------------------------------------------------------------- ours
@@ -267,21 +243,19 @@ def _synchronize(device: str) -> None:
 
 def main() -> None:
     contender, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    mouth = Mouth()
     import torch
 
     torch.set_num_threads(case.threads)
     if contender == "ceiling":
-        out.write(json.dumps({"flops": ceiling(case)}) + "\n")
+        mouth.say(flops=ceiling(case))
         return
     try:
-        CONTENDERS[contender](case, Gate(out, case.device))
+        CONTENDERS[contender](case, Gate(mouth, case.device))
     except Done:
         return
     except Exception as error:  # a contender that cannot run here is a row of the table, not the end of it
-        out.write(json.dumps({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
-                  + "\n")
+        mouth.say(failed=why(error))
         raise
 
 

@@ -16,19 +16,19 @@ compare   base against w8a16 and w4a16 at batches 1, 8 and 64, with verdicts; me
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from _runner.machine import about, said
+from _runner.results import Results, parser
+from _runner.turns import in_turn
 from llmops.measure.codecarbon_model import open_codecarbon
 from llmops.measure.decode import UPDATES_SIZED, measure
 from llmops.measure.environment import environment
@@ -77,15 +77,14 @@ def _overhead(meter: Meter, work: Callable[[], tuple[float, float]], pairs: int,
               ) -> dict[str, Any]:
     """Metered and not, in turns. lasts_s: how long the protocol makes a window; None: as long as here."""
     plain, metered, around = [], [], []
-    for pair in range(pairs):
-        for with_meter in (False, True) if pair % 2 else (True, False):
-            if not with_meter:
-                plain.append(work())
-                continue
-            began = time.perf_counter()
-            with meter.window("work", aligned=True):
-                metered.append(work())
-            around.append(time.perf_counter() - began - metered[-1][0])
+    for _, with_meter in in_turn((True, False), pairs):
+        if not with_meter:
+            plain.append(work())
+            continue
+        began = time.perf_counter()
+        with meter.window("work", aligned=True):
+            metered.append(work())
+        around.append(time.perf_counter() - began - metered[-1][0])
     wall = log_ratio([each[0] for each in metered], [each[0] for each in plain])
     cpu = log_ratio([each[1] for each in metered], [each[1] for each in plain])
     long = lasts_s if lasts_s is not None else median(each[0] for each in metered)
@@ -159,27 +158,23 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The energy protocol: its cost, its noise floor, and a comparison.")
-    parser.add_argument("what", choices=("overhead", "noise", "compare"))
-    parser.add_argument("--model", default="builtin:tiny")
-    parser.add_argument("--window", type=float, help="seconds of work in a window (default: 1)")
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--runs", help="where `compare` keeps its run (default: nowhere)")
-    parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--json", help="where the figures go")
-    given = parser.parse_args()
-    if given.window is None:
-        given.window = 1.0
+    options = parser(__doc__)
+    options.add_argument("what", choices=("overhead", "noise", "compare"))
+    options.add_argument("--model", default="builtin:tiny")
+    options.add_argument("--window", type=float, default=1.0, help="seconds of work in a window (default: 1)")
+    options.add_argument("--pairs", type=int, default=24)
+    options.add_argument("--repeats", type=int, default=8)
+    options.add_argument("--tokens", type=int, default=64)
+    options.add_argument("--batches", default="1,8")
+    options.add_argument("--runs", help="where `compare` keeps its run (default: nowhere)")
+    options.add_argument("--dry", action="store_true")
+    asked = options.parse_args()
     hush()
-    found = {"overhead": overhead, "noise": noise, "compare": compare}[given.what](given)
-    if given.json:
-        place = environment(pick_device("auto"))
-        body = {"date": f"{datetime.date.today()}", "what": given.what, "model": given.model, "environment": place,
-                "found": found}
-        Path(given.json).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    record = about(asked, ("llmops", "torch", "transformers", "codecarbon"), threads=torch.get_num_threads())
+    print(said(record))
+    results = Results(asked.out, {**record, "what": asked.what, "model": asked.model,
+                                  "environment": environment(pick_device("auto"))})
+    results.end(found={"overhead": overhead, "noise": noise, "compare": compare}[asked.what](asked))
 
 
 if __name__ == "__main__":

@@ -12,29 +12,26 @@ the same simulated clock, and run their own code:
     codecarbon    GPUDevice with the counter, and without one (power sampled once a second, as its thread does)
     naive         a power gauge (mean of a second) read once a second, times the time between
 
-and two lengths: as the protocol sizes windows (150 probed updates), and 60 ms, less than an update, where the right
+and two lengths: as the protocol sizes windows (200 probed updates), and 60 ms, less than an update, where the right
 answer is "not known". Then a RAPL counter that wraps within the window. Printed: median and largest relative error,
 and how often a reader said that it does not know.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from _energy_traces import Case, Counter, cases, ramps
+from _runner.contender import told_once
+from _runner.machine import about, said, versions_there
+from _runner.results import Results, parser
 from llmops.measure.decode import UPDATES_SIZED
 from llmops.measure.meter import Meter
 from llmops.measure.nvml import NvmlCounter
@@ -145,10 +142,9 @@ def _ticks(case: Case) -> list[float]:
 
 
 def zeus(python: str, window_s: float, each: int) -> list[Reading]:
-    done = subprocess.run([python, str(Path(__file__).with_name("_energy_zeus.py")), str(window_s), str(each)],
-                          capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"})
-    return [(found["joules"], "a warning" if found["warned"] else "")
-            for found in json.loads(done.stdout.strip().splitlines()[-1])]
+    told = told_once("_energy_zeus.py", [str(window_s), str(each)], python=python,
+                     environment={"PATH": "/usr/bin:/bin"})
+    return [(found["joules"], "a warning" if found["warned"] else "") for found in told]
 
 
 def line(reader: str, what: str, found: list[Case], readings: list[Reading]) -> dict[str, Any]:
@@ -194,42 +190,53 @@ def wrapped(each: int) -> list[dict[str, Any]]:
     return [line("llmops", "rapl, wraps", found, read), line("end - begin", "rapl, wraps", found, plain)]
 
 
+def read(window_s: float, each: int, zeus_python: str | None) -> list[dict[str, Any]]:
+    """Every reader on windows of one length: a line a reader and shape."""
+    whole = cases(window_s, each)
+    readers: dict[str, list[Reading]] = {
+        "llmops": list(map(ours(True), whole)), "llmops plain": list(map(ours(False), whole)),
+        "codecarbon, counter": list(map(codecarbon(True), whole)),
+        "codecarbon, power": list(map(codecarbon(False), whole)), "naive polling": list(map(naive, whole))}
+    if zeus_python:
+        readers["zeus"] = zeus(zeus_python, window_s, each)
+    lines = []
+    for reader, readings in readers.items():
+        for shape, missed in dict.fromkeys((case.shape, case.missed) for case in whole):
+            chosen = [index for index, case in enumerate(whole) if (case.shape, case.missed) == (shape, missed)]
+            lines.append(line(reader, f"{window_s:.3g} s, {shape}{', updates missed' if missed else ''}",
+                              [whole[index] for index in chosen], [readings[index] for index in chosen]))
+    return lines
+
+
+def told(found: dict[str, Any]) -> str:
+    errors = "-" if found["median_error"] is None else f"{found['median_error']:8.3%} {found['largest_error']:8.3%}"
+    return (f"{found['case']:34} {found['reader']:20} {errors:20} not known {found['not_known']:3} of "
+            f"{found['windows']}{', zero ' + str(found['zero']) if found['zero'] else ''}"
+            f"{', warned ' + str(found['warned']) if found['warned'] else ''}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Energy read from devices whose energy is known.")
-    parser.add_argument("--each", type=int, default=50, help="windows of each shape, without and with missing updates")
-    parser.add_argument("--zeus", help="a Python that has zeus")
-    parser.add_argument("--json", help="where the figures go")
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--each", type=int, default=50, help="windows of each shape, without and with missing updates")
+    options.add_argument("--zeus", help="a Python that has zeus")
+    asked = options.parse_args()
+    record = about(asked, ("codecarbon",))
+    if asked.zeus:
+        record["versions"] |= versions_there(asked.zeus, {"zeus": "zeus"})
     PERIOD[0] = probed(cases(10.0, 1)[0])
-    print(f"period probed: {PERIOD[0] * 1000:.1f} ms (true: 100)")
+    results = Results(asked.out, {**record, "period_s": PERIOD[0], "each": asked.each})
+    print(said(record), f"period probed: {PERIOD[0] * 1000:.1f} ms (true: 100)", sep="\n")
     lines = []
     for window_s in (UPDATES_SIZED * PERIOD[0], SHORT_S):
-        whole = cases(window_s, given.each)
-        readers: dict[str, list[Reading]] = {
-            "llmops": list(map(ours(True), whole)), "llmops plain": list(map(ours(False), whole)),
-            "codecarbon, counter": list(map(codecarbon(True), whole)),
-            "codecarbon, power": list(map(codecarbon(False), whole)), "naive polling": list(map(naive, whole))}
-        if given.zeus:
-            readers["zeus"] = zeus(given.zeus, window_s, given.each)
-        for reader, readings in readers.items():
-            for shape, missed in dict.fromkeys((case.shape, case.missed) for case in whole):
-                chosen = [index for index, case in enumerate(whole) if (case.shape, case.missed) == (shape, missed)]
-                lines.append(line(reader, f"{window_s:.3g} s, {shape}{', updates missed' if missed else ''}",
-                                  [whole[index] for index in chosen], [readings[index] for index in chosen]))
-    lines += wrapped(max(5, given.each // 5))
-    for each in lines:
-        shown = "-" if each["median_error"] is None else f"{each['median_error']:8.3%} {each['largest_error']:8.3%}"
-        print(f"{each['case']:34} {each['reader']:20} {shown:20} not known {each['not_known']:3} of {each['windows']}"
-              f"{', zero ' + str(each['zero']) if each['zero'] else ''}"
-              f"{', warned ' + str(each['warned']) if each['warned'] else ''}")
-    ours_worst = max(each["largest_error"] for each in lines
-                     if each["reader"] == "llmops" and not each["case"].startswith(f"{SHORT_S:g} "))
-    print(f"llmops, windows as the protocol sizes them: largest error {ours_worst:.3%} (aim: 1 %)")
-    if given.json:
-        body = {"date": f"{datetime.date.today()}", "python": sys.version.split()[0], "machine": platform.machine(),
-                "codecarbon": version("codecarbon"), "period_s": PERIOD[0], "each": given.each, "lines": lines}
-        Path(given.json).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    sys.exit(ours_worst > 0.01)
+        lines += read(window_s, asked.each, asked.zeus)
+        results.keep(lines=lines)
+    lines += wrapped(max(5, asked.each // 5))
+    print("\n".join(map(told, lines)))
+    worst = max(each["largest_error"] for each in lines
+                if each["reader"] == "llmops" and not each["case"].startswith(f"{SHORT_S:g} "))
+    print(f"llmops, windows as the protocol sizes them: largest error {worst:.3%} (aim: 1 %)")
+    results.end(lines=lines)
+    sys.exit(worst > 0.01)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every format of `llmops export`, read back: `python benchmarks/bench_export.py [FORMAT ...]`.
+"""Every format of `llmops export`, read back: `python benchmarks/bench_export.py [FORMAT ...] [--json FILE]`.
 
 builtin:tiny as it came and rounded to nearest in five schemes is written in every format that can hold it and whose
 packages are installed, and read back by the foreign reader; a line of the table in docs/export.md for each.
@@ -9,9 +9,13 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from _runner.machine import about, said
+from _runner.results import Results, parser
+from _runner.tables import head, line
 from llmops.calibrate import walk
 from llmops.errors import LlmopsError
 from llmops.export import export
@@ -43,21 +47,41 @@ def sources(place: Path) -> list[Path]:
     return [place / name for name in ("dense16", *SCHEMES)]
 
 
-def main(formats: list[str]) -> None:
+def written(folder: Path, name: str, scratch: Path) -> dict[str, Any] | str:
+    """What one folder comes to in one format, or why it cannot."""
+    try:
+        record = export(str(folder), name, out=scratch / f"{folder.name}-{name}")
+    except LlmopsError as error:
+        return str(error).split(";")[0]
+    return {"variant": folder.name, "format": name, "reader": record["reader"], "notes": record["notes"],
+            **{key: record[key]["value"] for key in ("max_logit_difference", "kl_mean", "bytes")}}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("formats", nargs="*", metavar="FORMAT", help="all, when none is named",
+                         default=[name for name in ABOUT if name != "safetensors"])
+    asked = options.parse_args()
     hush()
-    print("| variant | format | read back by | largest logit difference | mean KL, nats | MB | |\n|-|-|-|-|-|-|-|")
+    record = about(asked, ("torch", "transformers", "compressed-tensors", "gguf", "onnx", "onnxruntime", "openvino"))
+    results, lines, left = Results(asked.out, record), [], []
+    print(said(record), file=sys.stderr)
+    print(head(["variant", "format", "read back by", "largest logit difference", "mean KL, nats", "MB", ""]))
     with tempfile.TemporaryDirectory() as scratch:
         for folder in sources(Path(scratch)):
-            for name in formats:
-                try:
-                    record = export(str(folder), name, out=Path(scratch) / f"{folder.name}-{name}")
-                except LlmopsError as error:
-                    print(f"{folder.name}, {name}: {str(error).split(';')[0]}", file=sys.stderr)
+            for name in asked.formats:
+                found = written(folder, name, Path(scratch))
+                if isinstance(found, str):
+                    left.append({"variant": folder.name, "format": name, "reason": found})
+                    print(f"{folder.name}, {name}: {found}", file=sys.stderr)
                     continue
-                difference, kl, size = (record[key]["value"] for key in ("max_logit_difference", "kl_mean", "bytes"))
-                print(f"| {folder.name} | {name} | {record['reader']} | {difference:.1e} | {kl:.1e} | {size / 1e6:.2f} "
-                      f"| {'; '.join(record['notes'])} |", flush=True)
+                lines.append(found)
+                results.keep(lines=lines, left_out=left)
+                print(line([found["variant"], name, found["reader"], f"{found['max_logit_difference']:.1e}",
+                            f"{found['kl_mean']:.1e}", f"{found['bytes'] / 1e6:.2f}", "; ".join(found["notes"])]),
+                      flush=True)
+    results.end(lines=lines, left_out=left)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [name for name in ABOUT if name != "safetensors"])
+    main()

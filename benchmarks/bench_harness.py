@@ -9,17 +9,16 @@ task is held side by side. Needs lm-eval (extra `harness`); nothing is downloade
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from _runner.machine import about, said
+from _runner.results import Results, parser
 from llmops.data import world
 from llmops.evaluate import EVALUATORS
 from llmops.evaluate.options import Harness
@@ -71,45 +70,52 @@ def own(folder: Path, model: str, batch: int) -> dict[str, Any]:
     return dict(json.loads(found[-1].read_text())["results"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="builtin:tiny")
-    parser.add_argument("--items", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    import lm_eval
-
+def both(model_name: str, items: int, batch: int) -> list[dict[str, Any]]:
+    """A line a task and metric: lm-eval's value and standard error, and ours."""
     lines = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write(folder, given.items)
-        theirs = own(folder, locate(given.model), given.batch)
-        model, tokenizer = load(given.model, dtype="float32", device="cpu")
+        write(folder, items)
+        theirs = own(folder, locate(model_name), batch)
+        model, tokenizer = load(model_name, dtype="float32", device="cpu")
         for task, metrics in METRICS.items():
             for metric in metrics:
-                options = Harness(tasks=[task], include=str(folder), metric=metric, batch_size=given.batch)
+                options = Harness(tasks=[task], include=str(folder), metric=metric, batch_size=batch)
                 [score] = EVALUATORS["harness"](model, tokenizer, None, options, id=f"harness:{task}")
                 value = next(value for key, value in theirs[task].items() if key.split(",")[0] == metric)
                 stderr = next((each for key, each in theirs[task].items()
                                if key.split(",")[0] == f"{metric}_stderr"), None)
                 lines.append({"task": task, "metric": metric, "n": len(score.items), "lm_eval": value,
                               "llmops": score.value.value, "stderr_lm_eval": stderr, "stderr_llmops": score.stderr})
-    print(f"{datetime.date.today()}, {platform.machine()}, lm-eval {lm_eval.__version__}, {given.model}")
-    same = True
+    return lines
+
+
+def same(line: dict[str, Any]) -> bool:
+    """Whether value and standard error agree; lm-eval knows no error of some."""
+    equal = abs(line["lm_eval"] - line["llmops"]) <= 1e-9 * max(1, abs(line["lm_eval"]))
+    error = line["stderr_lm_eval"]
+    return bool(equal and (not isinstance(error, float) or abs(error - line["stderr_llmops"]) <= 1e-9))
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--model", default="builtin:tiny")
+    options.add_argument("--items", type=int, default=100)
+    options.add_argument("--batch", type=int, default=16)
+    asked = options.parse_args()
+    record = about(asked, ("lm-eval", "torch", "transformers", "datasets"))
+    if "lm-eval" not in record["versions"]:
+        sys.exit("lm-eval is not installed; pip install 'llmops[harness]'")
+    print(f"{said(record)}; {asked.model}")
+    results = Results(asked.out, {**record, "model": asked.model})
+    lines = both(asked.model, asked.items, asked.batch)
     for line in lines:
-        equal = abs(line["lm_eval"] - line["llmops"]) <= 1e-9 * max(1, abs(line["lm_eval"]))
-        theirs_error = line["stderr_lm_eval"]
-        known = isinstance(theirs_error, float)
-        errors = not known or abs(theirs_error - line["stderr_llmops"]) <= 1e-9
-        same = same and equal and errors
-        error = format(theirs_error, ".12g") if known else theirs_error
-        print(f"{'  ' if equal and errors else '! '}{line['task']:14} {line['metric']:16} n {line['n']}  lm-eval "
+        known = line["stderr_lm_eval"]
+        error = format(known, ".12g") if isinstance(known, float) else known
+        print(f"{'  ' if same(line) else '! '}{line['task']:14} {line['metric']:16} n {line['n']}  lm-eval "
               f"{line['lm_eval']:.12g} +- {error}  llmops {line['llmops']:.12g} +- {line['stderr_llmops']:.12g}")
-    if given.json:
-        given.json.write_text(json.dumps({"date": str(datetime.date.today()), "lm_eval": lm_eval.__version__,
-                                          "model": given.model, "lines": lines}, indent=1) + "\n")
-    return 0 if same else 1
+    results.end(lines=lines, same=all(map(same, lines)))
+    return 0 if all(map(same, lines)) else 1
 
 
 if __name__ == "__main__":

@@ -1,38 +1,30 @@
-"""Weight-only integer matmul against dense matmul: `python benchmarks/bench_int_matmul.py [--quick]`.
+"""Weight-only integer matmul against dense matmul: `python benchmarks/bench_int_matmul.py [--quick] [--json FILE]`.
 
 Every contender of a shape is timed in turn, round after round, so that a machine that slows down slows all of them; the
-figures are medians. Ratios are to dense bfloat16 of the same shape: above 1 is faster. Weights are random and each
+times are medians. Ratios are to dense bfloat16 of the same shape in the same rounds, with their interval: above 1 is
+faster. Weights are random and each
 shape rotates over several copies, so that a layer does not come from the cache that its last call filled. On a CUDA
 device the same table compares the Triton kernel.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from _runner.machine import about, said
+from _runner.results import Results, parser
+from _runner.tables import head, line
+from _runner.turns import ratio, shown, timed
 from llmops.methods.quantize import packing, rtn
 from llmops.ops import int_matmul as op
 
 SCHEMES = [("int8 row", 8, -1), ("int4 g128", 4, 128), ("int4 g32", 4, 32), ("int3 g128", 3, 128)]
 CACHE_BYTES = 64 << 20
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def contenders(rows: int, columns: int, tokens: int, device: str, copies: int
@@ -61,45 +53,40 @@ def contenders(rows: int, columns: int, tokens: int, device: str, copies: int
     return calls
 
 
-def interleaved(calls: dict[str, Callable[[int], torch.Tensor]], device: str, seconds: float) -> dict[str, float]:
-    """Median seconds of a call, over as many rounds as fit (at least 5)."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(0)  # warm up
-    began, turn = time.perf_counter(), 0
-    while turn < 5 or time.perf_counter() - began < seconds:
-        turn += 1
-        for name, call in calls.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call(turn)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def raced(rows: int, columns: int, tokens: int, device: str, seconds: float) -> list[dict[str, Any]]:
+    """A line a contender of one shape, over as many rounds as fit into the seconds (at least 5)."""
+    torch.manual_seed(0)
+    calls = contenders(rows, columns, tokens, device, max(1, min(4, -(-CACHE_BYTES // (rows * columns * 2)))))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = timed(calls, turns=5, seconds=seconds, synchronize=wait)
+    exact = calls["fp32 dense"](0).double()
+    return [{"shape": [rows, columns], "tokens": tokens, "contender": name, "median_s": median(found),
+             "speed_over_bf16": ratio(times["bf16 dense"], found),  # the error has quantization in it
+             "relative_error": float((calls[name](0).double() - exact).norm() / exact.norm())}
+            for name, found in times.items()]
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, half a second each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    asked = parser.parse_args()
-    shapes = [(1024, 1024)] if asked.quick else [(1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096)]
-    print(f"{machine(asked.device)}; torch {torch.__version__}; {datetime.date.today()}")
-    print("| out x in | tokens | contender | us | x bf16 dense | rel. error |\n|-|-|-|-:|-:|-:|")
-    for rows, columns in shapes:
-        copies = max(1, min(4, -(-CACHE_BYTES // (rows * columns * 2))))
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="small shapes, half a second each")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    asked = options.parse_args()
+    record = about(asked, ("torch", "triton"), threads=torch.get_num_threads())
+    if asked.device == "cuda":
+        record["gpu"] = torch.cuda.get_device_name()
+    results, lines = Results(asked.out, record), []
+    print(said(record) + (f", {record['gpu']}" if "gpu" in record else ""))
+    print(head(["out x in", "tokens", "contender", "us", "x bf16 dense", "rel. error"], "lllrrr"))
+    for rows, columns in [(1024, 1024)] if asked.quick else [(1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096)]:
         for tokens in (1, 32):
-            torch.manual_seed(0)
-            calls = contenders(rows, columns, tokens, asked.device, copies)
-            medians = interleaved(calls, asked.device, 0.5 if asked.quick else 3.0)
-            exact = calls["fp32 dense"](0).double()
-            for name, median in medians.items():
-                error = float((calls[name](0).double() - exact).norm() / exact.norm())  # quantization included
-                print(f"| {rows} x {columns} | {tokens} | {name} | {median * 1e6:.0f} | "
-                      f"{medians['bf16 dense'] / median:.2f} | {error:.1e} |", flush=True)
+            found = raced(rows, columns, tokens, asked.device, 0.5 if asked.quick else 3.0)
+            lines += found
+            results.keep(lines=lines)
+            for one in found:
+                print(line([f"{rows} x {columns}", str(tokens), one["contender"], f"{one['median_s'] * 1e6:.0f}",
+                            shown(one["speed_over_bf16"]), f"{one['relative_error']:.1e}"]), flush=True)
+    results.end()
 
 
 if __name__ == "__main__":

@@ -4,32 +4,35 @@
     --model           a random Llama in bfloat16 and the same in w8a8: tokens a second of a prompt and of decoding
 
 Every contender is timed in turn, round after round, by the CPU time of the process, so that what else the machine does
-hits all alike; figures are medians, ratios are to bfloat16 of the same round's shape (above 1 is faster). Each shape
+hits all alike; times are medians, ratios are to bfloat16 of the same shape in the same rounds (above 1 is faster), with
+their interval. Each shape
 rotates over copies of its weight, so that a layer does not come from the cache that its last call filled.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench_int_matmul import CACHE_BYTES, machine
+from _runner.machine import about, said
+from _runner.results import Results, parser
+from _runner.tables import head, line
+from _runner.turns import ratio, shown, timed
 from llmops.methods.quantize import rtn
 from llmops.methods.quantize.floats import FLOATS
 from llmops.models.formatted import KINDS, FormattedLinear
 from llmops.models.quantized import pack, parts_of
 
 Calls = dict[str, Callable[[int], Any]]
+CACHE_BYTES = 64 << 20
 
 
 def weight_of(kind: str, W: Tensor) -> Any:
@@ -59,36 +62,31 @@ def ops(rows: int, columns: int, tokens: int, copies: int) -> Calls:
     return calls
 
 
-def interleaved(calls: Calls, seconds: float) -> dict[str, float]:
-    """Median CPU seconds of a call. Turns of ten calls each: within a turn the caches are a contender's own."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(0)  # warm up
-    began, turn = time.process_time(), 0
-    while turn < 3 or time.process_time() - began < seconds:
-        turn += 1
-        for name, call in calls.items():
-            for again in range(10):
-                start = time.process_time()
-                call(again)
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def raced_ops(rows: int, columns: int, tokens: int, seconds: float) -> list[dict[str, Any]]:
+    """A line a contender of one shape. Turns of ten calls each: within a turn the caches are a contender's own."""
+    torch.manual_seed(0)
+    calls = ops(rows, columns, tokens, max(1, min(4, -(-CACHE_BYTES // (rows * columns * 2)))))
+    times = timed(calls, turns=3, seconds=seconds, each=10, clock=time.process_time)
+    return [{"shape": [rows, columns], "tokens": tokens, "contender": name, "median_cpu_s": median(found),
+             "speed_over_bf16": ratio(times["bf16 dense"], found)} for name, found in times.items()]
 
 
-def table_of_ops(quick: bool) -> None:
-    print("| out x in | tokens | contender | us | x bf16 |\n|-|-|-|-:|-:|")
+def table_of_ops(quick: bool, results: Results) -> None:
+    lines: list[dict[str, Any]] = []
+    print(head(["out x in", "tokens", "contender", "us", "x bf16"], "lllrr"))
     shapes = [(256, 256), (1024, 1024), (2048, 2048), (4096, 1024)]
     for rows, columns in shapes[:2] if quick else shapes:
-        copies = max(1, min(4, -(-CACHE_BYTES // (rows * columns * 2))))
         for tokens in (1, 32):
-            torch.manual_seed(0)
-            medians = interleaved(ops(rows, columns, tokens, copies), 0.3 if quick else 2.0)
-            for name, median in medians.items():
-                print(f"| {rows} x {columns} | {tokens} | {name} | {median * 1e6:.0f} | "
-                      f"{medians['bf16 dense'] / median:.2f} |", flush=True)
+            found = raced_ops(rows, columns, tokens, 0.3 if quick else 2.0)
+            lines += found
+            results.keep(ops=lines)
+            for one in found:
+                print(line([f"{rows} x {columns}", str(tokens), one["contender"], f"{one['median_cpu_s'] * 1e6:.0f}",
+                            shown(one["speed_over_bf16"])]), flush=True)
 
 
-def table_of_models(hidden: int, layers: int, prompt: int, new: int, rounds: int) -> None:
+def models(hidden: int, layers: int) -> dict[str, Any]:
+    """A random Llama in bfloat16, and the same in w8a8."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -100,46 +98,49 @@ def table_of_models(hidden: int, layers: int, prompt: int, new: int, rounds: int
     half.load_state_dict(dense.state_dict())
     made = {name: weight_of("w8a8", module.weight.data) for name, module in half.named_modules()
             if isinstance(module, nn.Linear) and name != "lm_head"}
-    models = {"bf16": dense, "w8a8": pack(half, made)}
+    return {"bf16": dense, "w8a8": pack(half, made)}
+
+
+def table_of_models(hidden: int, layers: int, prompt: int, new: int, rounds: int) -> dict[str, Any]:
+    both = models(hidden, layers)
     ids = torch.randint(0, 2048, (1, prompt))
     calls: Calls = {}
-    for name, model in models.items():
+    for name, model in both.items():
         calls[f"{name} prompt"] = lambda i, model=model: model(input_ids=ids, use_cache=False)
         calls[f"{name} decode"] = lambda i, model=model: model.generate(
             ids[:, :8], attention_mask=torch.ones(1, 8, dtype=torch.long), max_new_tokens=new, min_new_tokens=new,
             do_sample=False)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call(turn)
-            if turn:  # the first warms up
-                times[name].append(time.process_time() - start)
-    parameters = sum(p.numel() for p in dense.parameters()) / 1e6
+    times = timed(calls, turns=rounds, clock=time.process_time)
+    parameters = sum(p.numel() for p in both["bf16"].parameters()) / 1e6
     print(f"random Llama of {parameters:.0f} M parameters, hidden {hidden}, {layers} layers; {rounds} rounds\n"
-          "| | bf16 tokens/s | w8a8 tokens/s | ratio, median of rounds (smallest, largest) |\n|-|-:|-:|-|")
-    for what, tokens in ((f"prompt of {prompt}", prompt), (f"decoding {new}", new)):
-        key = what.split(" ")[0].removesuffix("ing").replace("decod", "decode")
+          + head(["", "bf16 tokens/s", "w8a8 tokens/s", "ratio (interval)"], "lrrl"))
+    found: dict[str, Any] = {"hidden": hidden, "layers": layers, "parameters": 1e6 * parameters}
+    for key, what, tokens in (("prompt", f"prompt of {prompt}", prompt), ("decode", f"decoding {new}", new)):
         a, b = times[f"bf16 {key}"], times[f"w8a8 {key}"]
-        ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-        print(f"| {what} | {tokens / statistics.median(a):.0f} | {tokens / statistics.median(b):.0f} | "
-              f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f}) |", flush=True)
+        found[key] = {"tokens": tokens, "bf16_cpu_s": a, "w8a8_cpu_s": b, "speed_over_bf16": ratio(a, b)}
+        print(line([what, f"{tokens / median(a):.0f}", f"{tokens / median(b):.0f}",
+                    shown(found[key]["speed_over_bf16"])]), flush=True)
+    return found
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="store_true", help="whole models instead of single layers")
-    parser.add_argument("--quick", action="store_true", help="small shapes, a third of a second each")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[1024])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    asked = parser.parse_args()
-    print(f"{machine('cpu')}; torch {torch.__version__}; {datetime.date.today()}")
+    options = parser(__doc__)
+    options.add_argument("--model", action="store_true", help="whole models instead of single layers")
+    options.add_argument("--quick", action="store_true", help="small shapes, a third of a second each")
+    options.add_argument("--hidden", type=int, nargs="+", default=[1024])
+    options.add_argument("--layers", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=7)
+    asked = options.parse_args()
+    record = about(asked, ("torch", "transformers"), threads=torch.get_num_threads())
+    results, lines = Results(asked.out, record), []
+    print(said(record))
     if not asked.model:
-        table_of_ops(asked.quick)
+        table_of_ops(asked.quick, results)
     for hidden in asked.hidden if asked.model else ():
-        table_of_models(hidden, asked.layers, prompt=128, new=24, rounds=asked.rounds)
+        lines.append(table_of_models(hidden, asked.layers, prompt=128, new=24, rounds=asked.rounds))
+        results.keep(models=lines)
+    results.end()
 
 
 if __name__ == "__main__":

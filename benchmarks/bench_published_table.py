@@ -21,7 +21,6 @@ not. The evaluator is held against the loop of the paper's code on the unquantiz
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -41,6 +40,8 @@ from _quantize_models import (
     text_scorer,
 )
 from _quantize_worker import ours
+from _runner.machine import about, said
+from _runner.results import Results, parser
 
 RTN: dict[str, Any] = {"method": "rtn", "symmetric": False}
 GPTQ: dict[str, Any] = {"method": "gptq", "data": "calib", "symmetric": False, "order": "activation", "clip": "absmax",
@@ -64,8 +65,9 @@ def by_the_papers_loop(model: Any, stream: list[int], context: int) -> float:
     return math.exp(total / (windows * context))
 
 
-def measured(asked: argparse.Namespace, folder: Path, scorer: Scorer, case: Case) -> dict[str, dict[str, Any]]:
-    """column -> {perplexity, losses of the windows}."""
+def measured(asked: argparse.Namespace, folder: Path, scorer: Scorer, case: Case, results: Results
+             ) -> dict[str, dict[str, Any]]:
+    """column -> {perplexity, losses of the windows}; kept in the results column by column."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -84,24 +86,26 @@ def measured(asked: argparse.Namespace, folder: Path, scorer: Scorer, case: Case
             if abs(loop / found[name]["perplexity"] - 1) > 1e-6:
                 sys.exit(f"the paper's loop gives {loop}, the evaluator {found[name]['perplexity']}")
             print(f"evaluator over the paper's loop: {found[name]['perplexity'] / loop - 1:+.1e}", file=sys.stderr)
+        results.keep(measured=found)
         print(f"  {name}: {found[name]['perplexity']:.4f}", file=sys.stderr, flush=True)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="folder with the texts, as for bench_quantize.py")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where the model is kept")
-    parser.add_argument("--tokens", type=int, default=12_288_000, help="tokens the model is pretrained on")
-    parser.add_argument("--samples", type=int, default=128, help="calibration crops of 2,048 tokens")
-    parser.add_argument("--windows", type=int, default=32, help="of 2,048 tokens, most that are scored")
-    parser.add_argument("--out", type=Path, help="where the figures go as JSON")
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--text", type=Path, required=True, help="folder with the texts, as for bench_quantize.py")
+    options.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
+    options.add_argument("--tokens", type=int, default=12_288_000, help="tokens the model is pretrained on")
+    options.add_argument("--samples", type=int, default=128, help="calibration crops of 2,048 tokens")
+    options.add_argument("--windows", type=int, default=32, help="of 2,048 tokens, most that are scored")
+    asked = options.parse_args()
     torch.set_num_threads(1)
     asked.cache.mkdir(parents=True, exist_ok=True)
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
+    record = about(asked, ("torch", "transformers"), threads=1)
+    print(said(record))
     folder = pretrained_text(asked.text, asked.cache, asked.tokens)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, crops = asked.cache / "published.jsonl", asked.cache / "published-calibration.safetensors"
@@ -109,15 +113,14 @@ def main() -> None:
     save_file({"tokens": calibration(rows, tokenizer, asked.samples, SEQLEN, 0)}, crops)
     case = Case(str(folder), str(crops), str(rows), asked.samples, SEQLEN)
     scorer = text_scorer(asked.text, tokenizer, asked.windows)
-    found = measured(asked, folder, scorer, case)
+    results = Results(asked.out, {**record, "protocol": scorer.protocol(), "samples": asked.samples,
+                                  "tokens": asked.tokens, "published": PUBLISHED})
+    found = measured(asked, folder, scorer, case, results)
     mine = {name: float(each["perplexity"]) for name, each in found.items()}
     published = {f"{name}, published": dict(zip(COLUMNS, row, strict=True)) for name, row in PUBLISHED.items()}
-    same, said = verdict(mine, published)
-    print(table({f"this model, {scorer.protocol()['windows']} windows": mine, **published}), "", *said, sep="\n")
-    if asked.out is not None:
-        about = {"protocol": scorer.protocol(), "samples": asked.samples, "tokens": asked.tokens}
-        asked.out.write_text(json.dumps({**about, "measured": found, "published": PUBLISHED, "same_order": same},
-                                        indent=1) + "\n")
+    same, said_of_it = verdict(mine, published)
+    print(table({f"this model, {scorer.protocol()['windows']} windows": mine, **published}), "", *said_of_it, sep="\n")
+    results.end(same_order=same)
     sys.exit(0 if same else 1)
 
 

@@ -7,6 +7,7 @@ take its cells in turn, one after the other, so that a machine that slows down s
 
     perplexity   by the protocol of the GPTQ and Wanda papers; pairs with Student's interval over the same windows
     exact match  of the tuned built-in model, in parentheses
+    divergence   KL from the float32 model to the quantized one on the first windows, nats a token: no chance lowers it
     s, CPU s     of the quantization alone; medians over the cells of a method, and of ours / theirs cell by cell
     MiB          most resident memory over that of the loaded model, in the first cell of a fresh process
 
@@ -33,13 +34,9 @@ AutoRound aside (`--iterations`, for both).
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +50,7 @@ from _quantize_case import (
     OURS,
     PACKAGES,
     Case,
+    divergence_table,
     methods_of,
     perplexity_table,
     picked,
@@ -63,58 +61,14 @@ from _quantize_case import (
     verdict_table,
     verdicts,
 )
-from _quantize_models import (
-    Scorer,
-    calibration,
-    dense_state,
-    pretrained_text,
-    put,
-    text_rows,
-    text_scorer,
-    tiny_rows,
-    tiny_scorer,
-    tuned_tiny,
-)
-
-HERE = Path(__file__).parent
+from _quantize_models import Scorer, add_options, dense_state, prepared, put, wanted_models
+from _runner.contender import Contender
+from _runner.machine import about, said, versions_there
+from _runner.results import FOLDER, Results, add_option
 
 
-class Worker:
-    """One contender's process."""
-
-    def __init__(self, name: str, case: Case, python: str, logs: Path) -> None:
-        self.name, self.logs = name, logs
-        environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "TOKENIZERS_PARALLELISM": "false",
-                       "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "GPTQMODEL_CPU_WORKERS": "2"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "src"), str(HERE.parent / "kernels"), str(HERE)])
-        self.log = logs / f"{name}.log"
-        with self.log.open("w") as errors:
-            self.process = subprocess.Popen([python, str(HERE / "_quantize_worker.py"), name,
-                                             json.dumps(case.as_dict())], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=logs)
-        self.failed = self.hear().get("failed", "")
-
-    def hear(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        made: dict[str, Any] = json.loads(line) if line else {"failed": f"its process ended; see {self.log.name}"}
-        return made
-
-    def take(self, bits: int, group: int, out: Path) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        if self.process.poll() is not None:
-            return {"failed": self.failed or f"its process ended; see {self.log.name}"}
-        self.process.stdin.write(json.dumps({"bits": bits, "group": group, "out": str(out)}) + "\n")
-        self.process.stdin.flush()
-        return self.hear()
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def cell(worker: Worker, bits: int, group: int, model: Any, scorer: Scorer, place: Path, late: bool) -> dict[str, Any]:
+def cell(worker: Contender, bits: int, group: int, model: Any, scorer: Scorer, place: Path, late: bool,
+         ) -> dict[str, Any]:
     """One row: what the contender spent, and what its answer is worth."""
     method, tool, _ = CONTENDERS[worker.name]
     row: dict[str, Any] = {"contender": worker.name, "method": method, "tool": tool, "bits": bits, "group": group}
@@ -122,7 +76,7 @@ def cell(worker: Worker, bits: int, group: int, model: Any, scorer: Scorer, plac
         return {**row, "failed": why}
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    row |= worker.take(bits, group, place)
+    row |= worker.ask(bits=bits, group=group, out=str(place))
     if "failed" not in row:
         try:
             put(model, dense_state(place))
@@ -140,7 +94,8 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
-    workers: dict[str, Worker] = {}
+    scorer = scorer.beside(model)
+    workers: dict[str, Contender] = {}
     done, rows = {(row["contender"], row["bits"], row["group"]) for row in rows}, list(rows)
     for bits in asked.bits:
         for group in asked.groups:
@@ -148,7 +103,8 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
                 if (name, bits, group) in done:
                     continue
                 if name not in workers:
-                    workers[name] = Worker(name, case, pythons[name], asked.logs)
+                    workers[name] = Contender(name, "_quantize_worker.py", case.as_dict(), pythons[name], asked.logs,
+                                              threads=case.threads, GPTQMODEL_CPU_WORKERS="2")
                 late = time.monotonic() > asked.until
                 row = cell(workers[name], bits, group, model, scorer, asked.logs / "answer", late)
                 rows.append(row)
@@ -163,36 +119,15 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
 def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str],
             keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All contenders on one model: the case, every row, and what they come to. keep: is shown that after every cell."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tuned_tiny(asked.cache) if name == "tiny" else pretrained_text(asked.text, asked.cache, asked.tokens)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = asked.cache / f"{name}.jsonl"
-    if name == "tiny":
-        tiny_rows(rows)
-        scorer, length = tiny_scorer(tokenizer, asked.questions, asked.windows * 8), 128
-    else:
-        text_rows(asked.text, rows)
-        scorer, length = text_scorer(asked.text, tokenizer, asked.windows), 256
-    from safetensors.torch import save_file
-
-    samples = asked.calibration // length
-    crops = calibration(rows, tokenizer, samples, length, 0)
-    save_file({"tokens": crops}, asked.cache / f"{name}-calibration.safetensors")
-    case = Case(str(folder), str(asked.cache / f"{name}-calibration.safetensors"), str(rows), samples, length,
-                iterations=asked.iterations, threads=asked.threads)
-    base = scorer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    print(f"{name}: perplexity {base['perplexity']:.5g}", file=sys.stderr, flush=True)
-    about = {"model": name, "calibration": {"crops": samples, "length": length}, "protocol": scorer.protocol(),
-             "iterations": asked.iterations, "base": base}
-    names = asked.contenders or list(CONTENDERS)
+    case, scorer, like = prepared(name, asked, iterations=asked.iterations)
+    like["iterations"] = asked.iterations
     taken = [] if asked.make_models else stored(
-        [each for path in asked.against for each in json.loads(path.read_text())["results"]], about,
-        [(bits, group) for bits in asked.bits for group in asked.groups], names)
+        [each for path in asked.against for each in json.loads(path.read_text())["results"]], like,
+        [(bits, group) for bits in asked.bits for group in asked.groups], asked.contenders or list(CONTENDERS))
 
     def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
         timed = [] if asked.only or asked.against else speeds(rows)
-        return {**about, "rows": rows, "verdicts": verdicts(rows, base["perplexity"]), "speeds": timed}
+        return {**like, "rows": rows, "verdicts": verdicts(rows, like["base"]["perplexity"]), "speeds": timed}
 
     return summed(race(asked, case, scorer, pythons, taken, lambda rows: keep(summed(rows))))
 
@@ -204,20 +139,17 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join([f"{result['model']}: float32 perplexity {result['base']['perplexity']:.5g}{score}; calibrated on "
                       f"{result['calibration']['crops']} crops of {result['calibration']['length']} tokens; scored on "
                       f"{result['protocol']['windows']} windows of {result['protocol']['context']} tokens", "",
-                      perplexity_table(result["rows"], result["base"]), "", verdict_table(result["verdicts"]),
+                      perplexity_table(result["rows"], result["base"]), "", divergence_table(result["rows"]), "",
+                      verdict_table(result["verdicts"]),
                       *(["", speed_table(result["speeds"])] if result["speeds"] else []),
                       *(["", *told] if told else [])])
 
 
 def able(asked: argparse.Namespace) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """(contender -> its Python, contender -> why it is left out, package -> version)."""
-    probe = ("import importlib.util as u, importlib.metadata as m, json, sys; "
-             "print(json.dumps({n: m.version(p) for n, p in json.loads(sys.argv[1]).items() if u.find_spec(n)}))")
     found: dict[str, tuple[str, str]] = {}
     for python in asked.peer_python:
-        told = subprocess.run([python, "-c", probe, json.dumps({**PACKAGES, "torch": "torch"})], check=True,
-                              capture_output=True, text=True).stdout
-        versions = json.loads(told)
+        versions = versions_there(python, {**PACKAGES, "torch": "torch"})
         if versions.pop("torch").split("+")[0] != torch.__version__.split("+")[0]:
             sys.exit(f"{python} has another torch than this Python ({torch.__version__}); expected the same version")
         for module, version in versions.items():
@@ -231,78 +163,44 @@ def able(asked: argparse.Namespace) -> tuple[dict[str, str], dict[str, str], dic
             {PACKAGES[module]: version for module, (_, version) in found.items()})
 
 
-def machine(asked: argparse.Namespace) -> dict[str, Any]:
-    import importlib.metadata
-
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
-    paths = {*map(str, asked.peer_python), str(asked.text), str(asked.cache), str(asked.logs), str(asked.out)}
-    against = {str(path): path.name for path in asked.against}
-    shown = ["PATH" if word in paths else against.get(word, word) for word in sys.argv[1:]]
-    return {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "cpus": os.cpu_count(),
-            "cpu_model": names[0] if names else platform.processor(), "python": platform.python_version(),
-            "threads": asked.threads, "load": os.getloadavg()[0],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-            "command": " ".join(["python benchmarks/bench_quantize.py", *shown])}
-
-
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", nargs="+", default=[], help="Pythons with the peers; each is asked for what "
                                                                      "it can import")
-    parser.add_argument("--text", type=Path, help="folder with the texts of the second model")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
-    parser.add_argument("--models", nargs="+", choices=["tiny", "text"], default=["tiny", "text"])
+    add_options(parser, logs="/tmp/bench_quantize", tokens=12_288_000)
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
     parser.add_argument("--only", choices=["ours", "peers"], help="run no others; no times are compared then")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="results of earlier runs: the peers' cells "
                         "that are in them are not run again; no times are compared then")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])
-    parser.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
     parser.add_argument("--iterations", type=int, default=200, help="steps of AutoRound")
-    parser.add_argument("--tokens", type=int, default=12_288_000, help="tokens the second model is pretrained on")
-    parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--windows", type=int, default=16, help="of 2,048 tokens, most that are scored")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell is begun after so many, or after an "
                                                                           "interrupt; its row says so")
     parser.add_argument("--make-models", action="store_true", help="make the models, score them, and stop")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default benchmarks/results/quantize-DATE.json)")
-    parser.add_argument("--logs", type=Path, default=Path("/tmp/bench_quantize"), help="folder for what workers print")
-    asked = parser.parse_args()
-    for folder in (asked.logs, asked.cache):
-        folder.mkdir(parents=True, exist_ok=True)
+    add_option(parser, "benchmarks/results/quantize-DATE.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = options()
     torch.set_num_threads(asked.threads)
     pythons, left, versions = able(asked)
-    about = machine(asked)
-    about["versions"] |= versions
-    print(json.dumps({**about, "left_out": left}))
-    out = asked.out or HERE / "results" / f"quantize-{about['date']}.json"
-    out.parent.mkdir(exist_ok=True)
-    results, began = [], time.monotonic()
-    about["left_out"] = left
-
-    def keep(*more: dict[str, Any]) -> None:
-        about["minutes"] = round((time.monotonic() - began) / 60, 1)
-        scratch = out.with_suffix(".part")
-        scratch.write_text(json.dumps({**about, "results": [*results, *more]}, indent=1) + "\n")
-        scratch.replace(out)
-
-    asked.until = began + 60 * asked.minutes
+    names = dict.fromkeys(asked.peer_python, "PATH") | {str(path): path.name for path in asked.against}
+    record = about(asked, ("torch", "transformers"), threads=asked.threads, named=names)
+    record["versions"] |= versions
+    print(said(record), *(f"left out: {name}: {why}" for name, why in left.items()), sep="\n")
+    file = Results(asked.out or FOLDER / f"quantize-{record['date']}.json", {**record, "left_out": left})
+    done: list[dict[str, Any]] = []
+    asked.until = file.began + 60 * asked.minutes
     signal.signal(signal.SIGINT, lambda *_: setattr(asked, "until", 0.0))
-    for name in asked.models:
-        if name == "text" and asked.text is None:
-            print("\ntext: left out, for no --text FOLDER with its texts was given")
-            continue
-        results.append(compare(name, asked, {} if asked.make_models else pythons, keep))
+    for name in wanted_models(asked):
+        done.append(compare(name, asked, {} if asked.make_models else pythons,
+                            lambda more: file.keep(results=[*done, more])))
         if not asked.make_models:
-            print("\n" + tables(results[-1]), flush=True)
-    if asked.make_models:
-        return
-    keep()
-    print(f"\nwritten: {out}")
+            print("\n" + tables(done[-1]), flush=True)
+    if not asked.make_models:
+        file.end(results=done)
 
 
 if __name__ == "__main__":

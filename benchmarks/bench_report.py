@@ -11,14 +11,15 @@ of what is on the screen are done). Medians with all values beside them; a busy 
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from _runner.machine import about, said
+from _runner.results import Results, parser
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,34 +36,32 @@ def main() -> None:
     from tests.report.chromium import CHROMIUM, Browser
     from tests.report.rows import many
 
-    from llmops.measure.environment import cpu_model
     from llmops.report.html import write_html
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--variants", type=int, default=100)
+    options.add_argument("--repeats", type=int, default=7)
+    asked = options.parse_args()
     if CHROMIUM is None:
         sys.exit("no Chromium on this machine; expected `chromium` or `google-chrome` on the PATH")
+    record = about(asked, ("plotly",))
+    results = Results(asked.out, {**record, "variants": asked.variants})
+    times: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        place = write_html(many(given.variants), Path(folder) / "report.html", title="many")
+        place = write_html(many(asked.variants), Path(folder) / "report.html", title="many")
         browser = Browser(str(Path(folder) / "profile"))
         try:
-            version = browser.call("Browser.getVersion")["product"]
             browser.call("Network.setCacheDisabled", cacheDisabled=True)
-            times = [opened(browser, place) for _ in range(given.repeats)]
-            nodes = browser.run("document.querySelectorAll('*').length")
+            for _ in range(asked.repeats):
+                times.append(opened(browser, place))
+                results.keep(**{f"{name}_ms": [round(each[name], 1) for each in times] for name in times[0]})
+            found = {"browser": browser.call("Browser.getVersion")["product"], "bytes": place.stat().st_size,
+                     "elements": browser.run("document.querySelectorAll('*').length"),
+                     **{f"{name}_ms_median": round(median(each[name] for each in times), 1) for name in times[0]}}
         finally:
             browser.close()
-        body: dict[str, Any] = {"variants": given.variants, "bytes": place.stat().st_size, "elements": nodes,
-                                **{f"{name}_ms": [round(each[name], 1) for each in times] for name in times[0]},
-                                **{f"{name}_ms_median": round(median(each[name] for each in times), 1)
-                                   for name in times[0]},
-                                "browser": version, "cpu": cpu_model(), "python": platform.python_version()}
-    print(json.dumps(body, indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    print(said(record), json.dumps(found, indent=1), sep="\n")
+    results.end(**found)
 
 
 def opened(browser: Any, place: Path) -> dict[str, float]:

@@ -1,55 +1,57 @@
 """How long `llmops validate` and `llmops plan` take to start, beside a Python that does nothing.
 
-    python benchmarks/bench_startup.py [--rounds 15]
+    python benchmarks/bench_startup.py [--rounds 15] [--json FILE]
 
-Interleaved whole processes, medians, and the ratio; the aim is at most 15 times `python -c pass`. Also says whether
-torch was imported on the way.
+Whole processes in turns, medians, and the ratio with its interval; the aim is at most 15 times `python -c pass`. Also
+says whether torch was imported on the way.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _runner.machine import about, said
+from _runner.results import Results, parser
+from _runner.turns import ratio, shown, timed
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 RUN = "import sys; from llmops.cli import main; sys.argv = ['llmops', *sys.argv[1:]]; main()"
+NOTHING = "python -c pass"
 
 
-def wall_s(command: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+def torch_imported(name: str) -> bool:
+    """Whether `llmops NAME` had torch among its modules at its end."""
+    script = f"{RUN[:-len('main()')]}\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, name, str(RECIPE)], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1] == "True"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    commands = {"python -c pass": [sys.executable, "-c", "pass"],
-                "llmops validate": [sys.executable, "-c", RUN, "validate", str(RECIPE)],
-                "llmops plan": [sys.executable, "-c", RUN, "plan", str(RECIPE)]}
-    for command in commands.values():
-        wall_s(command)
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, command in commands.items():
-            times[name].append(wall_s(command))
-    nothing = statistics.median(times["python -c pass"])
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
-    for name, found in times.items():
-        median = statistics.median(found)
-        print(f"{name:16} {1000 * median:7.1f} ms  {median / nothing:5.1f} x")
-    for name in ("validate", "plan"):
-        script = f"{RUN[:-len('main()')]}\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", script, name, str(RECIPE)], capture_output=True, text=True)
-        print(f"torch imported by {name}: {done.stdout.split()[-1]}")
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=15)
+    asked = options.parse_args()
+    record = about(asked, ("pydantic", "PyYAML"))
+    results = Results(asked.out, record)
+    print(said(record))
+    commands = {NOTHING: ["-c", "pass"], "llmops validate": ["-c", RUN, "validate", str(RECIPE)],
+                "llmops plan": ["-c", RUN, "plan", str(RECIPE)]}
+
+    def call(words: list[str]) -> Any:
+        return lambda _: subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+
+    times = timed({name: call(words) for name, words in commands.items()}, turns=asked.rounds)
+    lines = {name: {"median_s": median(found), "over_nothing": ratio(found, times[NOTHING])}
+             for name, found in times.items()}
+    for name, found in lines.items():
+        print(f"{name:16} {1000 * found['median_s']:7.1f} ms  {shown(found['over_nothing'], 1)} x")
+    results.keep(lines=lines)
+    imported = {name: torch_imported(name) for name in ("validate", "plan")}
+    print("\n".join(f"torch imported by {name}: {yes}" for name, yes in imported.items()))
+    results.end(torch_imported=imported)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,15 @@ which is printed. Accuracy goes through `llmops.evaluate.statistics.compare`, en
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
-import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from _runner.machine import about, said
+from _runner.results import Results, parser
 from llmops.evaluate.noninferiority import LEVEL, noninferiority_p
 from llmops.evaluate.paired_tests import holm
 from llmops.evaluate.statistics import compare
@@ -188,25 +184,21 @@ PARTS: dict[str, Callable[[int], Iterator[Line]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=2000)
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-          f"numpy {np.__version__}, {given.runs:,} runs each")
-    lines = []
-    for part in given.parts:
-        for line in PARTS[part](given.runs):
+    options = parser(__doc__)
+    options.add_argument("--runs", type=int, default=2000)
+    options.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    asked = options.parse_args()
+    record = about(asked, ("numpy", "scipy"))
+    results, lines = Results(asked.out, {**record, "runs": asked.runs}), []
+    print(f"{said(record)}; {asked.runs:,} runs each")
+    for part in asked.parts:
+        for line in PARTS[part](asked.runs):
             lines.append(line)
+            results.keep(lines=[{**asdict(each), "ok": each.ok} for each in lines])
             aim = "" if line.high == 1.0 else f"  aim {line.low:.1%} to {line.high:.2%}"
             print(f"{'  ' if line.ok else '! '}{line.what:22} {line.share:7.2%} +- {line.stderr:.2%}{aim}  {line.case}",
                   flush=True)
-    if given.json:
-        given.json.write_text(json.dumps({
-            "date": str(datetime.date.today()), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-            "python": platform.python_version(), "numpy": np.__version__, "runs": given.runs,
-            "lines": [{**asdict(line), "ok": line.ok} for line in lines]}, indent=1) + "\n")
+    results.end()
     return 0 if all(line.ok for line in lines) else 1
 
 

@@ -1,40 +1,35 @@
-"""The loss in chunks against full logits and cross entropy: `python benchmarks/bench_token_loss.py [--quick]`.
+"""The loss in chunks against full logits and cross entropy.
+
+    python benchmarks/bench_token_loss.py [--quick] [--json FILE]
 
 Forward and backward from the last hidden states (N, D) down to their gradient, with a third of the positions trained;
 with a head that is trained, down to its weight as well. The contenders of a shape are timed in turn, round after round,
-so that a machine that slows down slows all of them; times are medians. Memory is what one forward and backward adds to
-the peak resident size of a fresh process that runs nothing else. float32. Takes ten minutes on one thread and 4 GB;
---quick takes one.
+so that a machine that slows down slows all of them; times are medians, speeds are ratios over the same rounds. Memory
+is what one forward and backward adds to the peak resident size of a fresh process that runs nothing else. float32.
+Takes ten minutes on one thread and 4 GB; --quick takes one.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import resource
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from _runner.contender import told_once
+from _runner.machine import about, said
+from _runner.results import Results, parser
+from _runner.turns import ratio, shown, timed
 from llmops.models.token_loss import sum_log_probs
 
 IGNORED = -100
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def full(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
@@ -65,13 +60,12 @@ def problem(vocabulary: int, width: int, tokens: int, trained_head: bool) -> tup
     return torch.randn(tokens, width, requires_grad=True), labels, head
 
 
-def step(name: str, hidden: Tensor, labels: Tensor, head: nn.Linear) -> tuple[float, float]:
-    """(seconds, loss) of a forward and backward."""
+def step(name: str, hidden: Tensor, labels: Tensor, head: nn.Linear) -> float:
+    """The loss of a forward and backward."""
     hidden.grad = head.weight.grad = None
-    started = time.perf_counter()
     loss = CONTENDERS[name](hidden, labels, head)
     loss.backward()
-    return time.perf_counter() - started, loss.item()
+    return loss.item()
 
 
 def peak_mb() -> float:
@@ -85,8 +79,7 @@ def peak_mb() -> float:
 
 def added_mb(name: str, vocabulary: int, width: int, tokens: int, trained_head: bool) -> float:
     sizes = [str(int(size)) for size in (vocabulary, width, tokens, trained_head)]
-    done = subprocess.run([sys.executable, __file__, "--one", name, *sizes], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return float(told_once(Path(__file__).name, ["--one", name, *sizes]))
 
 
 def one(name: str, vocabulary: int, width: int, tokens: int, trained_head: bool) -> float:
@@ -97,37 +90,46 @@ def one(name: str, vocabulary: int, width: int, tokens: int, trained_head: bool)
     return peak_mb() - before
 
 
+def raced(vocabulary: int, width: int, tokens: int, trained_head: bool, rounds: int) -> list[dict[str, Any]]:
+    """A line a contender: median time, speed over `full` in the same rounds, memory, loss."""
+    made = problem(vocabulary, width, tokens, trained_head)
+    losses: dict[str, float] = {}
+
+    def call(name: str) -> Callable[[int], None]:
+        return lambda _: losses.update({name: step(name, *made)})
+
+    taken = timed({name: call(name) for name in CONTENDERS}, turns=rounds)
+    return [{"vocabulary": vocabulary, "trained_head": trained_head, "contender": name, "median_s": median(times),
+             "speed_over_full": ratio(taken["full"], times), "loss": losses[name],
+             "added_mb": added_mb(name, vocabulary, width, tokens, trained_head)} for name, times in taken.items()]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="two timed rounds and no 128k vocabulary")
-    parser.add_argument("--one", nargs=5, metavar=("NAME", "V", "D", "N", "TRAINED"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        name, *sizes = arguments.one
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="two timed rounds and no 128k vocabulary")
+    options.add_argument("--one", nargs=5, metavar=("NAME", "V", "D", "N", "TRAINED"), help=argparse.SUPPRESS)
+    asked = options.parse_args()
+    if asked.one:
+        name, *sizes = asked.one
         vocabulary, width, tokens, trained_head = map(int, sizes)
         print(one(name, vocabulary, width, tokens, bool(trained_head)))
         return
-    print(f"{machine()}; {datetime.date.today()}; python {platform.python_version()}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}")
+    record = about(asked, ("torch", "transformers"), threads=torch.get_num_threads())
+    results, lines = Results(asked.out, record), []
+    print(said(record))
     width, tokens = 512, 2048
     for trained_head in (False, True):
         print(f"\nD={width} N={tokens}, a third trained; head {'trained' if trained_head else 'frozen'}")
-        print(f"{'V':>8} {'contender':>16} {'ms':>9} {'vs full':>8} {'added MB':>9}   loss")
-        for vocabulary in (1_500, 32_000, *(() if arguments.quick else (128_000,))):
-            made = problem(vocabulary, width, tokens, trained_head)
-            rounds = 3 if arguments.quick or vocabulary > 100_000 else 6
-            taken: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-            losses: dict[str, float] = {}
-            for number in range(rounds):  # the first is for warming up
-                for name in CONTENDERS:
-                    seconds, losses[name] = step(name, *made)
-                    taken[name] += [seconds] if number else []
-            base = statistics.median(taken["full"])
-            for name in CONTENDERS:
-                median = statistics.median(taken[name])
-                added = added_mb(name, vocabulary, width, tokens, trained_head)
-                print(f"{vocabulary:>8} {name:>16} {1000 * median:>9.1f} {base / median:>7.2f}x {added:>9.0f}   "
-                      f"{losses[name]:.3f}", flush=True)
+        print(f"{'V':>8} {'contender':>16} {'ms':>9} {'vs full':>20} {'added MB':>9}   loss")
+        for vocabulary in (1_500, 32_000, *(() if asked.quick else (128_000,))):
+            rounds = 2 if asked.quick or vocabulary > 100_000 else 5
+            found = raced(vocabulary, width, tokens, trained_head, rounds)
+            lines += found
+            results.keep(width=width, tokens=tokens, lines=lines)
+            for each in found:
+                print(f"{vocabulary:>8} {each['contender']:>16} {1000 * each['median_s']:>9.1f} "
+                      f"{shown(each['speed_over_full']):>20} {each['added_mb']:>9.0f}   {each['loss']:.3f}", flush=True)
+    results.end()
 
 
 if __name__ == "__main__":

@@ -26,17 +26,16 @@ with tiny shapes on a CPU, for its sake alone.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from _runner.contender import Contender
+from _runner.machine import about, said, versions_there
+from _runner.results import FOLDER, Results, add_option
+from _runner.tables import head, line
+from _runner.turns import in_turn, ratio, shown
 from _tune_case import (
     SHAPES,
     Case,
@@ -47,88 +46,51 @@ from _tune_case import (
     vocabulary_of,
 )
 
-HERE = Path(__file__).parent
 CPU = ["ours", "ours-by-pack", "ours-padded", "trl-packed", "trl-packed-at-once", "trainer-padded"]
 GPU = ["ours", "trl-packed-at-once", "trl-liger"]
 PEERS = ("trl", "trainer")  # run by the other Python
 TRL = ("trl-packed", "trl-packed-at-once")
 WARM_UP = 1  # steps before the first round
+PACKAGES = ("torch", "transformers", "peft")
 
 
-class Worker:
-    """One contender's process."""
-
-    def __init__(self, name: str, case: Case, python: str, log: Path) -> None:
-        self.name, self.failed = name, ""
-        self.rounds: list[dict[str, Any]] = []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "TOKENIZERS_PARALLELISM": "false",
-                       "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "src"), str(HERE.parent / "kernels"), str(HERE)])
-        with log.open("w") as errors:
-            self.process = subprocess.Popen([python, str(HERE / "_tune_worker.py"), name, json.dumps(case.as_dict())],
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                            env=environment, cwd=log.parent)
-        self.log = log
-
-    def hear(self) -> dict[str, Any]:
-        """Its next message; {} when it has ended, with the reason kept."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        message: dict[str, Any] = json.loads(line) if line else {"failed": f"ended; see {self.log}"}
-        if "failed" in message:
-            self.failed = message["failed"]
-            return {}
-        return message
-
-    def go(self, steps: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"go": steps}) + "\n")
-        self.process.stdin.flush()
-        return self.hear()
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def race(names: list[str], case: Case, rounds: int, steps: int, pythons: dict[str, str], logs: Path) -> list[Worker]:
-    """Every contender, warmed up and then run for `rounds` rounds of `steps` steps, interleaved."""
-    workers = []
+def race(names: list[str], case: Case, rounds: int, steps: int, pythons: dict[str, str], logs: Path
+         ) -> dict[str, list[dict[str, Any]]]:
+    """Contender -> what it answered: warmed up and then run for `rounds` rounds of `steps` steps, in turns. One that
+    fails gives no more than its last answer, which says why."""
+    workers, told = {}, {}
     for name in names:  # one starts after the other, so that none is timed while another loads
-        worker = Worker(name, case, pythons[name], logs / f"{name}.log")
-        workers.append(worker)
-        worker.hear()
-        if not worker.failed:
-            worker.rounds.append(worker.go(WARM_UP))
-        print(f"  {name}: {worker.failed or 'ready'}", file=sys.stderr, flush=True)
-    for turn in range(rounds):
-        for worker in workers:
-            if not worker.failed:
-                worker.rounds.append(worker.go(steps))
-        print(f"  round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    for worker in workers:
+        worker = workers[name] = Contender(name, "_tune_worker.py", case.as_dict(), pythons[name], logs,
+                                           threads=case.threads)
+        told[name] = [worker.first if worker.failed else worker.ask(go=WARM_UP)]
+        print(f"  {name}: {told[name][0].get('failed', 'ready')}", file=sys.stderr, flush=True)
+    for turn, name in in_turn(names, rounds):
+        if "failed" not in told[name][-1]:
+            told[name].append(workers[name].ask(go=steps))
+        if name == names[-1 if turn % 2 == 0 else 0]:
+            print(f"  round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    for worker in workers.values():
         worker.end()
-    return workers
+    return told
 
 
-def summary(worker: Worker, tokens: list[int]) -> dict[str, Any]:
+def summary(name: str, told: list[dict[str, Any]], tokens: list[int]) -> dict[str, Any]:
     """Medians over the rounds. tokens: of each round, the warm-up first."""
-    if worker.failed:
-        return {"name": worker.name, "failed": worker.failed}
-    timed = list(zip(worker.rounds, tokens, strict=True))[1:]
-    return {"name": worker.name,
+    if "failed" in told[-1]:
+        return {"name": name, "failed": told[-1]["failed"]}
+    timed = list(zip(told, tokens, strict=True))[1:]
+    return {"name": name,
             "tokens_per_s": statistics.median(count / found["seconds"] for found, count in timed),
             "tokens_per_cpu_s": statistics.median(count / found["cpu_seconds"] for found, count in timed),
             "rounds_s": [found["seconds"] for found, _ in timed],
             "rounds_cpu_s": [found["cpu_seconds"] for found, _ in timed],
-            "peak_bytes": max(found["peak_bytes"] for found in worker.rounds),
-            "losses": [loss for found in worker.rounds for loss in found["losses"]]}
+            "peak_bytes": max(found["peak_bytes"] for found in told),
+            "losses": [loss for found in told for loss in found["losses"]]}
 
 
-def best_of(found: list[dict[str, Any]], names: tuple[str, ...], key: str) -> float | None:
-    values = [one[key] for one in found if one["name"] in names and "failed" not in one]
-    return max(values) if values else None
+def best_of(found: list[dict[str, Any]], names: tuple[str, ...], key: str) -> dict[str, Any] | None:
+    able = [one for one in found if one["name"] in names and "failed" not in one]
+    return max(able, key=lambda one: float(one[key])) if able else None
 
 
 def model_flops(case: Case, packs: list[list[dict[str, list[int]]]]) -> float:
@@ -163,23 +125,23 @@ def compare(model: str, asked: argparse.Namespace, logs: Path) -> dict[str, Any]
     counts = [sum(tokens_of(pack) for pack in step) for step in by_step]
     edges = [0, WARM_UP, *(WARM_UP + asked.steps * (turn + 1) for turn in range(asked.rounds))]
     tokens = [sum(counts[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
-    workers = race(names, case, asked.rounds, asked.steps, pythons, logs)
-    found = [summary(worker, tokens) for worker in workers]
+    told = race(names, case, asked.rounds, asked.steps, pythons, logs)
+    found = [summary(name, told[name], tokens) for name in names]
     result = {"case": case.as_dict(), "tokens_per_step": statistics.mean(counts),
               "rows_per_step": statistics.mean(sum(len(pack) for pack in step) for step in by_step),
               "padded_over_real": sum(padded_tokens_of(step) for step in by_step) / sum(counts),
               "trained_share": sum(trained_tokens_of(pack) for pack in packs) / sum(counts), "contenders": found}
     if asked.gpu:
         add_utilization(result, case, by_step, pythons, logs)
-    result["ratios"] = ratios(found)
+    result["ratios"], result["intervals"] = ratios(found)
     return result
 
 
 def add_utilization(result: dict[str, Any], case: Case, by_step: list[Any], pythons: dict[str, str], logs: Path
                     ) -> None:
     """Model FLOPs per second of each contender over what a matrix product reached in this run."""
-    worker = Worker("ceiling", case, sys.executable, logs / "ceiling.log")
-    result["matmul_flops"] = worker.hear().get("flops")
+    worker = Contender("ceiling", "_tune_worker.py", case.as_dict(), sys.executable, logs, threads=case.threads)
+    result["matmul_flops"] = worker.first.get("flops")
     worker.end()
     per_token = statistics.mean(model_flops(case, step) for step in by_step) / result["tokens_per_step"]
     for one in result["contenders"]:
@@ -187,22 +149,26 @@ def add_utilization(result: dict[str, Any], case: Case, by_step: list[Any], pyth
             one["model_flops_utilization"] = one["tokens_per_s"] * per_token / result["matmul_flops"]
 
 
-def ratios(found: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours over the faster TRL and over the padded trainer, in speed; and memory over the padded trainer's."""
+def ratios(found: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """(ours over the faster TRL and over the padded trainer, in speed; and memory over theirs, as ratios of medians;
+    the same speeds over the same rounds, with intervals)."""
     by_name = {one["name"]: one for one in found if "failed" not in one}
     made: dict[str, float] = {}
+    over_rounds: dict[str, Any] = {}
     if "ours" not in by_name:
-        return made
-    for key, label in (("tokens_per_s", "speed"), ("tokens_per_cpu_s", "speed by CPU time")):
+        return made, over_rounds
+    for key, rounds, label in (("tokens_per_s", "rounds_s", "speed"),
+                               ("tokens_per_cpu_s", "rounds_cpu_s", "speed by CPU time")):
         for others, title in ((TRL, "packed TRL"), (("trainer-padded",), "padded Trainer"), (("trl-liger",), "Liger")):
             best = best_of(found, others, key)
             if best is not None:
-                made[f"{label} over {title}"] = by_name["ours"][key] / best
+                made[f"{label} over {title}"] = by_name["ours"][key] / best[key]
+                over_rounds[f"{label} over {title}"] = ratio(best[rounds], by_name["ours"][rounds])
     for name in (*TRL, "trl-liger", "trainer-padded"):
         same = "ours-by-pack" if name == "trl-packed" and "ours-by-pack" in by_name else "ours"
         if name in by_name:
             made[f"peak memory ({same}) over {name}"] = by_name[same]["peak_bytes"] / by_name[name]["peak_bytes"]
-    return made
+    return made, over_rounds
 
 
 def agreement(found: list[dict[str, Any]]) -> str:
@@ -219,40 +185,35 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{case['model']}, {case['dtype']}, {case['device']}, {case['threads']} thread(s); a step: "
              f"{result['rows_per_step']:.1f} rows, {result['tokens_per_step']:.0f} tokens, of which "
              f"{result['trained_share']:.0%} have a loss; padded to the longest: {result['padded_over_real']:.2f} x",
-             "", "| contender | tokens/s | per CPU s | peak MiB | loss of the first steps |", "|-|-:|-:|-:|-|"]
+             "", head(["contender", "tokens/s", "per CPU s", "peak MiB", "loss of the first steps"], "lrrrl")]
     for one in result["contenders"]:
         if "failed" in one:
-            lines.append(f"| {one['name']} | {one['failed']} | | | |")
+            lines.append(line([one["name"], one["failed"], "", "", ""]))
             continue
         losses = " ".join(f"{loss:.5f}" for loss in one["losses"][:4])
         used = one.get("model_flops_utilization")
-        lines.append(f"| {one['name']} | {one['tokens_per_s']:,.0f} | {one['tokens_per_cpu_s']:,.0f} | "
-                     f"{one['peak_bytes'] / 2**20:,.0f} | {losses}" + (f"; MFU {used:.1%}" if used else "") + " |")
+        lines.append(line([one["name"], f"{one['tokens_per_s']:,.0f}", f"{one['tokens_per_cpu_s']:,.0f}",
+                           f"{one['peak_bytes'] / 2**20:,.0f}", losses + (f"; MFU {used:.1%}" if used else "")]))
     lines += ["", agreement(result["contenders"])]
-    return "\n".join([*lines, *(f"ours, {name}: {value:.2f}" for name, value in result["ratios"].items())])
+    for name, value in result["ratios"].items():
+        over = result["intervals"].get(name)
+        lines.append(f"ours, {name}: {value:.2f}" + (f"; over the same rounds {shown(over)}" if over else ""))
+    return "\n".join(lines)
 
 
-def machine(asked: argparse.Namespace) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    if asked.peer_python:
-        names_there = "('torch','transformers','peft','trl')"
-        script = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names_there}}}))"
-        there = json.loads(subprocess.run([asked.peer_python, "-c", script], check=True, capture_output=True,
-                                          text=True).stdout)
-        versions["trl"] = there.pop("trl")
-        if there != {name: versions[name] for name in there}:
-            sys.exit(f"{asked.peer_python} has {there}, this Python {versions}; expected the same versions, since the "
-                     "comparison is of the trainers; install the same ones there")
-    shown = ["PYTHON" if word == asked.peer_python else word for word in sys.argv]
-    return {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "cpus": os.cpu_count(),
-            "cpu_model": names[0] if names else platform.processor(), "python": platform.python_version(),
-            "threads": asked.threads, "versions": versions, "command": " ".join(["python", *shown])}
+def versions(asked: argparse.Namespace, here: dict[str, str]) -> dict[str, str]:
+    """TRL's version in the other Python, whose other versions must be those of this one."""
+    if not asked.peer_python:
+        return {}
+    there = versions_there(asked.peer_python, {name: name for name in (*PACKAGES, "trl")})
+    trl = there.pop("trl", None)
+    if trl is None or there != here:
+        sys.exit(f"{asked.peer_python} has {there} and {f'trl {trl}' if trl else 'no trl'}, this Python {here}; "
+                 "expected trl and the same versions, since the comparison is of the trainers; install them there")
+    return {"trl": trl}
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="a Python with trl; without it only ours is timed")
     parser.add_argument("--models", nargs="+", default=["builtin:tiny", "twin60m"])
@@ -263,23 +224,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--dry", action="store_true", help="with --gpu: tiny shapes on the CPU")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default benchmarks/results/tune-DATE.json)")
     parser.add_argument("--logs", type=Path, default=Path("/tmp/bench_tune"), help="folder for what workers print")
-    asked = parser.parse_args()
-    asked.logs.mkdir(parents=True, exist_ok=True)
-    about = machine(asked)
-    print(json.dumps(about))
+    add_option(parser, "benchmarks/results/tune-DATE.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = options()
+    record = about(asked, PACKAGES, threads=asked.threads, named={str(asked.peer_python): "PYTHON"})
+    record["versions"] |= versions(asked, dict(record["versions"]))
+    print(said(record))
     if asked.dry:
         print("dry run: the code of --gpu on tiny shapes; its figures mean nothing")
-    models = ["twin8b-dry" if asked.dry else "twin8b"] if asked.gpu else asked.models
-    results = []
-    for model in models:
-        results.append(compare(model, asked, asked.logs))
-        print("\n" + table(results[-1]), flush=True)
-    out = asked.out or HERE / "results" / f"tune-{about['date']}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
-    print(f"\nwritten: {out}")
+    file = Results(asked.out or FOLDER / f"tune-{record['date']}.json", record)
+    done: list[dict[str, Any]] = []
+    for model in ["twin8b-dry" if asked.dry else "twin8b"] if asked.gpu else asked.models:
+        done.append(compare(model, asked, asked.logs))
+        file.keep(results=done)
+        print("\n" + table(done[-1]), flush=True)
+    file.end()
 
 
 if __name__ == "__main__":

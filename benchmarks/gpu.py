@@ -19,9 +19,7 @@ import argparse
 import gc
 import importlib
 import itertools
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -56,10 +54,10 @@ class Run:
         return self.budget - (time.monotonic() - self.began)
 
     def write(self) -> None:
+        from benchmarks._runner.results import write
+
         self.found["meta"]["wall_s"] = round(time.monotonic() - self.began, 1)
-        beside = self.out.with_suffix(".part")
-        beside.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.out)
+        write(self.out, self.found)
 
     def error(self, where: str, error: BaseException) -> None:
         """Note what went wrong and go on. Raises SystemExit(3) when the device takes no more work."""
@@ -78,10 +76,11 @@ class Run:
 
 
 def _meta(torch: Any, device: str, dry: bool, budget: float) -> dict[str, Any]:
-    import triton
+    from benchmarks._runner.machine import about
 
-    found = {"device": "cpu, interpreter", "torch": torch.__version__, "triton": triton.__version__, "dry": dry,
-             "python": platform.python_version(), "cuda": torch.version.cuda, "budget_s": budget,
+    record = about(packages=("torch", "triton", "transformers"))
+    found = {**record, "device": "cpu, interpreter", "torch": torch.__version__, "triton": record["versions"]["triton"],
+             "dry": dry, "cuda": torch.version.cuda, "budget_s": budget,
              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -181,12 +180,14 @@ def time_model(run: Run) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
+    from benchmarks._runner.results import add_option
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="rehearse on the CPU: tiny shapes, Triton's interpreter")
     parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="these ops of benchmarks/kernels alone")
     parser.add_argument("--no-model", action="store_true", help="without the end-to-end part")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="file to write")
+    add_option(parser, "benchmarks/results/gpu-DEVICE.json")
     asked = parser.parse_args(words)
     import torch
 

@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL again and again, start the same command each time, and hold the end against a quiet run.
 
-    python benchmarks/kill_test.py --kills 20
+    python benchmarks/kill_test.py --kills 20 [--json FILE]
 
 The recipe tunes `builtin:tiny` (dropout, NEFTune, accumulation, held-out looks, a fractional epoch) and quantizes the
 result. Kills come at five kinds of moments, in turn and at random: soon after the start, once the training runs, while
@@ -15,7 +15,6 @@ rest of the kills goes to a fresh store. At the end of every store:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -67,8 +66,10 @@ class Round:
     faults: list[str] = field(default_factory=list)
 
 
-def kill_test(kills: int, folder: Path, seed: int = 0, say: Callable[[str], None] = lambda text: None) -> list[Round]:
-    """Kill `kills` times, in as many stores as it takes; every fault that was found is in its round."""
+def kill_test(kills: int, folder: Path, seed: int = 0, say: Callable[[str], None] = lambda text: None,
+              keep: Callable[[list[Round]], None] = lambda rounds: None) -> list[Round]:
+    """Kill `kills` times, in as many stores as it takes; every fault that was found is in its round. keep: is shown the
+    rounds after each."""
     draw = random.Random(seed)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
@@ -87,6 +88,7 @@ def kill_test(kills: int, folder: Path, seed: int = 0, say: Callable[[str], None
             ended = _attempt(path, here, moments[done % len(moments)] if done < kills else None, draw, whole_s, say)
         here.faults = [*here.faults, *differences(folder / "quiet", here)]
         say(f"store {len(rounds)}: {len(here.moments)} kills, {len(here.faults)} faults")
+        keep(rounds)
     return rounds
 
 
@@ -172,7 +174,8 @@ def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     row["identity"] = {name: value for name, value in row["identity"].items() if name not in ("run_id", "utc")}
     row["building"] = {name: value for name, value in row["building"].items() if name not in TIMED_BUILDING}
     row["size"] = {name: value for name, value in row["size"].items() if name not in TIMED_SIZE}
-    row["log"] = [event for event in row["log"]["events"] if not event.startswith("went on") and " s" not in event
+    events = (row.get("log") or {}).get("events") or []  # one that failed has none
+    row["log"] = [event for event in events if not event.startswith("went on") and " s" not in event
                   and "% of the time" not in event]
     return row
 
@@ -217,17 +220,28 @@ def _sha256(path: Path) -> str:
 
 def main() -> int:
     """0 when every store ended as the quiet one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    from _runner.machine import about, said
+    from _runner.results import Results, parser
+
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, default=20)
+    options.add_argument("--seed", type=int, default=0)
+    asked = options.parse_args()
+    record = about(asked, ("torch", "transformers", "peft"))
+    results = Results(asked.out, {**record, "seed": asked.seed})
+    print(said(record), flush=True)
+
+    def keep(rounds: list[Round]) -> None:
+        results.keep(stores=[{"kills": each.moments, "faults": each.faults} for each in rounds])
+
     with tempfile.TemporaryDirectory() as folder:
-        rounds = kill_test(given.kills, Path(folder), given.seed, lambda text: print(text, flush=True))
+        rounds = kill_test(asked.kills, Path(folder), asked.seed, lambda text: print(text, flush=True), keep)
     faults = [fault for each in rounds for fault in each.faults]
     print("\n".join(f"fault: {fault}" for fault in faults))
     moments = [moment for each in rounds for moment in each.moments]
     counts = ", ".join(f"{moments.count(moment)} {moment}" for moment in dict.fromkeys(moments))
     print(f"{len(moments)} kills ({counts}) in {len(rounds)} stores: {len(faults)} faults")
+    results.end()
     return 1 if faults else 0
 
 

@@ -5,7 +5,8 @@ exits with 1 when a kernel breaks one of its requirements (tests/kernels/offline
 
     --check   print only what is broken        --json    a line a kernel, with the opcodes of its main loop
     --write   put the table into docs/kernels.md
-    --sample  of each op only the first of each kernel, matrix instruction and limit: what the ordinary tests compile
+    --sample  of each op only the first of each kernel, matrix instruction and limit, and of each type of what it reads
+              where there is a limit: what the ordinary tests compile
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ def ops() -> list[str]:
 
 
 def sample(cases: Sequence[Any]) -> list[Any]:
-    """The first of each kernel, matrix instruction and limit among the cases of an op."""
-    return list({(id(case.kernel), case.matrix, case.limit): case for case in reversed(cases)}.values())[::-1]
+    """The first of each `kind` among the cases of an op."""
+    return list({kind(case): case for case in reversed(cases)}.values())[::-1]
+
+
+def kind(case: Any) -> tuple[Any, ...]:
+    """Kernel, matrix instruction and limit; with a limit the types of all that the kernel reads, too."""
+    read = [(name, held) for name, held in sorted(case.types.items()) if name != "y_ptr"]
+    return id(case.kernel), case.matrix, case.limit, tuple(read) if case.limit else ()
 
 
 def table(rows: list[tuple[Any, Any]]) -> str:
@@ -78,7 +85,7 @@ def main() -> int:
         write(text)
     elif not asked.json and not asked.check:
         print(text)
-    print("\n".join(wrong) or f"{len(rows)} kernels as required", file=sys.stderr)
+    print("\n".join(wrong) or f"Triton {triton.__version__}: {len(rows)} kernels as required", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -60,13 +60,15 @@ def test_the_page_is_what_the_results_say(bench):
 
 def test_the_page_names_every_cell_that_is_lost(bench):
     verdicts = [{"bits": 3, "group": 32, "method": "gptq", "ours": 11.0, "ours_by": "gptq-llmops", "peer": 10.0,
-                 "peer_by": "gptq-gptqmodel", "ratio": 1.1, "half_width": 0.02, "won": False},
+                 "peer_by": "gptq-gptqmodel", "ratio": 1.1, "half_width": 0.02, "won": False, "divergence_ratio": 0.5,
+                 "divergence_ours": 0.1, "divergence_peer": 0.2},
                 {"bits": 4, "group": 32, "method": "best", "ours": 9.001, "ours_by": "awq-llmops", "peer": 9.0,
                  "peer_by": "hqq-hqq", "ratio": 1.001, "half_width": 0.02, "won": False},
                 {"bits": 4, "group": 32, "method": "hqq", "ours": 9.0, "ours_by": "hqq-llmops", "peer": 9.5,
                  "peer_by": "hqq-hqq", "ratio": 0.95, "half_width": 0.02, "won": True},
                 {"bits": 3, "group": 32, "method": "gptq wins back of rtn's rise", "share": 0.57}]
     assert bench.page.lost(verdicts) == [
-        "- 3 bits, groups of 32, gptq: 11 (gptq-llmops) against 10 (gptq-gptqmodel), +10.0% +- 2.0%",
+        "- 3 bits, groups of 32, gptq: 11 (gptq-llmops) against 10 (gptq-gptqmodel), +10.0% +- 2.0%; KL 0.1 against "
+        "0.2",
         "- 4 bits, groups of 32, the best of all methods: 9.001 (awq-llmops) against 9 (hqq-hqq), +0.1% +- 2.0%, "
-        "within the noise"]
+        "level"]

@@ -28,7 +28,11 @@ def test_pairs_are_of_the_same_windows_and_know_their_noise():
     ratio, half = bench.paired([1.0, 2.0, 3.0], [1.1, 2.1, 3.1])
     assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(0, abs=1e-12)  # the windows agree
     ratio, half = bench.paired([1.0, 2.0], [1.2, 2.0])
-    assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(math.exp(-0.1) * 0.2)
+    t = 12.706  # of one degree of freedom
+    assert ratio == pytest.approx(math.exp(-0.1)) and half == pytest.approx(math.exp(-0.1) * 0.1 * t, rel=1e-4)
+    ratio, half = bench.paired_divergences([0.1, 0.3], [0.2, 0.2])
+    assert ratio == pytest.approx(1) and half == pytest.approx(0.1 / 0.2 * t, rel=1e-4)
+    assert bench.paired_divergences([0.1, 0.1], [0.2, 0.2]) == pytest.approx((0.5, 0.0))
     assert bench.paired([1.0], [1.0]) == (1.0, math.inf)
     with pytest.raises(ValueError, match="2 and 1 windows; expected the same"):
         bench.paired([1.0, 2.0], [1.0])
@@ -37,13 +41,41 @@ def test_pairs_are_of_the_same_windows_and_know_their_noise():
 def test_a_verdict_is_against_the_best_peer_of_the_method_and_of_all():
     rows = [row("gptq-llmops", perplexity=8.0), row("gptq-llmcompressor", perplexity=9.0),
             row("gptq-gptqmodel", perplexity=7.5), row("rtn-llmops", perplexity=20.0),
+            row("rtn-llmcompressor", perplexity=29.0),
             row("hqq-llmops", perplexity=7.0), row("hqq-hqq", failed="ValueError: no")]
     lines = {line["method"]: line for line in bench.verdicts(rows, base=5.0)}
     assert lines["gptq"]["peer_by"] == "gptq-gptqmodel" and not lines["gptq"]["won"]
     assert lines["gptq"]["ratio"] == pytest.approx(8 / 7.5)
     assert lines["best"]["ours_by"] == "hqq-llmops" and lines["best"]["won"]
-    assert "hqq" not in lines and "rtn" not in lines  # nobody to stand beside
-    assert lines["gptq wins back of rtn's rise"]["share"] == pytest.approx(12 / 15)
+    assert "hqq" not in lines and "awq" not in lines  # nobody to stand beside
+    shares = {line["plain"]: line["share"] for line in lines.values() if "share" in line}
+    assert shares == pytest.approx({"rtn-llmops": 12 / 15, "rtn-llmcompressor": 21 / 24})
+
+
+def test_ahead_and_behind_are_said_only_where_the_interval_leaves_out_one():
+    assert [bench.standing(*each) for each in ((0.9, 0.05), (0.9, 0.11), (1.1, 0.11), (1.1, 0.05), (1, 0))] == [
+        "ahead", "level", "level", "behind", "equal"]
+    lines = [{"ratio": 0.9, "half_width": 0.05}, {"ratio": 1.1, "half_width": 0.2}, {"ratio": 1, "half_width": 0},
+             {"ratio": 1.1, "half_width": 0.05, "divergence_ratio": 0.5, "divergence_half_width": 0.1}, {"share": 0.5}]
+    assert bench.counted(lines) == {"ahead": 1, "level": 2, "behind": 1}
+    assert bench.counted(lines, "divergence_ratio", "divergence_half_width") == {"ahead": 1, "level": 0, "behind": 0}
+
+
+def test_the_divergence_has_its_own_best_peer_and_verdict():
+    def apart(contender, perplexity, *divergences):
+        return row(contender, perplexity=perplexity, divergences=list(divergences),
+                   divergence=sum(divergences) / len(divergences))
+
+    rows = [apart("gptq-llmops", 10.0, 0.1, 0.2), apart("gptq-gptqmodel", 9.0, 0.4, 0.5),
+            apart("gptq-llmcompressor", 9.5, 0.2, 0.3)]
+    line = bench.verdicts(rows, 5.0)[0]
+    assert line["peer_by"] == "gptq-gptqmodel" and line["divergence_peer_by"] == "gptq-llmcompressor"
+    assert line["divergence_ratio"] == pytest.approx(0.6) and line["divergence_half_width"] == pytest.approx(0)
+    share = {"bits": 3, "group": 128, "method": "x", "share": 1}
+    assert "| 0.60 +- 0.00 | ahead |" in bench.verdict_table([line, share])
+    assert "| gptq | llmops | 0.15 |" in bench.divergence_table([*rows, row("rtn-llmops")])
+    assert bench.divergence_table([row("rtn-llmops")]) == ""
+    assert "divergence_ratio" not in bench.verdicts([rows[0], row("gptq-gptqmodel")], 5.0)[0]
 
 
 def test_speed_is_compared_cell_by_cell_and_memory_is_that_of_the_first():
@@ -68,7 +100,7 @@ def test_tables_show_what_failed_and_what_was_not_run():
     assert "1.0000 +- 0.0000 | equal |" in bench.verdict_table(bench.verdicts(
         [row("awq-llmops", perplexity=10.0), row("awq-llmcompressor", perplexity=10.0)], 9.0))
     near = {**row("awq-llmops", perplexity=10.0), "losses": [math.log(10.0) + shift for shift in (0.1, 0.0, -0.1)]}
-    assert "| won, within the noise |" in bench.verdict_table(bench.verdicts(
+    assert "| level |" in bench.verdict_table(bench.verdicts(
         [near, row("awq-llmcompressor", perplexity=10.0)], 9.0))
 
 

@@ -21,7 +21,7 @@ LEAVES = sorted(cli.COMMANDS)
 
 # What every command takes: arguments, then options. A changed line here is a changed interface.
 TAKES = {
-    "tune": "RECIPE --set --runs --json -q --quiet --wide --exclusive --green --deadline --forecast --lasts",
+    "tune": "RECIPE --set --runs --json -q --quiet --wide --exclusive --green --deadline --forecast --zone --lasts",
     "plan": "RECIPE --set --runs --data --json",
     "validate": "RECIPE --set --json",
     "schema": "--markdown --compatibility",
@@ -35,7 +35,7 @@ TAKES = {
     "export": "VARIANT --to --type --out --run --runs --force --json",
     "explain": "RUN VARIANT --against --items --runs --json -q --quiet",
     "gate": "RUN [VARIANT...] --goal --junit --runs --json",
-    "promote": "RUN VARIANT --as --why --margin --saving --force --runs --json",
+    "promote": "RUN VARIANT --as --why --margin --saving --batch --force --runs --json",
     "champions": "[NAME] --history --runs --json",
     "audit": "--expect --runs --json",
     "bench models": "MODEL --against --batch --context --new --repeats --window --sensor --watts --device --threads "

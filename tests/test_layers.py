@@ -17,8 +17,8 @@ FLOORS = {
     **dict.fromkeys(("recipe", "report", "calibrate"), 5),
     **dict.fromkeys((
         "store", "processes", "progress", "trackers", "screen", "recipes_folder", "build", "score", "runner", "api",
-        "data_view", "preflight", "compare", "pairing", "gate", "champions", "explain", "arguments", "trust_commands",
-        "pretrain", "stored", "charges", "green", "grids", "spending", "publish",
+        "data_view", "preflight", "compare", "pairing", "gate", "champions", "savings", "explain", "arguments",
+        "trust_commands", "pretrain", "stored", "charges", "green", "grids", "spending", "publish",
         "doctor", "bench_models", "bench_commands", "ui", "export", "parser", "planner", "startup",
         "__init__"), 6),
     "bench": 6, "cli": 7, "__main__": 8}

@@ -105,6 +105,21 @@ def test_a_second_run_does_no_work_and_imports_no_torch(finished, place):
     assert json.loads(done.stdout) == [row["row_id"] for row in first.rows]
 
 
+def test_a_card_that_changes_is_written_and_nothing_else_is_done(finished, place):
+    runs, first = finished
+    goals = {"exact_match": {"max_drop": 1.0}, "prefer": "disk_bytes"}
+    before = {path: path.stat().st_mtime_ns for path in (runs / "store").rglob("*.safetensors")}
+    result = run(place, runs, measure=MEASURE, goals=goals, name="carded", card={"intended_use": "telling towns"})
+    assert {path: path.stat().st_mtime_ns for path in (runs / "store").rglob("*.safetensors")} == before
+    assert [row["quality"] for row in result.rows] == [row["quality"] for row in first.rows]  # not scored again
+    assert all(row["card"] == {"intended_use": "telling towns"} for row in result.rows)
+    assert "telling towns" in (runs / "carded" / "w4" / "README.md").read_text()
+    assert "telling towns" in (runs / "carded" / "report.html").read_text()
+    again = run(place, runs, measure=MEASURE, goals=goals, name="carded", card={"intended_use": "telling lakes"})
+    assert "telling lakes" in (runs / "carded" / "w4" / "README.md").read_text()
+    assert [row["row_id"] for row in again.rows] != [row["row_id"] for row in result.rows]
+
+
 def test_another_recipe_with_the_same_prefix_builds_only_the_rest(finished, place):
     runs, _ = finished
     before = {path.name: path.stat().st_mtime_ns for path in (runs / "store").iterdir()}

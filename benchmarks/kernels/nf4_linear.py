@@ -29,5 +29,6 @@ def _case(dtype: str, nested: bool, m: int, n: int, warps: int, stages: int, par
     constants = {"BLOCKSIZE": 64, "NESTED": nested, "BIAS": False, "PARTS": parts, "EVEN_K": True,
                  "PROGRAM": program("nf4", dtype == "bf16"), "BLOCK_M": m, "BLOCK_N": n}
     name = f"nf4_linear {dtype}{', nested absmax' if nested else ''}, {m}x{n}, {warps} warps"
-    return Compiled(name, nf4_linear_kernel, types, constants, warps, stages, odd=("M", "quads", "per_part"),
-                    weights=n * 256, limit=5.5, matrix="HGMMA", copies=not nested)
+    return Compiled(name, nf4_linear_kernel, types, constants, warps, stages,
+                    odd=("M", "stride_off", "quads", "per_part"), weights=n * 256, limit=5.5, matrix="HGMMA",
+                    copies=not nested)

@@ -20,36 +20,41 @@ __all__ = ["dense_integers", "dense_pairs", "dequantize_integers_kernel", "dequa
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, tall, chunks,  # type: ignore[no-untyped-def]
+def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, chunks,  # type: ignore[no-untyped-def]
                                BITS: tl.constexpr, RUN: tl.constexpr, FIELDS: tl.constexpr, GROUPS: tl.constexpr,
-                               ZERO: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
-    """One tile of `reference/int_linear.py`'s layout: (TILE rows, RUN * FIELDS columns) of out (N, K)."""
+                               NEAR: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr):
+    """Half a tile of `reference/int_linear.py`'s layout: (TILE / 2 rows, RUN * FIELDS columns) of out (N, K)."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    ROWS: tl.constexpr = TILE // 2
+    PER: tl.constexpr = 8 if BITS == 3 else 16 // BITS  # fields of a word
+    WORDS: tl.constexpr = 3 if BITS == 3 else FIELDS // PER
+    SIDES: tl.constexpr = GROUPS // FIELDS if GROUPS > FIELDS else 1  # groups of a run
+    FEW: tl.constexpr = FIELDS * SIDES // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
     chunk = tl.program_id(0)
-    rn = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    rk = tl.arange(0, RUN)
-    tile = (tl.program_id(1).to(tl.int64) * chunks + chunk) * (WORDS * TILE * RUN)
-    q = q_ptr + tile + (tl.arange(0, TILE) * RUN)[:, None] + rk[None, :]
-    word = tl.load(q)
-    other = word
-    high = word
-    if BITS == 3:
-        other = tl.load(q + TILE * RUN)
-        high = tl.load(q + 2 * TILE * RUN)
-    FEW: tl.constexpr = FIELDS // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
-    for i in tl.static_range(FIELDS):
-        at = (chunk * GROUPS + i // FEW).to(tl.int64) * tall + rn
-        add = word
-        if ZERO:
-            add = less(tl.load(zero_ptr + at).to(tl.float32), i, BITS, dtype)[:, None]
-        w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i).to(tl.float32)
-        if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
-            w += field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS).to(tl.float32)
-        w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
-        columns = (chunk * FIELDS + i) * RUN + rk
-        tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),
-                 mask=(rn[:, None] < N) & (columns[None, :] < K))
+    tile = (tl.program_id(1) // 2).to(tl.int64) * chunks + chunk
+    rn = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    for side in tl.static_range(SIDES):
+        rk = side * (RUN // SIDES) + tl.arange(0, RUN // SIDES)
+        q = q_ptr + tile * (WORDS * TILE * RUN) + ((rn % TILE) * RUN)[:, None] + rk[None, :]
+        if BITS == 3:
+            high = tl.load(q + 2 * TILE * RUN)
+        for i in tl.static_range(FIELDS):
+            if i % PER == 0:
+                word = tl.load(q + (i // PER) * TILE * RUN)
+                if BITS != 3:
+                    high = word
+            at = rn.to(tl.int64)
+            if GROUPS > 0:
+                group = i * SIDES // FEW + side
+                at = (tile * GROUPS + group // NEAR * NEAR) * TILE + (rn % TILE) * NEAR + group % NEAR
+            add = word
+            if ZERO:
+                add = less(tl.load(zero_ptr + at), i, BITS, dtype)[:, None]
+            w = field(word, high, add, BITS, ZERO, False, PROGRAMS, dtype, i % 2 if BITS == 8 else i).to(tl.float32)
+            w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
+            columns = (chunk * FIELDS + i) * RUN + rk
+            tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),
+                     mask=(rn[:, None] < N) & (columns[None, :] < K))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
@@ -67,11 +72,11 @@ def dequantize_pairs_kernel(q_ptr, absmax_ptr, table_ptr, out_ptr, elements,  # 
 
 def dense_integers(words: Tensor, scale: Tensor, zero: Tensor | None, rows: int, columns: int, dtype: torch.dtype,
                    constants: dict[str, Any]) -> Tensor:
-    """(rows, columns) in dtype; `constants` from `int_linear.constants`, for that dtype."""
+    """(rows, columns) in dtype; `constants` from `int_linear.constants`, for that dtype and scaled weights."""
     out = torch.empty(rows, columns, dtype=dtype, device=words.device)
-    kept = {name: constants[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "ZERO", "PROGRAMS", "TILE")}
-    dequantize_integers_kernel[(words.shape[1], words.shape[0])](
-        words, scale, scale if zero is None else zero, out, rows, columns, scale.shape[1], words.shape[1], **kept,
+    kept = {name: constants[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "NEAR", "ZERO", "PROGRAMS", "TILE")}
+    dequantize_integers_kernel[(words.shape[1], 2 * words.shape[0])](
+        words, scale, scale if zero is None else zero, out, rows, columns, words.shape[1], **kept,
         num_warps=4)
     return out
 

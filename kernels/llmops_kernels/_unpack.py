@@ -7,10 +7,16 @@ A register holds two words, so every instruction works on two codes. Field at bi
                                           the zero point when there is one
 
 The mantissa of fp16 takes fields up to bit 9, that of bf16 (0x4300: 128) up to bit 6; a field further up is first
-shifted down, by as few different amounts as do, since equal shifts are computed once. 3-bit codes put the high bit of
-another word beside the two low ones. 8-bit codes in bf16 don't fit: their low seven bits and their sign bit become 128
-+ low and -128 or -256, which add up to the two's complement number. Without zero points both go to the tensor cores,
-since one more matrix instruction is cheaper than the additions.
+shifted down, by as few different amounts as do, since equal shifts are computed once.
+
+8-bit codes fill an fp16 mantissa: the low byte by one mask, the high one by one byte permutation. In bf16 they don't
+fit, and go to the tensor cores in parts, since one more matrix instruction is cheaper than the additions:
+
+    without zero points     128 + low seven bits, and -128 or -256 for the top bit: two's complement
+    with zero points        -f, max(256 - f, 0) and 256 + 2 zero, which add up to -2 (code - zero), where f is the byte
+                            put below 0x43: 128 + byte below 128, twice the byte above (its top bit is the exponent's)
+
+Where the weight itself is scaled (`times`) it has to be one number: `programs(..., whole=True)`.
 
 The idea of the magic number is Kim et al., "Who Says Elephants Can't Run", 2022, section 4.2. `lop3` computes any
 function of three bits in one instruction: 0xEA is (a & b) | c, 0x6A is (a & b) ^ c.
@@ -23,9 +29,9 @@ from functools import cache
 
 from ._interpret import INTERPRET
 from ._triton import tl, triton
-from .reference.int_linear import HIGH_BITS, layout
+from .reference.int_linear import HIGH_BITS
 
-__all__ = ["base", "field", "less", "programs"]
+__all__ = ["across", "base", "constant", "field", "less", "points_at", "programs", "scales", "times"]
 
 
 def _pair(value: float, bf16: bool) -> str:
@@ -56,29 +62,47 @@ def base(i: int, bits: int, bf16: bool) -> float:
 
 
 @cache
-def programs(bits: int, bf16: bool, zero: bool) -> tuple[str, ...]:
-    """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero)."""
-    made = tuple(_program(i, bits, bf16, zero) for i in range(layout(bits, 128).fields))
-    if bits == 8 and bf16 and not zero:  # programs 2 and 3: the parts with the signs of fields 0 and 1
-        made += tuple(_block([f"shr.b32 w, $1, {8 * i};", "lop3.b32 $0, w, 0x00800080, 0xc300c300, 0xEA;"])
-                      for i in (0, 1))
-    return made
+def programs(bits: int, bf16: bool, zero: bool, whole: bool = False) -> tuple[str, ...]:
+    """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero).
+
+    Of 8 bits in bf16 two are the second parts, unless `whole` asks for one number a code.
+    """
+    made = tuple(_program(i, bits, bf16, zero, whole) for i in range(16 if bits == 3 else 16 // bits))
+    return made if whole or bits != 8 or not bf16 else made + tuple(_second(i, zero) for i in (0, 1))
 
 
-def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
+def _second(i: int, zero: bool) -> str:
+    """The second part of field i of 8 bits in bf16."""
+    if not zero:
+        return _block([f"shr.b32 w, $1, {8 * i};", _TOP.format("$0")])
+    return _block([*_negative(i, "v"), f"mov.b32 one, {_pair(1.0, True)};", f"mov.b32 less, {_pair(256.0, True)};",
+                   "fma.rn.relu.bf16x2 $0, v, one, less;"])
+
+
+def _negative(i: int, out: str) -> list[str]:
+    """The first part of field i of 8 bits in bf16 with zero points."""
+    low = "lop3.b32 {}, $1, 0x00ff00ff, 0xc300c300, 0xEA;"
+    return [low.format(out)] if i == 0 else [low.format("w"), f"prmt.b32 {out}, $1, w, 0x7351;"]
+
+
+_LOW = "lop3.b32 {}, w, 0x007f007f, 0x43004300, 0xEA;"  # 128 + the low seven bits
+_TOP = "lop3.b32 {}, w, 0x00800080, 0xc380c380, 0x6A;"  # -128 or -256
+
+
+def _program(i: int, bits: int, bf16: bool, zero: bool, whole: bool) -> str:
     shift, at = _down(i, bits, bf16)
     kind, magic = ("bf16x2", 0x4300) if bf16 else ("f16x2", 0x6400)
     lines = [f"shr.b32 w, $1, {shift};" if shift else "mov.b32 w, $1;",
              f"mov.b32 one, {_pair(1.0, bf16)};",
              "mov.b32 less, $3;" if zero else f"mov.b32 less, {_pair(-base(i, bits, bf16), bf16)};"]
+    if bits == 8 and bf16 and whole:
+        lines += [_LOW.format("v"), _TOP.format("w"), f"fma.rn.bf16x2 {'v' if zero else '$0'}, w, one, v;"]
+        return _block(lines + ["fma.rn.bf16x2 $0, v, one, less;"] * zero)
     if bits == 8 and bf16:
-        if not zero:
-            return _block([*lines, "lop3.b32 $0, w, 0x007f007f, 0x43004300, 0xEA;"])
-        return _block([*lines, "lop3.b32 v, w, 0x007f007f, 0x43004300, 0xEA;",
-                       "lop3.b32 w, w, 0x00800080, 0xc300c300, 0xEA;", "fma.rn.bf16x2 v, w, one, v;",
-                       "fma.rn.bf16x2 $0, v, one, less;"])
-    if bits == 8:
-        return _block([*lines, "lop3.b32 v, w, 0x00ff00ff, 0x64806480, 0x6A;", "add.f16x2 $0, v, less;"])
+        return _block(_negative(i, "$0") if zero else [*lines, _LOW.format("$0")])
+    if bits == 8:  # the high byte by one permutation, the magic byte out of the low one's number
+        lines += ["lop3.b32 v, $1, 0x00ff00ff, 0x64006400, 0xEA;"] + ["prmt.b32 v, $1, v, 0x7351;"] * i
+        return _block([*lines[1:], "add.f16x2 $0, v, less;"])
     width = 2 if bits == 3 else bits
     mask = ((1 << width) - 1) << at
     lines.append(f"lop3.b32 v, w, 0x{mask << 16 | mask:08x}, 0x{magic << 16 | magic:08x}, 0xEA;")
@@ -101,37 +125,133 @@ def _pick(listing, i):  # type: ignore[no-untyped-def]
     return listing.split("|")[i]
 
 
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def _reader(dtype, count):  # type: ignore[no-untyped-def]
+    """PTX: $0 ... = the 2 or 4 numbers of dtype from address $COUNT on, as float32."""
+    if str(dtype) == "fp32":
+        out = ", ".join(f"${i}" for i in range(count))
+        return f"ld.global.nc.v{count}.f32 {{{out}}}, [${count}];"
+    lines = ["{ .reg .b32 a, b; .reg .b16 low, high;",
+             f"ld.global.nc.v2.b32 {{a, b}}, [${count}];" if count == 4 else f"ld.global.nc.b32 a, [${count}];"]
+    for i, name in enumerate("ab"[: count // 2]):
+        if str(dtype) == "bf16":
+            lines += [f"shl.b32 ${2 * i}, {name}, 16;", f"and.b32 ${2 * i + 1}, {name}, 0xffff0000;"]
+        else:
+            lines += [f"mov.b32 {{low, high}}, {name};", f"cvt.f32.f16 ${2 * i}, low;",
+                      f"cvt.f32.f16 ${2 * i + 1}, high;"]
+    return " ".join([*lines, "}"])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def scales(at, rows: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales of COUNT (2 or 4) groups, which lie next to each other, of neighbouring rows from scalar `at` on: four
+    float32 (rows,), the two twice. Read and widened by assembly, which the compiler runs where the product needs its
+    results; a `tl.load` of as many rows as threads goes through shared memory.
+    """
+    dtype: tl.constexpr = at.dtype.element_ty
+    place = at + COUNT * tl.arange(0, rows)
+    if INTERPRET:
+        a = tl.load(place).to(tl.float32)
+        b = tl.load(place + 1).to(tl.float32)
+        c = tl.load(place + COUNT - 2).to(tl.float32)
+        d = tl.load(place + COUNT - 1).to(tl.float32)
+    elif COUNT == 4:
+        a, b, c, d = tl.inline_asm_elementwise(_reader(dtype, 4), "=f,=f,=f,=f,l", [place.to(tl.int64)],
+                                               dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+                                               pack=1)
+    else:
+        a, b = tl.inline_asm_elementwise(_reader(dtype, 2), "=f,=f,l", [place.to(tl.int64)],
+                                         dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
+        c, d = a, b
+    return a, b, c, d
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def points_at(at, rows: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero points of neighbouring rows, STEP numbers apart, from scalar `at` on: int16 (rows,).
+
+    One by one and 64 at a time: the pipeliner would copy wider ones 4 bytes at a time, and more through shared memory.
+    """
+    few = STEP * tl.arange(0, 64)
+    if rows == 128:
+        return tl.join(tl.load(at + few), tl.load(at + few + 64 * STEP)).permute(1, 0).reshape(rows)
+    else:
+        return tl.load(at + STEP * tl.arange(0, rows))
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def across(a, b, SIDES: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of rows for a run's columns: (rows, 1), or where it has two groups (rows, RUN), a in its left half.
+
+    Views of what was loaded and nothing computed from columns: else the product's operand goes through shared memory.
+    """
+    if SIDES == 1:
+        return a[:, None]
+    else:
+        both = tl.join(a, b)[:, :, None]
+        return tl.broadcast_to(both, (a.shape[0], 2, RUN // 2)).reshape(a.shape[0], RUN)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def times(w, scale):  # type: ignore[no-untyped-def]
+    """w * scale, rounded to w's dtype (in the interpreter not at all); scale of the same dtype."""
+    if INTERPRET:
+        return w * scale.to(tl.float32)
+    elif w.dtype == tl.float16:
+        return w * scale
+    else:
+        return tl.inline_asm_elementwise("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [w, scale], dtype=tl.bfloat16,
+                                         is_pure=True, pack=2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def constant(zero, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The third part of 8 bits in bf16 with zero points: 256 + 2 * zero, exact. The parts make -2 (code - zero)."""
+    return (256 + 2 * zero.to(tl.float32)).to(dtype)
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `field` adds to field i for zero points `zero`, float32: -(base + zero), exact in dtype."""
-    if INTERPRET:
-        return zero
+    """What `field` adds to field i for zero points `zero`, int16: -(base + zero), exact in dtype.
+
+    Put together bitwise: the number's exponent is known, the code's offset and its zero point are its mantissa.
+    """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    HALF: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
-    AT16: tl.constexpr = (WIDTH * i) % 8
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    AT16: tl.constexpr = 0 if BITS == 8 else (WIDTH * i) % 8  # where `_down` leaves the field
     AT: tl.constexpr = 0 if BITS == 4 else (2 * (i % 8)) % 6
-    if dtype == tl.float16:
-        return ((-1152 if BITS == 8 else -(1024 >> AT16) - HALF) - zero).to(tl.float16)
+    if INTERPRET:
+        return zero.to(tl.float32)
+    elif dtype == tl.float16:
+        bits = (zero << AT16) + (0xE400 - 0x10000 - (AT16 << 10) + (HALF << AT16))
+        return bits.to(tl.int16).to(dtype, bitcast=True)
+    elif BITS == 8:
+        return (-zero).to(tl.float32).to(dtype)
     else:
-        return ((0 if BITS == 8 else -(128 >> AT) - HALF) - zero).to(tl.bfloat16)
+        bits = (zero << AT) + (0xC300 - 0x10000 - (AT << 7) + (HALF << AT))
+        return bits.to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.constexpr,  # type: ignore[no-untyped-def]
-          dtype: tl.constexpr, i: tl.constexpr):
-    """Field i of int16 words (BLOCK_N, RUN) as exact numbers of dtype: code - zero.
+def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PAIRED: tl.constexpr,  # type: ignore[no-untyped-def]
+          PROGRAMS: tl.constexpr, dtype: tl.constexpr, i: tl.constexpr):
+    """Field i of int16 words (BLOCK_N, RUN) as exact numbers of dtype: code - zero; with PAIRED a part of it.
 
-    high: the words of the high bits for 3 bits; add: `less` of the zero points, (BLOCK_N, 1), with ZERO; anything
-    otherwise. The interpreter knows no assembly: there it is integer arithmetic and gives float32.
+    high: the words of the high bits for 3 bits; add: `less` of the zero points, (BLOCK_N, 1), with ZERO and without
+    PAIRED; anything otherwise. The interpreter knows no assembly: there it is integer arithmetic and gives float32.
     """
     if INTERPRET:
         bare = word.to(tl.int32) & 0xFFFF
         if BITS == 8:
             code = (bare >> (8 * (i % 2))) & 255
-            if i >= 2:
-                value = tl.where(code > 127, -256, -128).to(tl.float32)
-            elif ZERO or dtype == tl.float16:
-                value = tl.where(code > 127, code - 256, code).to(tl.float32)
+            if not PAIRED:
+                value = code.to(tl.float32) - 128
+            elif ZERO:
+                value = -tl.where(code > 127, 2 * code, 128 + code).to(tl.float32)
+                if i >= 2:
+                    value = tl.maximum(value + 256, 0.0)
+            elif i >= 2:
+                value = tl.where(code > 127, -128, -256).to(tl.float32)
             else:
                 value = (128 + (code & 127)).to(tl.float32)
         elif BITS == 3:  # AT: HIGH_BITS[i]
@@ -141,7 +261,7 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PROGRAMS: tl.
             value = (((bare >> (2 * (i % 8))) & 3) | top).to(tl.float32) - 4.0
         else:
             value = ((bare >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32) - (1 << (BITS - 1))
-        if ZERO:
+        if ZERO and not PAIRED:
             value = value - add
         return value
     elif dtype == tl.float16:

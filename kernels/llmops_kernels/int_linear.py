@@ -32,7 +32,7 @@ from ._interpret import INTERPRETED, dot, narrow
 from ._library import define, ops
 from ._split import sum_parts
 from ._triton import tl, triton
-from ._unpack import field, less, programs
+from ._unpack import across, constant, field, less, points_at, programs, scales, times
 from .reference import int_linear as reference
 from .reference.int_linear import TILE_ROWS, Packed, dequantize, layout, pack, unpack
 
@@ -44,18 +44,25 @@ DENSE_FROM = 512  # tokens from which a call dequantizes and multiplies densely,
 # ---------------------------------------------------------------------------------------------------- kernels
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # type: ignore[no-untyped-def]
-                      M, N, K, stride_xm, stride_ym, tall, chunks, per_part,
+                      M, N, K, stride_xm, stride_ym, chunks, per_part,
                       BITS: tl.constexpr, RUN: tl.constexpr, FIELDS: tl.constexpr, GROUPS: tl.constexpr,
-                      ZERO: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
-                      PROGRAMS: tl.constexpr, SWAP: tl.constexpr,
+                      NEAR: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
+                      EVEN_K: tl.constexpr, PROGRAMS: tl.constexpr, SWAP: tl.constexpr, SCALED: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr):
     """One (BLOCK_M, BLOCK_N) tile of y, over the chunks of part program_id(1) of K.
 
     GROUPS: scales of a row and chunk; 0: one scale a row, applied at the end. PARTS: y is (PARTS, M, N) float32.
+    SCALED: weights are scaled, not sums; at 64 tokens that is less work.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    PER: tl.constexpr = 8 if BITS == 3 else 16 // BITS  # fields of a word
+    WORDS: tl.constexpr = 3 if BITS == 3 else FIELDS // PER
     SPAN: tl.constexpr = WORDS * TILE * RUN  # words of a tile
+    PAIRED: tl.constexpr = BITS == 8 and dtype == tl.bfloat16 and not SCALED  # numbers of 8 bits in two parts
+    SUMS: tl.constexpr = GROUPS > 0 and not SCALED  # a sum for each group
+    SIDES: tl.constexpr = 2 if GROUPS > FIELDS else 1  # groups of a run
+    FEW: tl.constexpr = FIELDS * SIDES // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
+    TIMES: tl.constexpr = SIDES if SUMS else 1  # how often a token stands in a tile
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     band = 8 * tiles_n  # programs that are near in time share x and weights in the L2 cache
@@ -65,65 +72,95 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr,  # typ
     pid_n = (tl.program_id(0) % band) // high_m
     part = tl.program_id(1)
 
-    rn = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rk = tl.arange(0, RUN)
+    side = tl.arange(0, TIMES * BLOCK_M) // BLOCK_M
+    rm = pid_m * BLOCK_M + tl.arange(0, TIMES * BLOCK_M) % BLOCK_M
     first = part * per_part
     last = tl.minimum(first + per_part, chunks)
-    tile = ((rn // TILE).to(tl.int64) * chunks + first) * SPAN
-    q = q_ptr + (tile + (rn % TILE) * RUN)[:, None] + rk[None, :]
+    row = pid_n * BLOCK_N  # a block lies in one tile: a scalar moves along K, offsets within it are constant
+    tile = (row // TILE).to(tl.int64) * chunks + first
+    q = q_ptr + tile * SPAN + (row % TILE) * RUN
+    inside = tl.arange(0, BLOCK_N)[:, None] * RUN + rk[None, :]
+    scale = scale_ptr + tile * (GROUPS * TILE) + (row % TILE) * NEAR
+    zero = zero_ptr + tile * (GROUPS * TILE) + (row % TILE) * NEAR
     x = x_ptr + rm[:, None].to(tl.int64) * stride_xm + (first * (RUN * FIELDS) + rk)[None, :]
-    scale = scale_ptr + first.to(tl.int64) * GROUPS * tall + rn
-    zero = zero_ptr + first.to(tl.int64) * GROUPS * tall + rn
     alive = rm[:, None] < M
-    acc = tl.zeros((BLOCK_N if SWAP else BLOCK_M, BLOCK_M if SWAP else BLOCK_N), tl.float32)
-    FEW: tl.constexpr = FIELDS // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
+    if TIMES > 1:  # a token stands once for each group of a run, with zeros in the columns of the other
+        alive = alive & (side[:, None] == (rk // (RUN // 2))[None, :])
+    acc = tl.zeros((BLOCK_N if SWAP else TIMES * BLOCK_M, TIMES * BLOCK_M if SWAP else BLOCK_N), tl.float32)
     if ZERO and GROUPS == 0:
-        points = tl.load(zero).to(tl.float32)
-    for chunk in tl.range(first, last):
-        word = tl.load(q, eviction_policy="evict_first")
-        other = word
-        high = word
+        points = tl.load(zero_ptr + row + tl.arange(0, BLOCK_N))
+        next_points = points
+    for chunk in tl.range(0, last - first):  # counted from 0: two instructions less
         if BITS == 3:
-            other = tl.load(q + TILE * RUN, eviction_policy="evict_first")
-            high = tl.load(q + 2 * TILE * RUN, eviction_policy="evict_first")
-        if GROUPS == 0:
-            total = acc
+            high = tl.load(q + inside + 2 * TILE * RUN, eviction_policy="evict_first")
+        if not SUMS:  # with wgmma a sum of its own for every chunk: one over all of them makes ptxas wait after each
+            total = tl.zeros_like(acc) if SWAP else acc
         for i in tl.static_range(FIELDS):
+            if i % PER == 0:
+                word = tl.load(q + inside + (i // PER) * TILE * RUN, eviction_policy="evict_first")
+                if BITS != 3:
+                    high = word
             if EVEN_K:
                 a = tl.load(x + i * RUN, mask=alive, other=0.0)
             else:
-                a = tl.load(x + i * RUN, mask=alive & (rk + (chunk * FIELDS + i) * RUN < K)[None, :], other=0.0)
-            if i % FEW == 0 and GROUPS > 0:
-                total = tl.zeros_like(acc)
+                here = rk < K - ((first + chunk) * FIELDS + i) * RUN
+                a = tl.load(x + i * RUN, mask=alive & here[None, :], other=0.0)
+            group = i * SIDES // FEW  # of the chunk; the run's first one
+            if GROUPS > 0 and (SIDES > 1 or i % FEW == 0):
+                at = chunk * (GROUPS * TILE) + group // NEAR * NEAR * TILE + group % NEAR
+                if ZERO:
+                    points = points_at(zero + at, BLOCK_N, NEAR)
+                    next_points = points_at(zero + at + (SIDES - 1), BLOCK_N, NEAR)
+                if SCALED:
+                    factor = points_at(scale + at, BLOCK_N, NEAR)
+                    next_factor = points_at(scale + at + (SIDES - 1), BLOCK_N, NEAR)
+                elif i * SIDES // FEW % NEAR == 0:
+                    s0, s1, s2, s3 = scales(scale + at, BLOCK_N, NEAR)
             add = word
-            if ZERO:
-                if GROUPS > 0:
-                    points = tl.load(zero + (i // FEW) * tall).to(tl.float32)
-                add = less(points, i, BITS, dtype)[:, None]
-            w = field(other if BITS == 3 and i >= 8 else word, high, add, BITS, ZERO, PROGRAMS, dtype, i)
+            if ZERO and not PAIRED:
+                add = across(less(points, i, BITS, dtype), less(next_points, i, BITS, dtype), SIDES, RUN)
+            if SUMS and (SIDES > 1 or i % FEW == 0):
+                total = tl.zeros_like(acc)
+            w = field(word, high, add, BITS, ZERO, PAIRED, PROGRAMS, dtype, i % 2 if BITS == 8 else i)
+            if SCALED:
+                w = times(w, across(factor, next_factor, SIDES, RUN))
             total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
-            if BITS == 8 and not ZERO and dtype == tl.bfloat16:  # numbers of 8 bits in two parts
-                w = field(word, high, add, BITS, ZERO, PROGRAMS, dtype, i + FIELDS)
+            if PAIRED:
+                w = field(word, high, add, BITS, ZERO, PAIRED, PROGRAMS, dtype, i % 2 + 2)
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
-            if i % FEW == FEW - 1 and GROUPS > 0:
-                factor = tl.load(scale + (i // FEW) * tall).to(tl.float32)
-                acc += total * (factor[:, None] if SWAP else factor[None, :])
-        if GROUPS == 0:
-            acc = total
+                if ZERO:
+                    w = across(constant(points, dtype), constant(next_points, dtype), SIDES, RUN)
+                    w = tl.broadcast_to(w, (BLOCK_N, RUN))
+                    total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
+            if SUMS and SIDES > 1:
+                low = s0 if group % 4 == 0 else s2
+                top = s1 if group % 4 == 0 else s3
+                if SWAP:
+                    acc += total * tl.where(side[None, :] == 0, low[:, None], top[:, None])
+                else:
+                    acc += total * tl.where(side[:, None] == 0, low[None, :], top[None, :])
+            elif SUMS and i % FEW == FEW - 1:
+                low = s0 if group % 4 == 0 else s1 if group % 4 == 1 else s2 if group % 4 == 2 else s3
+                acc += total * (low[:, None] if SWAP else low[None, :])
+        if not SUMS:
+            acc = acc + total if SWAP else total
         q += SPAN
         x += RUN * FIELDS
-        scale += GROUPS * tall
-        zero += GROUPS * tall
     if SWAP:
         acc = acc.T
+    if TIMES > 1:
+        acc = tl.sum(acc.reshape(TIMES, BLOCK_M, BLOCK_N), 0)
+    if PAIRED and ZERO:
+        acc *= -0.5
+    rn = row + tl.arange(0, BLOCK_N)
+    rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if GROUPS == 0:
-        acc *= tl.load(scale).to(tl.float32)[None, :]
+        acc *= tl.load(scale_ptr + rn).to(tl.float32)[None, :]
     if BIAS and PARTS == 1:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     at = (part.to(tl.int64) * M + rm.to(tl.int64))[:, None] * stride_ym + rn[None, :]
-    tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=alive & (rn[None, :] < N))
-
+    tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
 
 
 # ---------------------------------------------------------------------------------------------------- tiles
@@ -132,22 +169,26 @@ def tiles(m: int, n: int, k: int, bits: int, group_size: int, processors: int) -
     how = layout(bits, group_size)
     if m > DENSE_FROM:
         return {"DENSE": 1}
+    two = how.groups > how.fields  # groups of a run: the weights have to go left
     if m > 16:  # two programs a processor fit: one unpacks while the other's products run
-        found = {"BLOCK_M": 32 if m <= 32 else 64, "BLOCK_N": 64, "SWAP": 1, "num_warps": 4, "num_stages": 3}
-    elif how.run == 128:
+        found = {"BLOCK_M": 32 if m <= 32 else 64, "BLOCK_N": 64, "SWAP": 1, "SCALED": int(group_size in (32, 64)),
+                 "num_warps": 4, "num_stages": 3}
+    elif how.bits == 8:
         found = {"BLOCK_M": 16, "BLOCK_N": 128, "SWAP": int(how.groups > 0), "num_warps": 4, "num_stages": 3}
     else:  # with runs of 32, two warps copy 16 bytes a thread where four would copy 8
-        found = {"BLOCK_M": 16, "BLOCK_N": 64, "SWAP": 0, "num_warps": 4 if how.run == 64 else 2, "num_stages": 4}
+        found = {"BLOCK_M": 16, "BLOCK_N": 64, "SWAP": int(two), "num_warps": 4 if how.run == 64 else 2,
+                 "num_stages": 4}
     made = triton.cdiv(n, found["BLOCK_N"]) * triton.cdiv(m, found["BLOCK_M"])
     parts = -(-2 * processors // made) if m <= 16 else 2 * processors // made  # fill the chip; never a second wave
     return found | {"PARTS": max(1, min(triton.cdiv(k, how.chunk) // 2, parts, 16))}
 
 
-def constants(bits: int, group_size: int, zero: bool, bias: bool, bf16: bool) -> dict[str, object]:
-    """What the kernel is compiled for, beside its tiles."""
+def constants(bits: int, group_size: int, zero: bool, bias: bool, bf16: bool, scaled: bool) -> dict[str, object]:
+    """What the kernel is compiled for, beside its tiles. scaled: it scales weights, not sums."""
     how = layout(bits, group_size)
-    return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "ZERO": zero, "BIAS": bias,
-            "PROGRAMS": "|".join(programs(how.bits, bf16, zero)), "TILE": TILE_ROWS}
+    return {"BITS": how.bits, "RUN": how.run, "FIELDS": how.fields, "GROUPS": how.groups, "NEAR": how.near,
+            "ZERO": zero, "BIAS": bias, "PROGRAMS": "|".join(programs(how.bits, bf16, zero, scaled)), "SCALED": scaled,
+            "TILE": TILE_ROWS}
 
 
 # ---------------------------------------------------------------------------------------------------- launch
@@ -165,20 +206,23 @@ def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
                 or tiles(M, rows, K, bits, group_size, config.processors(device)))
     if tile.get("DENSE"):
         if x.is_cuda or INTERPRETED:
-            known = constants(bits, group_size, zero is not None, False, x.dtype == torch.bfloat16)
+            known = constants(bits, group_size, zero is not None, False, x.dtype == torch.bfloat16, True)
             weight = dense_integers(words, scale, zero, rows, K, x.dtype, known)
         else:
             weight = dequantize(words, scale, zero, bits, group_size, rows, K, x.dtype)
         dense = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return dense if out is None else out.copy_(dense)
+    if tile.get("SCALED") and scale.dtype != x.dtype:  # a scale would be rounded, too
+        tile = tile | {"SCALED": 0, "BLOCK_M": min(tile["BLOCK_M"], 32)}
     how = layout(bits, group_size)
     parts, chunks = tile["PARTS"], words.shape[1]
     target = y if parts == 1 else torch.empty(parts, M, rows, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(rows, tile["BLOCK_N"]), parts)
     int_linear_kernel[grid](
         x, words, scale, scale if zero is None else zero, scale if bias is None else bias, target, M, rows, K,
-        x.stride(0), target.stride(-2), scale.shape[1], chunks, triton.cdiv(chunks, parts),
-        **constants(bits, group_size, zero is not None, bias is not None, x.dtype == torch.bfloat16),
+        x.stride(0), target.stride(-2), chunks, triton.cdiv(chunks, parts),
+        **constants(bits, group_size, zero is not None, bias is not None, x.dtype == torch.bfloat16,
+                    bool(tile.get("SCALED"))),
         PARTS=parts, EVEN_K=K % how.chunk == 0, SWAP=bool(tile.get("SWAP")), BLOCK_M=tile["BLOCK_M"],
         BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], num_stages=tile["num_stages"])
     return y if parts == 1 else sum_parts(target, bias, y)
@@ -194,7 +238,8 @@ def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Te
     checks.group(group_size, K, reference.GROUPS)
     tall, chunks = -(-rows // 128) * 128, -(-K // how.chunk)
     checks.tensor("words", words, torch.int16, (tall // TILE_ROWS, chunks, how.words, TILE_ROWS, how.run), like=x)
-    checks.tensor("scale", scale, (*checks.HALVES, torch.float32), (max(1, chunks * how.groups), tall), like=x)
+    checks.tensor("scale", scale, (*checks.HALVES, torch.float32),
+                  (tall // TILE_ROWS, max(1, chunks * how.groups // how.near), TILE_ROWS, how.near), like=x)
     if zero is not None:
         checks.tensor("zero", zero, torch.int16, tuple(scale.shape), like=x)
     if bias is not None:

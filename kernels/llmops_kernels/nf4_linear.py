@@ -81,11 +81,11 @@ def _numbers(codes, table_ptr, zero, PROGRAM: tl.constexpr, dtype: tl.constexpr)
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def _absmax(absmax_ptr, nested_ptr, table_ptr, offset, index, mask, NESTED: tl.constexpr,  # type: ignore[no-untyped-def]
             EVEN: tl.constexpr):
-    """The absmax of blocks `index`; 0 where the mask is off."""
+    """The absmax of blocks `index` (BLOCK_N, 4); 0 where the mask is off. offset: one a row."""
     if NESTED:
         code = tl.load(nested_ptr + index, mask=mask, other=0).to(tl.int32)
         outer = tl.load(absmax_ptr + index // 256, mask=mask, other=0.0)
-        return tl.where(mask, tl.load(table_ptr + code) * outer + offset, 0.0)
+        return tl.where(mask, tl.load(table_ptr + code) * outer + offset[:, None], 0.0)
     elif EVEN:
         return tl.load(absmax_ptr + index)
     else:
@@ -94,7 +94,7 @@ def _absmax(absmax_ptr, nested_ptr, table_ptr, offset, index, mask, NESTED: tl.c
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def nf4_linear_kernel(x_ptr, q_ptr, absmax_ptr, nested_ptr, nested_table_ptr, offset_ptr, table_ptr, zero_ptr,  # type: ignore[no-untyped-def]
-                      bias_ptr, y_ptr, M, N, K, stride_xm, stride_ym, stride_qn, quads, per_part,
+                      bias_ptr, y_ptr, M, N, K, stride_xm, stride_ym, stride_qn, stride_off, quads, per_part,
                       BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr,
                       EVEN_K: tl.constexpr, PROGRAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One (BLOCK_M, BLOCK_N) tile of y over chunks of 256 columns; quads: absmax of a row / 4 (64 elements, EVEN_K)."""
@@ -112,7 +112,7 @@ def nf4_linear_kernel(x_ptr, q_ptr, absmax_ptr, nested_ptr, nested_table_ptr, of
     q = q_ptr + row[:, None] * stride_qn + (first * 128 + rb)[None, :]
     x = x_ptr + rm[:, None].to(tl.int64) * stride_xm + (first * 256 + rk)[None, :]
     alive = rm[:, None] < M
-    offset = tl.load(offset_ptr) if NESTED else 0.0
+    offset = tl.load(offset_ptr + row * stride_off) if NESTED else 0.0
     zero = 0
     if not INTERPRET:
         zero = tl.inline_asm_elementwise(ZERO, "=r,l", [zero_ptr.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1)
@@ -191,11 +191,12 @@ def launch(x: Tensor, codes: Tensor, absmax: Tensor, absmax_codes: Tensor | None
     target = y if parts == 1 else torch.empty(parts, M, rows, dtype=torch.float32, device=x.device)
     table, zeros = _constants(kind, x.device)
     nested = absmax_codes is not None
+    own = int(offset is not None and offset.numel() > 1)  # an offset a row
     grid = (triton.cdiv(rows, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]), parts)
     nf4_linear_kernel[grid](
         x, codes, absmax, absmax_codes if nested else absmax, absmax_table if nested else absmax,
         offset if nested else absmax, table, zeros, absmax if bias is None else bias, target, M, rows, K, x.stride(0),
-        target.stride(-2), K // 2, K // 256, triton.cdiv(chunks, parts), BLOCKSIZE=blocksize, NESTED=nested,
+        target.stride(-2), K // 2, own, K // 256, triton.cdiv(chunks, parts), BLOCKSIZE=blocksize, NESTED=nested,
         BIAS=bias is not None, PARTS=parts, EVEN_K=K % 256 == 0, PROGRAM=program(kind, x.dtype == torch.bfloat16),
         BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], num_stages=tile["num_stages"])
     return y if parts == 1 else sum_parts(target, bias, y)
@@ -224,9 +225,10 @@ def check(x: Tensor, codes: Tensor, absmax: Tensor, absmax_codes: Tensor | None,
     if absmax_codes is not None and absmax_table is not None and offset is not None:
         checks.tensor("absmax_codes", absmax_codes, torch.uint8, (blocks,), like=x)
         checks.tensor("absmax_table", absmax_table, torch.float32, (256,), like=x)
-        if offset.numel() != 1 or offset.dtype != torch.float32 or offset.device != x.device:
+        fits = offset.numel() == 1 or offset.shape == (rows,) and x.shape[1] % blocksize == 0
+        if not fits or offset.dtype != torch.float32 or offset.device != x.device or not offset.is_contiguous():
             raise ValueError(f"offset is {offset.dtype} {tuple(offset.shape)} on {offset.device}; expected one float32 "
-                             f"on {x.device}")
+                             f"on {x.device}, or {rows}, one a row, where blocks of {blocksize} divide {x.shape[1]}")
     checks.tensor("absmax", absmax, torch.float32, (-(-blocks // 256) if absmax_codes is not None else blocks,), like=x)
     if bias is not None:
         checks.tensor("bias", bias, (*checks.HALVES, torch.float32), (rows,), like=x)

@@ -21,5 +21,8 @@ STARTS: tuple[Argument, ...] = (
                                                         "others use."}),
     (("--green",), {"action": "store_true", "help": "Wait for the cleanest window of a forecast; needs --deadline."}),
     (("--deadline",), {"metavar": "TIME", "help": "When a --green run is to be done: 90m, 12h or 2d from now."}),
-    (("--forecast",), {"metavar": "CSV", "help": "Of utc,zone,g_per_kwh (default: measure.intensity of the recipe)."}),
+    (("--forecast",), {"metavar": "CSV", "help": "Of utc,zone,g_per_kwh, or a provider by name (its key from the "
+                                                 "environment): electricity_maps, watttime, uk_carbon_intensity "
+                                                 "(default: measure.intensity or measure.provider of the recipe)."}),
+    (("--zone",), {"help": "Zone of the --forecast, as it names it (default: measure.zone of the recipe)."}),
     (("--lasts",), {"metavar": "TIME", "help": "How long a --green run takes (default: as long as before, or 1h)."}))

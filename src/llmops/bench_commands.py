@@ -28,6 +28,7 @@ def bench_models(models: Sequence[str], against: str | None, batches: Sequence[i
     from llmops.bench_models.matrix import Matrix, run_matrix
     from llmops.bench_models.tables import lines, write
     from llmops.measure.options import MeasureOptions
+    from llmops.measure.reserve import reserved
     from llmops.models.load import pick_device
 
     if new_tokens < 2:
@@ -39,7 +40,8 @@ def bench_models(models: Sequence[str], against: str | None, batches: Sequence[i
     matrix = Matrix(found, against or found[0].name, sorted(set(batches or [1, 8])), sorted(set(contexts or [256])),
                     options, str(pick_device(device)), threads or torch.get_num_threads(), kernel, seed,
                     (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True)))
-    cells = run_matrix(matrix, Path(out))
+    with reserved(False, f"bench {out}"):
+        cells = run_matrix(matrix, Path(out))
     paths = write(cells, Path(out))
     print(json.dumps(cells, indent=1, ensure_ascii=False) if as_json else "\n".join(
         [*lines(cells), ", ".join(map(str, paths))]))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, StepError
+from llmops.ops.float32 import WideLinear
 from llmops.shelf import give_back, shelved
 
-__all__ = ["SHELVED_FROM", "Call", "Stream", "finite", "instead", "lent", "passing"]
+__all__ = ["SHELVED_FROM", "Call", "Stream", "computing", "finite", "instead", "lent", "passing"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 #: Bytes of a block from which on it is put on the disk once it has been changed (`shelf.py`).
@@ -76,8 +77,9 @@ class Stream:
         hidden = self.hidden[batch] if hidden is None else hidden
         args, kwargs = _to(_put(self.calls[batch][index], hidden), self.device, self.compute)
         block = self.blocks[index]
-        out = block(*args, **kwargs) if weights is None else torch.func.functional_call(block, dict(weights), args,
-                                                                                        kwargs)
+        with WideLinear():
+            out = block(*args, **kwargs) if weights is None else torch.func.functional_call(block, dict(weights), args,
+                                                                                            kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def advance(self, index: int, name: str) -> None:
@@ -100,6 +102,19 @@ def passing(blocks: nn.ModuleList, note: Callable[[int, Call], Tensor]) -> Itera
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+@contextmanager
+def computing(layer: nn.Linear, product: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, x W^T of the layer is what `product` makes of x; its bias, and its hooks, are as they were."""
+    saved = layer.__dict__.get("forward")
+    layer.forward = lambda x: product(x) if layer.bias is None else product(x) + layer.bias  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
+        if saved is not None:
+            layer.forward = saved  # type: ignore[method-assign]
 
 
 @contextmanager

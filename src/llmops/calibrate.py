@@ -40,6 +40,7 @@ silent zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,18 +48,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmops.block_stream import Stream, finite, lent
+from llmops.block_stream import Stream, computing, finite, lent
 from llmops.errors import LlmopsError
 from llmops.gathering import STATISTICS, InPassing, Turn, measure, statistic_of, tail_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
 from llmops.models.tail import Tail
+from llmops.shelf import keeping
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
 
 Update = Callable[[str, nn.Linear, Any], Tensor | None]
 Once = Callable[[Tensor], Any]
+Product = Callable[[str, Tensor], Tensor]
 Progress = Callable[[int, int], None]
 BlockUpdate = Callable[["Block"], None]
 TailUpdate = Callable[[Tail], None]
@@ -68,6 +71,7 @@ WHOLE = 1 << 29
 
 
 # ---------------------------------------------------------------------------------------------------- the walk
+@keeping()
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update, *, ignore: Sequence[str] = (),
          batch_size: int = 8, device: str | torch.device | None = None, sequential: bool = False,
@@ -99,16 +103,18 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
     stream = Stream(model, blocks, tokens, _batch(blocks, todo, tokens, batch_size, sequential), device, compute) \
         if make is not None and tokens is not None else None
     routing = _begun(routing, tokens)
+    outside = [(full, layer) for full, layer in todo.items() if not full.startswith(f"{path}.")]
     for index, block in enumerate(blocks):
         name = f"{path}.{index}"
         layers = _inside(todo, name)
+        wanted = index + 1 < len(blocks) or bool(outside)  # whether anything sees what the block makes
         with lent(block, stream.device if stream else device, compute):
             if prepare is not None:
                 for full, layer in layers:
                     finite(layer.weight, f"{full}: the weight holds")
                 prepare(Block(name, block, dict(layers), [], stream, index, routing))
             if stream and make and sequential and len(stream.hidden) == 1 and not any(map(expert_of, dict(layers))):
-                with InPassing(layers, make, partial(_made, once), partial(_replace, update)) as passing:
+                with InPassing(layers, make, partial(_made, once), partial(_replace, update), wanted) as passing:
                     stream.advance(index, name)
                 passing.check()
             else:
@@ -116,11 +122,10 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
                 for turn in turns_of(stream, index, layers) if stream and sequential else alone:
                     found = measure(stream, index, turn, make, routing) if stream and make and turn else None
                     _updated(turn, found, update, once)
-                if stream:
+                if stream and wanted:
                     stream.advance(index, name)
         if progress is not None:
             progress(index + 1, len(blocks))
-    outside = [(full, layer) for full, layer in todo.items() if not full.startswith(f"{path}.")]
     for name, layer in outside:
         if stream is None:
             _replace(update, name, layer, None)
@@ -196,12 +201,13 @@ class Block:
     def batches(self) -> int:
         return len(self.flow.hidden)
 
-    def run(self, batch: int = 0, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output on a batch, with `weights` (full layer name -> weight) in place of its own if given."""
-        if weights is None:
+    def run(self, batch: int = 0, product: Product | None = None, names: Sequence[str] = ()) -> Tensor:
+        """The block's output on a batch; x W^T of the layers `names` (full) is what `product` makes of (name, x)."""
+        with ExitStack() as stack:
+            for name in names if product is not None else ():
+                assert product is not None
+                stack.enter_context(computing(self.layers[name], partial(product, name)))
             return self.flow.run(self.index, batch)
-        inside = {f"{full.removeprefix(self.name + '.')}.weight": weight for full, weight in weights.items()}
-        return self.flow.run(self.index, batch, weights=inside)
 
     def turns(self) -> list[list[str]]:
         """All linear layers by full name, ignored ones too, in the order in which they run; same input, same turn."""

@@ -3,7 +3,8 @@
 A challenger is compared with the champion on the champion's own items, whatever run each is from, and replaces it when
 
     every score with a margin is shown to be non-inferior    (all must be, so no correction: intersection-union)
-    a saving is shown                                        (an interval that leaves "no better" out; bytes count)
+    a saving is shown                                        (an interval that leaves "no better" out; bytes count:
+                                                              `savings`)
 
 Scores of other prompts are not compared, and nothing is promoted by them. `force` promotes all the same, and the record
 says so, with the reasons that spoke against it. Records are links of the ledger's chain: who, when, why, what for. The
@@ -23,10 +24,9 @@ from llmops.evaluate.noninferiority import LEVEL, drop_of, noninferiority_p, wor
 from llmops.gate import sound
 from llmops.ledger import Ledger
 from llmops.pairing import pair_rows
-from llmops.quantity import Quantity
-from llmops.report.compare import compare
-from llmops.report.figures import number, show
+from llmops.report.figures import number
 from llmops.report.reading import COSTS, figure, name_of, rising, score_ids, state_of, status_text
+from llmops.savings import check_saving, savings
 from llmops.store import Store
 
 __all__ = ["CHAMPIONS", "Decision", "champions", "promote"]
@@ -63,12 +63,14 @@ class Decision:
 
 
 def promote(runs: str | None, run: str | None, variant: str, *, name: str = "champion", why: str | None = None,
-            margin: float | None = None, saving: str | None = None, force: bool = False) -> Decision:
+            margin: float | None = None, saving: str | None = None, batch: int | None = None,
+            force: bool = False) -> Decision:
     """Make a variant the champion `name` if it earns it.
 
-    margin: where the run's goals have none, of its first score and others in the same unit; saving: the cost that must
-    be better (default: the goals' `prefer`, else any). Raises LlmopsError for what is not there, a variant that is not
-    sound, no margin, scores of other prompts (unless forced), and a ledger that was tampered with.
+    margin: where the run's goals have none, of its first score and others in the same unit; saving: one of SAVINGS, the
+    cost that must be better (default: the goals' `prefer`, else any), at every batch size or at `batch`. Raises
+    LlmopsError for what is not there, a variant that is not sound, no margin, scores of other prompts (unless forced),
+    and a ledger that was tampered with.
     """
     rows = rows_of(runs, run)
     store = Store(runs)
@@ -78,8 +80,7 @@ def promote(runs: str | None, run: str | None, variant: str, *, name: str = "cha
         raise LlmopsError(unknown("variant", variant, [name_of(each) for each in rows]))
     if state_of(row) != "ok":
         raise LlmopsError(f"{variant} is {status_text(row)}; expected a variant that was built and scored")
-    if saving is not None and saving not in COSTS:
-        raise LlmopsError(unknown("cost", saving, COSTS))
+    check_saving(saving, batch)
     if margin is not None and margin <= 0:
         raise LlmopsError(f"--margin {margin:g}; expected a number above 0, in the unit of the score, as 0.02")
     found = Decision(name, str(row["identity"]["run"]), variant)
@@ -88,7 +89,7 @@ def promote(runs: str | None, run: str | None, variant: str, *, name: str = "cha
     if champion is None:
         _first(found, row)
     else:
-        _challenge(found, row, champion, ledger, margin, saving, force)
+        _challenge(found, row, champion, ledger, margin, (saving, batch), force)
     found.forced = force and bool(found.against)
     found.promoted = not found.against or found.forced
     if found.promoted:
@@ -118,7 +119,7 @@ def _first(found: Decision, row: Mapping[str, Any]) -> None:
 
 
 def _challenge(found: Decision, row: Mapping[str, Any], champion: Mapping[str, Any], ledger: Ledger,
-               margin: float | None, saving: str | None, force: bool) -> None:
+               margin: float | None, saving: tuple[str | None, int | None], force: bool) -> None:
     identity = champion["identity"]
     found.champion = f"{identity['run']}/{identity['variant']}"
     if row["row_id"] == champion["row_id"] or row["identity"]["key"] == identity["key"]:
@@ -136,7 +137,7 @@ def _challenge(found: Decision, row: Mapping[str, Any], champion: Mapping[str, A
             found.against.append(f"not comparable: {error}")
             continue
         _judge_score(found, score, body, limit, rising([row], score))
-    _judge_saving(found, row, champion, saving)
+    _judge_saving(found, row, champion, *saving)
 
 
 def _margins(row: Mapping[str, Any], champion: Mapping[str, Any], margin: float | None) -> dict[str, float]:
@@ -173,32 +174,22 @@ def _judge_score(found: Decision, score: str, body: Mapping[str, Any], margin: f
         f"{words}: {'non-inferior' if p <= LEVEL else 'not shown to be non-inferior'}")
 
 
-def _judge_saving(found: Decision, row: Mapping[str, Any], champion: Mapping[str, Any], saving: str | None) -> None:
+def _judge_saving(found: Decision, row: Mapping[str, Any], champion: Mapping[str, Any], saving: str | None,
+                  batch: int | None) -> None:
+    """Shown where one figure is better; of a figure that was named, none may be shown to be worse at another size."""
     prefer = (row.get("goals") or {}).get("prefer")
     wanted = saving or (prefer if prefer in COSTS else None)
-    # the champion under a run of its own, so that two builds of one variant are told apart
-    other = {**champion, "identity": {**champion["identity"], "run": f"champion {found.name}"}}
-    label, theirs = f"{found.run}/{found.variant}", f"champion {found.name}/{name_of(champion)}"
-    shown: list[str] = []
-    for line in compare([row, other], [label, theirs], against=theirs):
-        if line.kind != "ratio" or (wanted and line.figure.partition(" ")[0] != wanted):
-            continue
-        cell = line.cells[label]
-        ratio = cell.difference or Quantity.null("ratio", cell.problem or "not measured in both")
-        found.savings[line.figure] = {"better": cell.better, "ratio": ratio.as_dict(), "not_comparable": cell.problem}
-        if cell.better:
-            shown.append(f"{line.figure} x {show(ratio, with_interval=True)}")
-    if shown:
-        found.told.append(f"saving shown: {', '.join(shown)}")
-        return
-    seen = "; ".join(f"{figure}: {_told(body)}" for figure, body in found.savings.items())
-    found.against.append(f"no saving shown{f' in {wanted}' if wanted else ''} ({seen or 'not measured'})")
-
-
-def _told(saving: Mapping[str, Any]) -> str:
-    ratio = Quantity.from_dict(saving["ratio"])
-    return saving["not_comparable"] or (f"x {show(ratio, with_interval=True)}" if ratio.value is not None
-                                        else ratio.method)
+    seen = savings(row, champion, wanted, batch)
+    found.savings = {each.figure: each.as_dict() for each in seen}
+    better = [f"{each.figure} {each.told()}" for each in seen if each.better]
+    worse = [f"{each.figure} {each.told()}" for each in seen if each.better is False] if wanted else []
+    if better:
+        found.told.append(f"saving shown: {', '.join(better)}")
+    if better and worse:
+        found.against.append(f"it costs more: {', '.join(worse)}; name the size that counts with --batch")
+    if not better:
+        told = "; ".join(f"{each.figure}: {each.told()}" for each in seen) or "no cost was measured in both"
+        found.against.append(f"no saving shown{f' in {wanted}' if wanted else ''} ({told})")
 
 
 def _record(found: Decision, row: Mapping[str, Any], before: Sequence[Mapping[str, Any]], why: str | None,

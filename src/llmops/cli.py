@@ -33,13 +33,13 @@ SHELLS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config
 
 
 def tune(recipe: str, sets: Sequence[str], runs: str | None, as_json: bool, quiet: bool, wide: bool, exclusive: bool,
-         green: bool, deadline: str | None, forecast: str | None, lasts: str | None) -> int:
+         green: bool, deadline: str | None, forecast: str | None, lasts: str | None, zone: str | None) -> int:
     """Build, reload and score every variant of RECIPE, and print the table. A second run does no work."""
     from llmops.green import asked
     from llmops.progress import Watcher
     from llmops.runner import run
 
-    wanted = asked(green, deadline, forecast, lasts)
+    wanted = asked(green, deadline, forecast, lasts, zone)
     sets = [*sets, "measure.exclusive=true"] if exclusive else sets
     result = run(_recipe_path(recipe), sets=sets, runs=runs, watcher=Watcher(quiet), green=wanted)
     if as_json:

@@ -149,7 +149,6 @@ def _models(found: dict[str, Any], picked: Mapping[str, list[tuple[Item, Item]]]
             rows: Mapping[str, Mapping[str, Any]], store: Store, watcher: Watcher | None) -> None:
     """Run both variants: tokens of the items that changed, then the layers."""
     from llmops.evaluate.options import EVALUATIONS, Evaluation
-    from llmops.evaluate.replay import REPLAYED
     from llmops.models.load import hush
 
     hush()
@@ -158,46 +157,73 @@ def _models(found: dict[str, Any], picked: Mapping[str, list[tuple[Item, Item]]]
     best: tuple[int, str, list[Any]] = (-1, "", [])  # whose answers the layers are held to: the score that changed most
     for metric, body in source["evaluate"]:
         entry = Evaluation(metric, EVALUATIONS[metric].model_validate(body))
-        if metric not in REPLAYED:
-            found["notes"].append(f"{entry.id}: no tokens and layers: lm-eval makes the prompts of its tasks")
-            continue
-        counts = found["scores"].get(entry.id, {})
-        if "changed" not in counts:
-            continue
-        shown = _replayed(counts, picked[entry.id], entry, source, variant, reference, tokenizer)
-        rank = counts["changed"] if metric != "perplexity" else 0  # of windows every one changes
-        if rank > best[0]:
-            best = rank, entry.id, shown
+        for score, known in _known(entry, source, reference, tokenizer, found).items():
+            counts = found["scores"].get(score, {})
+            if "changed" not in counts:
+                continue
+            lost = sum(item.id not in known for item, _ in picked[score])
+            if lost and metric == "harness":
+                found["notes"].append(f"{score}: no tokens: {_unasked(lost, len(picked[score]), bool(known))}")
+                continue
+            if lost:
+                raise LlmopsError(f'{score}: the data are not those that were scored ({lost} of {len(picked[score])} '
+                                  f'items are not in them); expected "{entry.options.data}" as it was: put it back, or '
+                                  "score again")
+            shown = _replayed(counts, picked[score], known, entry.options, variant, reference, tokenizer)
+            rank = counts["changed"] if metric != "perplexity" else 0  # of windows every one changes
+            if rank > best[0]:
+                best = rank, score, shown
     _layers(found, best[1], best[2], variant, reference, rows, watcher)
 
 
-def _replayed(counts: dict[str, Any], pairs: Sequence[tuple[Item, Item]], entry: Any, source: Mapping[str, Any],
-              variant: Any, reference: Any, tokenizer: Any) -> list[Any]:
-    """Put the changed items with their tokens into `counts`; returns the questions with the reference's answers."""
+def _known(entry: Any, source: Mapping[str, Any], reference: Any, tokenizer: Any,
+           found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Score -> item's id -> Question, of one entry of `evaluate`; {} with a note where lm-eval cannot be asked."""
     from llmops.data.options import DataSource
     from llmops.data.sources import load_rows
-    from llmops.evaluate.replay import answered, questions
+    from llmops.evaluate.replay import questions
+
+    options, base_dir = entry.options, Path(source["base_dir"])
+    if entry.metric == "harness":
+        from llmops.evaluate.harness_replay import harness_questions
+
+        if options.include is not None:
+            options = options.model_copy(update={"include": str(base_dir / options.include)})
+        try:
+            asked = harness_questions(reference, tokenizer, options, entry.id)
+        except LlmopsError as reason:
+            found["notes"].append(f"{entry.id}: no tokens and layers: {reason}")
+            return {}
+        return {f"harness:{task}": known for task, known in asked.items()}
+    data = {name: DataSource.model_validate(body) for name, body in source["data"].items()}
+    rows = load_rows(options.data, data, base_dir, source["seed"])
+    return {entry.id: questions(entry.metric, reference, tokenizer, rows, options)}
+
+
+def _unasked(lost: int, of: int, some: bool) -> str:
+    return (f"lm-eval makes other prompts now ({lost} of {of} items are not among them): its version, or the task's "
+            "data, changed" if some else "its answers are written, and end by lm-eval's own rules")
+
+
+def _replayed(counts: dict[str, Any], pairs: Sequence[tuple[Item, Item]], known: Mapping[str, Any], options: Any,
+              variant: Any, reference: Any, tokenizer: Any) -> list[Any]:
+    """Put the changed items with their tokens into `counts`; returns the questions with the reference's answers."""
+    from llmops.evaluate.replay import answered
     from llmops.evaluate.token_view import view
 
-    options = entry.options
-    data = {name: DataSource.model_validate(body) for name, body in source["data"].items()}
-    rows = load_rows(options.data, data, Path(source["base_dir"]), source["seed"])
-    known = questions(entry.metric, reference, tokenizer, rows, options)
-    lost = sum(item.id not in known for item, _ in pairs)
-    if lost:
-        raise LlmopsError(f'{entry.id}: the data are not those that were scored ({lost} of {len(pairs)} items are not '
-                          f'in them); expected "{options.data}" as it was: put it back, or score again')
+    def cut(sides: Sequence[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+        return [(prompt, answer[:VIEWED]) for prompt, answer in sides]
+
     asked = [known[item.id] for item, _ in pairs]
-    shown = [(question.prompt, reply) for question, reply in
-             zip(asked, answered(reference, tokenizer, asked, options), strict=True)]
-    seen = view(variant, reference, tokenizer, [(prompt, reply[:VIEWED]) for prompt, reply in shown])
-    counts["items"] = [_told(pair, question.text, tokens)
-                       for pair, question, tokens in zip(pairs, asked, seen, strict=True)]
-    if shown:
-        return shown
-    asked = list(known.values())[:16]  # nothing changed: the layers are held to the first items all the same
-    replies = answered(reference, tokenizer, asked, options)
-    return [(question.prompt, reply) for question, reply in zip(asked, replies, strict=True)]
+    shown = answered(reference, tokenizer, asked, options, [other.answer for _, other in pairs])
+    seen = view(variant, reference, tokenizer, cut(shown))
+    choices = [dict(zip(question.answers, view(variant, reference, tokenizer, cut([question.side(text) for text in
+                                                                                   question.answers])), strict=True))
+               if len(question.answers) > 1 else {} for question in asked]
+    counts["items"] = [_told(pair, question.text, tokens, each)
+                       for pair, question, tokens, each in zip(pairs, asked, seen, choices, strict=True)]
+    # where nothing changed the layers are held to the first items all the same
+    return shown or answered(reference, tokenizer, list(known.values())[:16], options)
 
 
 def _load(name: str, rows: Mapping[str, Mapping[str, Any]], source: Mapping[str, Any], store: Store,
@@ -217,14 +243,17 @@ def _load(name: str, rows: Mapping[str, Mapping[str, Any]], source: Mapping[str,
     return loaded.eval(), tokenizer
 
 
-def _told(pair: tuple[Item, Item], text: str, tokens: Sequence[Any]) -> dict[str, Any]:
+def _told(pair: tuple[Item, Item], text: str, tokens: Sequence[Any], choices: Mapping[str, Sequence[Any]],
+          ) -> dict[str, Any]:
     item, other = pair
     first = next((place for place, token in enumerate(tokens) if token.says != token.says_variant), None)
     return {"id": item.id, "question": text if len(text) <= TEXT else f"{text[:TEXT]}…", "groups": item.groups,
             "expected": item.detail.get("expected"), "answer": item.answer, "answer_before": other.answer,
             "score": item.score, "score_before": other.score, "parts_at": first,
             "loglikelihoods": item.detail.get("loglikelihoods"),
-            "loglikelihoods_before": other.detail.get("loglikelihoods"), "tokens": [asdict(each) for each in tokens]}
+            "loglikelihoods_before": other.detail.get("loglikelihoods"), "tokens": [asdict(each) for each in tokens],
+            "choices": [{"choice": choice, "delta_logp": sum(token.delta_logp for token in each),
+                         "tokens": [asdict(token) for token in each]} for choice, each in choices.items()]}
 
 
 def _layers(found: dict[str, Any], score: str, shown: Sequence[Any], variant: Any, reference: Any,
@@ -290,7 +319,9 @@ def _item_lines(item: Mapping[str, Any]) -> list[str]:
     kl = "; ".join(f"{token['token']!r} KL {number(token['kl'])}, p {number(token['p'])} -> {number(token['q'])}"
                    + (f", now {token['says_variant']!r}" if token["says_variant"] != token["says"] else "")
                    for token in worst)
-    return [f"  {text[-100:]}{groups}", said, *([f"    {kl}"] if kl else [])]
+    choices = "; ".join(f"{each['choice']!r} {each['delta_logp']:+.3f}" for each in item.get("choices") or [])
+    return [f"  {text[-100:]}{groups}", said, *([f"    {kl}"] if kl else []),
+            *([f"    log p of the choices: {choices}"] if choices else [])]
 
 
 def _layer_lines(layers: Mapping[str, Any]) -> list[str]:

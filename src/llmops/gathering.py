@@ -20,6 +20,7 @@ from llmops.errors import LlmopsError, StepError, unknown
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, covered
 from llmops.models.tail import Tail, lent_tail, through
+from llmops.ops.float32 import Products
 
 __all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "statistic_of", "tail_of", "turns_of"]
 
@@ -68,8 +69,9 @@ class _Hessian:
         wide = x.float()
         if self.total is None:
             self.total = wide.new_zeros(wide.shape[1], wide.shape[1])
-        for first in range(0, len(self.total), _ROWS):
-            self.total[first:first + _ROWS, first:].addmm_(wide[:, first:first + _ROWS].t(), wide[:, first:])
+        with Products():
+            for first in range(0, len(self.total), _ROWS):
+                self.total[first:first + _ROWS, first:].addmm_(wide[:, first:first + _ROWS].t(), wide[:, first:])
 
     def result(self, tokens: int) -> Tensor:
         assert self.total is not None
@@ -217,21 +219,23 @@ class InPassing:
 
     The pass that measures a layer is then the one that shows the others what it became: nothing is run twice. `reached`
     gets the layers that see the very same tensor one after the other, with the statistic it made of it for the first.
+    wanted: whether the pass is to go on behind the last of them.
     """
 
     def __init__(self, layers: Named, make: Callable[[], Any], once: Callable[[str, Tensor], Any],
-                 reached: Callable[[str, nn.Linear, Any], None]) -> None:
-        self.left, self.make, self.once, self.reached = dict(layers), make, once, reached
+                 reached: Callable[[str, nn.Linear, Any], None], wanted: bool = True) -> None:
+        self.left, self.make, self.once, self.reached, self.wanted = dict(layers), make, once, reached, wanted
         self.seen: tuple[Tensor, int, Any] | None = None  # an input, held so that none is its heir; what once made
 
     def __enter__(self) -> InPassing:
         self.handles = [layer.register_forward_pre_hook(partial(self.hook, name)) for name, layer in self.left.items()]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         self.seen = None
         for handle in self.handles:
             handle.remove()
+        return kind is _Reached
 
     def hook(self, name: str, layer: nn.Linear, args: tuple[Any, ...]) -> None:
         if self.left.pop(name, None) is None:
@@ -241,6 +245,8 @@ class InPassing:
             self.seen = None  # the statistic of the one before goes first
             self.seen = (x, x._version, self.once(name, self.statistic(name, x)))
         self.reached(name, layer, self.seen[2])
+        if not self.left and not self.wanted:
+            raise _Reached
 
     def statistic(self, name: str, x: Tensor) -> Tensor:
         summed = self.make()

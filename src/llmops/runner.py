@@ -73,16 +73,10 @@ def _run(parsed: Recipe, store: Store, watcher: Watcher, green: Green | None = N
     replace_file(folder / "recipe.yaml", parsed.text)
     replace_file(folder / "origin.json", json.dumps(origin(parsed), indent=1))
     with log_file(folder / "log.txt"):
-        if not all(stage.done for stage in walk.plan.stages):
-            from llmops.preflight import preflight
-            from llmops.trackers import check_trackers
-
-            check_trackers(parsed)
-            for line in (*walk.plan.advice, *budgeted(walk.plan, store, ledger.rows()), *preflight(walk.plan)):
-                watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
-            walk.begin(green)
         try:
             with walk.open:
+                if not all(stage.done for stage in walk.plan.stages):
+                    walk.begin(green)
                 walk.all()
         except BudgetReached:
             if walk.rows:
@@ -116,8 +110,12 @@ class _Walk:
         self.charges = Charges(self.plan, self.store)
 
     def begin(self, green: Green | None) -> None:
-        """Wait for a clean window where one was asked for, and meter the whole where there is a budget."""
+        """Refuse what can be refused before any work, wait for a clean window where one was asked for, and meter the
+        whole where there is a budget."""
         recipe = self.plan.recipe
+        with ExitStack() as seen:  # nobody is kept out while it waits
+            self._reserve(self.open if green is None else seen)
+        self._checked()
         if green is not None:
             from llmops.green import choose, wait
 
@@ -125,6 +123,7 @@ class _Walk:
             replace_file(self.store.folder(recipe.name) / "start.json", json.dumps(self.start.as_dict(), indent=1))
             self.watcher.note(self.start.told())
             wait(self.start)
+            self._reserve(self.open)
         if recipe.budget is not None:
             from llmops.grids import grid_of
             from llmops.spending import Spending
@@ -133,6 +132,23 @@ class _Walk:
             meter = self._workbench()[0]
             spending = self.open.enter_context(Spending(self.plan, self.store, meter, recipe.budget, grid))
             self.progress = spending.watching(self.watcher.progress)
+
+    def _reserve(self, stack: ExitStack) -> None:
+        from llmops.measure.reserve import reserved
+
+        recipe = self.plan.recipe
+        if recipe.measure is not None:
+            stack.enter_context(reserved(recipe.measure.exclusive, f"run {recipe.name}"))
+
+    def _checked(self) -> None:
+        from llmops.grids import answers
+        from llmops.preflight import preflight
+        from llmops.trackers import check_trackers
+
+        check_trackers(self.plan.recipe)
+        answers(self.plan.recipe)
+        for line in (*self.plan.advice, *budgeted(self.plan, self.store, self.ledger.rows()), *preflight(self.plan)):
+            self.watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
 
     def all(self) -> None:
         """Every stage, until each has its row. What another process is at work on is put aside and waited for."""
@@ -338,7 +354,7 @@ class _Walk:
         variant = recipe.variants.get(stage.variant)
         options = variant.options.model_dump(mode="json") if variant is not None else {}
         return {
-            "schema": SCHEMA, "goals": goals_body(recipe),
+            "schema": SCHEMA, "goals": recipe.goals.as_dict(), "card": recipe.card.model_dump(exclude_defaults=True),
             "identity": {"base_model": recipe.model.id, "revision": recipe.model.revision, "seed": recipe.seed,
                          "llmops": __version__},
             "status": {"state": "ok", "reason": None},
@@ -360,7 +376,8 @@ class _Walk:
     def _append(self, stage: Stage, row: dict[str, Any], items: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         recipe = self.plan.recipe
         teacher = stage.teacher
-        row = {**row, "goals": goals_body(recipe), "identity": {
+        said = {"goals": recipe.goals.as_dict(), "card": recipe.card.model_dump(exclude_defaults=True)}
+        row = {**row, **said, "identity": {
             **row["identity"], "run": recipe.name, "run_id": self.run_id, "variant": stage.variant,
             "parent": stage.parents[0] if stage.parents else None, "teacher": teacher, "key": stage.key,
             "parent_key": stage.parent_keys[0] if stage.parent_keys else None, "score_key": stage.score_key,
@@ -370,19 +387,9 @@ class _Walk:
         self.rows[stage.variant] = {**row, "row_id": self.ledger.append(row, items)}
 
 
-def goals_body(recipe: Recipe) -> dict[str, Any]:
-    """The goals as a row holds them, so that a verdict needs nothing but rows."""
-    def bodies(goals: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: goal.model_dump(mode="json", exclude_none=True) for name, goal in goals.items()}
-
-    goals = recipe.goals
-    if not (goals.quality or goals.costs or goals.prefer):
-        return {}
-    return {"quality": bodies(goals.quality), "costs": bodies(goals.costs), "prefer": goals.prefer}
-
-
 def _done(row: Mapping[str, Any], stage: Stage, recipe: Recipe) -> bool:
-    same = row["identity"].get("score_key") == stage.score_key and row["goals"] == goals_body(recipe)
+    same = row["identity"].get("score_key") == stage.score_key and row["goals"] == recipe.goals.as_dict()
+    same = same and (row.get("card") or {}) == recipe.card.model_dump(exclude_defaults=True)
     return same and row["status"]["state"] in ("ok", "broken")
 
 

@@ -25,7 +25,7 @@ from llmops.evaluate.options import Evaluation, Harness
 from llmops.evaluate.score import Item, Score
 from llmops.evaluate.slices import sliced
 from llmops.evaluate.tokens import compare_tokens
-from llmops.grids import grid_of
+from llmops.grids import known_grid
 from llmops.ledger import Ledger
 from llmops.measure import memory
 from llmops.measure.carbon import carbon, embodied_per_1k
@@ -183,7 +183,8 @@ class Scorer:
         if options.embodied_kg is not None:
             speed = row["latency"][str(min(options.batch_sizes))]["decode_tokens_per_s"]["value"]
             embodied = embodied_per_1k(options.embodied_kg, options.lifetime_years, 1 / speed if speed else None)
-        row["carbon"] = carbon(built, per_token, grid_of(self.recipe, self.began), embodied)
+        grid, source = known_grid(self.recipe, self.began)
+        row["carbon"] = {**carbon(built, per_token, grid, embodied), "grid": source}
         if stage.variant != "base":
             ratio = Quantity.from_dict(figures["ratio_to_base"])
             evaluated = Quantity.from_dict(row["building"]["evaluate_energy_j"])

@@ -41,13 +41,13 @@ def gate(run: str, variants: Sequence[str], goals: Sequence[str], junit: str | N
     return 0 if found.passed else 1
 
 
-def promote(run: str, variant: str, name: str, why: str | None, margin: float | None, saving: str | None, force: bool,
-            runs: str | None, as_json: bool) -> int:
+def promote(run: str, variant: str, name: str, why: str | None, margin: float | None, saving: str | None,
+            batch: int | None, force: bool, runs: str | None, as_json: bool) -> int:
     """Make VARIANT of RUN the champion if it is shown to be no worse than the one in force, and cheaper; exit 1 when it
     is not. Who, when and why go into the ledger."""
     from llmops.champions import promote as decide
 
-    found = decide(runs, run, variant, name=name, why=why, margin=margin, saving=saving, force=force)
+    found = decide(runs, run, variant, name=name, why=why, margin=margin, saving=saving, batch=batch, force=force)
     _print(found.as_json(), as_json, found.lines())
     return 0 if found.promoted else 1
 
@@ -115,8 +115,11 @@ COMMANDS: dict[str, Command] = {
                 (("--why",), {"metavar": "TEXT", "help": "The reason, for the record."}),
                 (("--margin",), {"metavar": "X", "type": _number, "help": "How much worse scores may be where "
                                                                           "the goals say nothing."}),
-                (("--saving",), {"metavar": "COST", "help": "The cost that must be better (default: `prefer` of the "
-                                                            "goals, else any)."}),
+                (("--saving",), {"metavar": "COST", "help": "The cost that must be better: joules_per_token (measured, "
+                                                            "not estimated), decode_latency, disk_bytes or another "
+                                                            "cost (default: `prefer` of the goals, else any)."}),
+                (("--batch",), {"metavar": "N", "type": at_least(1),
+                                "help": "Judge energy and speed at this batch size (default: at all measured ones)."}),
                 (("--force",), {"action": "store_true", "help": "Promote in spite of reasons against; recorded."}),
                 RUNS, JSON),
     "champions": (champions, (("name",), {"metavar": "NAME", "nargs": "?", "help": "One of them (default: all)."}),

@@ -29,6 +29,10 @@ def case(bits: int, group: int, m: int, n: int, k: int, dtype: str, zero: bool) 
     assert torch.equal(unpack_codes(stored, bits, k), codes)
     y = int_matmul(x, stored, scale, points, bits=bits, group_size=size)
     again = int_matmul(x, stored, scale, points, bits=bits, group_size=size)
+    if m == 0:
+        fits = tuple(y.shape) == (0, n) and y.dtype == typed
+        return {"case": [bits, group, m, n, k, dtype, zero], "error": 0.0 if fits else 1.0, "worst_row": 0.0,
+                "repeat": 0.0}
     shifted = codes.double() if points is None else codes.double() - points.double().repeat_interleave(size, 1)
     exact = x.double() @ (shifted * scale.double().repeat_interleave(size, 1)).T
     rows = ((y.double() - exact).norm(dim=0) / exact.norm(dim=0)).max()  # per output row: the outlier hides nothing

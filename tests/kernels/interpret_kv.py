@@ -84,17 +84,18 @@ def attention(format: str, dtype: str, B: int, H: int, G: int, T: int, D: int, N
 
 
 def far(format: str) -> dict[str, Any]:
-    """A batch stride past 2^31: of 2 GiB of address space some pages are touched."""
+    """Three rows of a batch, the last past 2^31: of 2 GiB of address space some pages are touched."""
     D, T = 16, 3
-    row = (1 << 31) + 64
-    codes = [torch.empty(row + 4096, dtype=torch.int8).as_strided((2, 1, 64, D), (row, 64 * D, D, 1)) for _ in range(2)]
-    scales = [torch.zeros(2, 1, 64, 1, dtype=torch.bfloat16) for _ in range(2)]
+    row = (1 << 30) + 64
+    codes = [torch.empty(2 * row + 4096, dtype=torch.int8).as_strided((3, 1, 64, D), (row, 64 * D, D, 1))
+             for _ in range(2)]
+    scales = [torch.zeros(3, 1, 64, 1, dtype=torch.bfloat16) for _ in range(2)]
     held = (codes[0], scales[0], codes[1], scales[1])
-    key, value = vectors(9, 2, 1, T, D, torch.float16), vectors(10, 2, 1, T, D, torch.float16)
+    key, value = vectors(9, 3, 1, T, D, torch.float16), vectors(10, 3, 1, T, D, torch.float16)
     kv_append(key, value, *held, torch.zeros(1, dtype=torch.int64), format)
-    near = empty_cache(2, 1, 64, D, format)
+    near = empty_cache(3, 1, 64, D, format)
     append_reference.kv_append(key, value, *near, torch.zeros(1, dtype=torch.int64), format)
-    query, length = torch.randn(2, 1, 1, D, generator=torch.Generator().manual_seed(1)).half(), torch.tensor([T])
+    query, length = torch.randn(3, 1, 1, D, generator=torch.Generator().manual_seed(1)).half(), torch.tensor([T])
     found = kv_attention(query, *held, length, scale=0.25, format=format)
     exact = attention_reference(query, *near, length, None, None, 0.25, 0, 0.0, format, exact=torch.float64)
     return {"same": bool(torch.equal(codes[0][:, :, :T], near[0][:, :, :T])),
@@ -112,7 +113,21 @@ def wrong(format: str) -> dict[str, Any]:
     return {"finite": [bool(row.isfinite().all()) for row in dense[0, 0]]}
 
 
-CASES = {"append": append, "rope": rope, "attention": attention, "far": far, "wrong": wrong}
+def none(format: str, B: int, T: int) -> dict[str, Any]:
+    """No token or no row: nothing is written, and what is returned is empty in the right shape."""
+    H, G, D, N = 2, 3, 32, 5
+    query, key = torch.zeros(B, H * G, T, D).half(), torch.zeros(B, H, T, D).half()
+    angles, start = torch.ones(1, T, D), torch.zeros(1, dtype=torch.int64)
+    held, before = empty_cache(B, H, N, D, format), empty_cache(B, H, N, D, format)
+    kv_append(key, key, *held, start, format)
+    turned = kv_rope_append(query, key, key, angles, angles, *held, start, format)
+    y = kv_attention(query, *held, start, scale=1.0, format=format)
+    same = all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+               for a, b in zip(held, before, strict=True))
+    return {"same": same, "shapes": [list(turned.shape), list(y.shape)]}
+
+
+CASES = {"none": none, "append": append, "rope": rope, "attention": attention, "far": far, "wrong": wrong}
 
 if __name__ == "__main__":
     for name, *arguments in json.loads(sys.argv[1]):

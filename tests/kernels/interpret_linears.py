@@ -117,21 +117,17 @@ def into(seed: int) -> dict[str, Any]:
 
 
 def far(which: str) -> dict[str, Any]:
-    """Rows of an operand 2^31 elements apart: an offset in 32 bits would read, or crash, elsewhere."""
-    k, distance = 64, 2**31 + 16
-    if which == "sparse":
-        x = torch.empty(distance + k, dtype=torch.float16).as_strided((2, k), (distance, 1))
-        near = activations(2, k, 0, torch.float16)
-        x.copy_(near)
-        packed = sparse24_linear.pack(sparse_cases.weight(32, k, 0, torch.float16))
-        y, wanted = (sparse24_linear.sparse24_linear(each, packed) for each in (x, near))
-    else:
-        w, scale = int8_cases.weights(2, k, 0)
-        a, s = quantize_tokens(activations(2, k, 0))
-        spread = torch.empty(distance + k, dtype=torch.int8).as_strided((2, k), (distance, 1))
-        spread.copy_(a if which == "a" else w)
-        y = int8_linear.int8_linear(spread if which == "a" else a, s, w if which == "a" else spread, scale)
-        wanted = int8_linear.int8_linear(a, s, w, scale)
+    """Three rows of an operand, the last past 2^31: an offset in 32 bits would read, or crash, elsewhere.
+
+    A stride that does not fit 32 bits itself would be passed in 64.
+    """
+    k, distance = 64, 2**30 + 16
+    w, scale = int8_cases.weights(3, k, 0)
+    a, s = quantize_tokens(activations(3, k, 0))
+    spread = torch.empty(2 * distance + k, dtype=torch.int8).as_strided((3, k), (distance, 1))
+    spread.copy_(a if which == "a" else w)
+    y = int8_linear.int8_linear(spread if which == "a" else a, s, w if which == "a" else spread, scale)
+    wanted = int8_linear.int8_linear(a, s, w, scale)
     return {"equal": torch.equal(y, wanted), "repeats": True, "error": 0.0, "rows": 0.0}
 
 

@@ -96,11 +96,11 @@ def swiglu(m: int, k: int, dtype: str, group: int, source: str, seed: int) -> di
 
 
 def far(name: str) -> dict[str, Any]:
-    """Two rows 2^31 elements apart: an offset in 32 bits would read, or crash, elsewhere."""
-    k, distance = 64, 2**31 + 8
-    store = torch.empty(distance + k, dtype=torch.float16)  # 4 GiB of addresses, of which two pages are touched
-    x = store.as_strided((2, k), (distance, 1))
-    x.copy_(activations(2, k, 0, torch.float16))
+    """Three rows, the last past 2^31: an offset in 32 bits would read, or crash, elsewhere."""
+    k, distance = 64, 2**30 + 8
+    store = torch.empty(2 * distance + k, dtype=torch.float16)  # 4 GiB of addresses, of which three pages are touched
+    x = store.as_strided((3, k), (distance, 1))
+    x.copy_(activations(3, k, 0, torch.float16))
     near = x.clone()
     if name == "quantize":
         pair = [quantize_tokens.quantize_tokens(each) for each in (x, near)]

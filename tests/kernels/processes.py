@@ -19,10 +19,18 @@ def pythons() -> list[str]:
     return [sys.executable, *filter(None, os.environ.get("LLMOPS_PYTHONS", "").split(os.pathsep))]
 
 
-def python(*arguments: str, interpreter: bool, which: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """Run Python with the kernels on its path, with Triton's interpreter on or off."""
+def oldest_triton() -> Path | None:
+    """The folder with the oldest Triton that is supported, which `make test` installs; None where that failed."""
+    folder = Path(sys.prefix) / "oldest-triton"
+    return folder if list(folder.glob(".installed-*")) else None
+
+
+def python(*arguments: str, interpreter: bool, which: str = sys.executable, before: Path | None = None
+           ) -> subprocess.CompletedProcess[str]:
+    """Run Python with the kernels on its path, and `before` ahead of all; Triton's interpreter on or off."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("kernels", "src", "")),
+    path = [str(before)] if before else []
+    environment |= {"PYTHONPATH": os.pathsep.join([*path, *(str(ROOT / part) for part in ("kernels", "src", ""))]),
                     "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreter else {})
     return subprocess.run([which, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
 

@@ -60,6 +60,7 @@ def emulate(program: str, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         else:
             kind = op.split(".")[-1]
             terms = [numbers(read(name), kind) for name in names]
-            made = bits(terms[0] + terms[1] if op.startswith("add") else terms[0] * terms[1] + terms[2], kind)
+            value = terms[0] + terms[1] if op.startswith("add") else terms[0] * terms[1] + terms[2]
+            made = bits(np.maximum(value, 0) if ".relu." in op else value, kind)
         at[out] = made.astype(np.uint32)
     return at

@@ -15,31 +15,38 @@ SPLIT = DECODE | {"PARTS": 3}
 MIDDLE = {"BLOCK_M": 32, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2}
 LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "PARTS": 2, "SWAP": 1, "num_warps": 8, "num_stages": 2}
 DENSE = {"DENSE": 1}
-#      bits, group, every M, N, K, dtype, zero point, bias, tile (None: the op's own rule), seed
+#      bits, group, every M, N, K, dtype, zero point, bias, tile (None: the op's own rule), seed, type of scales
 CASES: list[list[Any]] = [
-    [4, 128, [1, 2, 3, 15, 16], 200, 640, "bfloat16", False, False, SPLIT],
+    [4, 128, [0, 1, 2, 3, 15, 16], 200, 640, "bfloat16", False, False, SPLIT],
     [4, 128, [3], 128, 512, "float16", True, True, SPLIT],
     [4, 64, [3], 72, 576, "float16", False, False, DECODE],
     [4, 32, [2], 130, 224, "bfloat16", True, False, SPLIT],
     [4, -1, [16], 64, 300, "float16", True, False, SPLIT],
     [4, 128, [17, 33], 136, 384, "float16", False, True, MIDDLE],
-    [4, 64, [64, 129], 130, 320, "bfloat16", True, False, LARGE],
-    [4, 128, [1, 17, 64], 72, 512, "bfloat16", False, False, None],
+    [4, 64, [0, 64, 129], 130, 320, "bfloat16", True, False, LARGE],
+    [4, 128, [0, 1, 17, 64], 72, 512, "bfloat16", False, False, None],
     [4, 128, [3], 72, 256, "float16", False, False, SPLIT, 1],
-    [8, -1, [1, 16], 72, 500, "bfloat16", False, True, SPLIT],
+    [8, -1, [0, 1, 16], 72, 500, "bfloat16", False, True, SPLIT],
     [8, 32, [3], 64, 160, "float16", True, False, DECODE],
     [8, 128, [17], 130, 384, "bfloat16", True, False, MIDDLE],
     [8, 64, [33], 64, 192, "float16", False, False, LARGE],
-    [3, 128, [3], 72, 640, "bfloat16", False, False, SPLIT],
+    [3, 128, [0, 3], 72, 640, "bfloat16", False, False, SPLIT],
     [3, 32, [2], 64, 512, "float16", True, False, DECODE],
     [3, -1, [17], 64, 600, "float16", False, True, MIDDLE],
-    [2, 64, [3], 72, 448, "float16", True, False, SPLIT],
+    [2, 64, [0, 3], 72, 448, "float16", True, False, SPLIT],
     [2, -1, [1], 64, 260, "bfloat16", False, False, DECODE],
     [6, 128, [3], 64, 256, "float16", False, False, DECODE],
     [8, 128, [3], 136, 512, "bfloat16", False, False, None],
+    [8, 32, [3, 17], 136, 288, "bfloat16", True, False, None],
+    [8, 32, [2], 130, 320, "float16", False, True, None],
+    [8, 64, [2, 33], 130, 320, "bfloat16", False, False, None],
+    [8, 128, [2], 72, 512, "float16", True, False, None],
+    [4, 32, [3, 40], 130, 352, "float16", True, False, None],
+    [4, 64, [2, 17], 72, 320, "bfloat16", True, False, None, 0, "float32"],
+    [4, 32, [33], 72, 288, "bfloat16", False, False, None, 0, "float32"],
     [3, 128, [17], 72, 512, "bfloat16", True, False, None],
     [4, 128, [40], 136, 640, "bfloat16", True, True, DENSE],
-    [3, 64, [40], 72, 576, "float16", False, False, DENSE],
+    [3, 64, [0, 40], 72, 576, "float16", False, False, DENSE],
     [8, -1, [40], 72, 300, "bfloat16", False, False, DENSE],
     [2, 32, [40], 72, 288, "float16", True, False, DENSE]]
 
@@ -77,7 +84,7 @@ def test_packing_is_exact_and_invertible(bits: int, group: int) -> None:
     assert torch.equal(unpack(packed.words, bits, group, 100, 384), codes)
     assert packed.words.is_contiguous() and packed.words.dtype == torch.int16
     field = 8 if bits > 4 else bits  # what is stored is what is promised: no wider slots
-    assert packed.words.numel() * 16 == packed.words.shape[0] * 64 * packed.words.shape[1] * \
+    assert packed.words.numel() * 16 == packed.words.shape[0] * 128 * packed.words.shape[1] * \
         layout(bits, group).chunk * field
 
 
@@ -114,14 +121,14 @@ def test_what_does_not_fit_is_an_error() -> None:
         (r"strides .* expected its rows contiguous", (turned, *parts, None, None, 4, 128, 72)),
         (r"words is int16 .*; expected int16", (x[:, :256], *parts, None, None, 4, 128, 72)),
         (r"words is int32", (x, packed.words.int(), packed.scale, None, None, 4, 128, 72)),
-        (r"words is int16 .*; expected int16 \(2, 1, 3", (x, *parts, None, None, 3, 128, 72)),
+        (r"words is int16 .*; expected int16 \(1, 1, 3", (x, *parts, None, None, 3, 128, 72)),
         (r"group_size is 48; expected one of \[32, 64, 128\], or -1", (x, *parts, None, None, 4, 48, 72)),
         (r"bits is 9; expected 2 to 8", (x, *parts, None, None, 9, 128, 72)),
-        (r"scale is bfloat16 .*; expected .* \(8, 128\)", (x, *parts, None, None, 4, 64, 72)),
-        (r"zero is int8", (x, *parts, torch.zeros(4, 128, dtype=torch.int8), None, 4, 128, 72)),
+        (r"scale is bfloat16 .*; expected .* \(1, 2, 128, 4\)", (x, *parts, None, None, 4, 64, 72)),
+        (r"zero is int8", (x, *parts, torch.zeros(1, 2, 128, 2, dtype=torch.int8), None, 4, 128, 72)),
         (r"bias is bfloat16 \(71,\)", (x, *parts, None, torch.zeros(71, dtype=x.dtype), 4, 128, 72)),
         (r"words is on meta; expected cpu", (x, packed.words.to("meta"), packed.scale, None, None, 4, 128, 72)),
-        (r"scale has strides", (x, packed.words, packed.scale.t().contiguous().t(), None, None, 4, 128, 72))]
+        (r"scale has strides", (x, packed.words, packed.scale.mT.contiguous().mT, None, None, 4, 128, 72))]
     for message, arguments in wrong:
         with pytest.raises((ValueError, RuntimeError), match=message):
             op(*arguments)

@@ -18,6 +18,7 @@ RESULTS: list[list[Any]] = [
     [2, 32, 17, 50, 96, "float16", True], [8, -1, 16, 64, 256, "bfloat16", False],
     [8, 128, 17, 72, 384, "float16", True], [8, 32, 1, 80, 160, "bfloat16", False],
     [6, -1, 3, 33, 100, "float16", False], [4, 128, 70, 130, 256, "float16", False],
+    [4, 128, 0, 64, 256, "bfloat16", False], [8, -1, 0, 33, 100, "float16", True],
 ]
 
 def test_results_match_float64_in_the_interpreter() -> None:

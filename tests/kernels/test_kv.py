@@ -34,15 +34,22 @@ ATTENDED: list[list[Any]] = [
     ["attention", "int4", "bfloat16", 2, 1, 6, 2, 128, 256, {"mask": True, "window": 100}],
     ["attention", "int4", "float16", 1, 1, 17, 1, 32, 33, {"softcap": 30.0}],
 ]
+EMPTY: list[list[Any]] = [["none", format, B, T] for format in FORMATS for B, T in ((2, 0), (0, 1))]
 
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     pytest.importorskip("triton")
-    cases = [*APPENDED, *TURNED, *ATTENDED, ["far", "int8"], *(["wrong", format] for format in FORMATS)]
+    cases = [*APPENDED, *TURNED, *ATTENDED, *EMPTY, ["far", "int8"], *(["wrong", format] for format in FORMATS)]
     results = interpreted("interpret_kv.py", cases)
     assert [result["case"] for result in results] == cases
     return results
+
+
+def test_no_token_and_no_row_change_nothing(found: list[dict[str, Any]]) -> None:
+    for result in of(found, "none"):
+        B, T = result["case"][2:]
+        assert result["same"] and result["shapes"] == [[B, 6, T, 32], [B, T, 6, 32]], result
 
 
 def of(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

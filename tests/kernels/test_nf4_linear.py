@@ -17,21 +17,23 @@ ONE = {"BLOCK_M": 16, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 
 SPLIT, LARGE = ONE | {"PARTS": 2}, ONE | {"BLOCK_M": 64, "num_warps": 8}
 #      table, blocksize, nested absmax, every M, N, K, dtype, bias, tile (None: the op's own rule), seed
 CASES: list[list[Any]] = [
-    ["nf4", 64, False, [1, 2, 3, 15, 16], 136, 512, "float16", False, SPLIT],
-    ["nf4", 64, True, [3, 17], 130, 320, "bfloat16", True, SPLIT],
+    ["nf4", 64, False, [0, 1, 2, 3, 15, 16], 136, 512, "float16", False, SPLIT],
+    ["nf4", 64, True, [0, 3, 17], 130, 320, "bfloat16", True, SPLIT],
     ["nf4", 64, False, [33, 64, 129], 72, 256, "bfloat16", False, LARGE],
     ["nf4", 64, False, [3], 72, 256, "float16", False, SPLIT, 1],
     ["fp4", 128, False, [3], 72, 384, "float16", True, ONE],
-    ["nf4", 256, True, [2], 64, 512, "bfloat16", False, None],
-    ["nf4", 32, False, [2], 64, 96, "float16", False, None],  # blocks too small for the kernel: dense
-    ["nf4", 64, True, [2], 72, 192, "bfloat16", True, {"DENSE": 1}]]
+    ["nf4", 256, True, [0, 2], 64, 512, "bfloat16", False, None],
+    ["nf4", 32, False, [0, 2], 64, 96, "float16", False, None],  # blocks too small for the kernel: dense
+    ["nf4", 64, True, [0, 2], 72, 192, "bfloat16", True, {"DENSE": 1}]]
 
 
 def test_the_kernel_matches_float64_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    far, *results = interpreted("interpret_nf4_linear.py", ["far", *CASES])
+    below: list[list[Any]] = [["joined", [3], ONE], ["joined", [2, 17], {"DENSE": 1}]]
+    far, *results = interpreted("interpret_nf4_linear.py", [["far"], *CASES, *below])
     assert far["error"] <= 5e-4
-    for case, result in zip(CASES, results, strict=True):
+    assert [result["error"] for result in results[len(CASES):]] == [0.0, 0.0]
+    for case, result in zip(CASES, results[:len(CASES)], strict=True):
         assert result["error"] <= (3e-3 if case[6] == "bfloat16" else 5e-4), (case, result)
         assert result["repeat"] == 0.0 and result["spilled"] == 0, (case, result)
 
@@ -90,6 +92,7 @@ def test_opcheck_and_full_graph_compile() -> None:
     (2, torch.rand(255), r"absmax is float32 \(255,\)"),
     (2, torch.rand(256).half(), "absmax is float16"), (3, torch.zeros(256, dtype=torch.uint8), "some are missing"),
     (7, "nf3", r"kind is 'nf3'; expected one of"), (8, 48, "blocksize is 48"), (9, 65, "expected .*uint8"),
+    (5, torch.rand(64), "some are missing"),
     (6, torch.rand(63), r"bias is float32 \(63,\)"), (2, torch.rand(256, device="meta"), "absmax is on meta")])
 def test_what_does_not_fit_is_an_error(place: int, value: Any, message: str) -> None:
     given = arguments()

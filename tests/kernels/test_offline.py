@@ -4,30 +4,59 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import sys
+from typing import Any
 
 import pytest
 from benchmarks import offline
-from tests.kernels.processes import python, pythons
+from tests.kernels.processes import oldest_triton, python, pythons
 
 pytest.importorskip("triton")
+
+
+def gate(**which: Any) -> str:
+    """What the gate says at its end of the sample: of each op one set of tiles for each `offline.kind`."""
+    done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False, **which)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
+    assert {json.loads(line)["op"] for line in done.stdout.splitlines()} == set(offline.ops())
+    return done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", pythons())
 def test_machine_code_is_as_required(which: str) -> None:
-    """Of each op one set of tiles for each kernel, matrix instruction and limit; `make kernels` compiles every one."""
-    done = python("-m", "benchmarks.offline", "--json", "--sample", interpreter=False, which=which)
-    assert done.returncode in (0, 1), done.stderr[-3000:]
-    assert done.returncode == 0, done.stderr
-    assert {json.loads(line)["op"] for line in done.stdout.splitlines()} == set(offline.ops())
+    """`make kernels` compiles every one."""
+    assert "kernels as required" in gate(which=which)
+
+
+@pytest.mark.slow
+def test_machine_code_is_as_required_on_the_oldest_triton() -> None:
+    oldest = oldest_triton()
+    if oldest is None:
+        pytest.skip(f"no Triton in {sys.prefix}/oldest-triton: `make oldest-triton` puts it there, with a network")
+    floor = re.search(r'"triton>=([\d.]+)', (offline.ROOT / "pyproject.toml").read_text())
+    assert floor and f"Triton {floor[1]}.0: " in gate(before=oldest)
+
+
+def test_what_make_installs_is_the_oldest_that_is_allowed() -> None:
+    pinned = re.search(r"^OLDEST_TRITON := (.*)$", (offline.ROOT / "Makefile").read_text(), re.M)
+    assert pinned
+    for project in ("pyproject.toml", "kernels/pyproject.toml"):
+        floor = re.search(r'"triton>=([\d.]+)', (offline.ROOT / project).read_text())
+        assert floor and pinned[1] == f"{floor[1]}.0"
 
 
 @pytest.mark.parametrize("op", offline.ops())
 def test_the_sample_holds_every_kernel_matrix_instruction_and_limit(op: str) -> None:
     cases = importlib.import_module(f"benchmarks.kernels.{op}").compiled()
     kept = offline.sample(cases)
-    wanted = {(case.kernel, case.matrix, case.limit) for case in cases}
-    assert {(case.kernel, case.matrix, case.limit) for case in kept} == wanted and len(kept) == len(wanted)
+    assert {(case.kernel, case.matrix, case.limit) for case in kept} == \
+        {(case.kernel, case.matrix, case.limit) for case in cases}
+    for limited in (case for case in cases if case.limit):  # each type of activations and of weights under each limit
+        assert any(case.kernel is limited.kernel and case.limit == limited.limit
+                   and {**case.types, "y_ptr": ""} == {**limited.types, "y_ptr": ""} for case in kept), limited.name
 
 
 @pytest.mark.parametrize("op", offline.ops())

@@ -19,7 +19,7 @@ CASES: list[list[Any]] = [
       for i, m in enumerate((0, 1, 2, 3, 15, 16, 17, 33, 64, 129))),
     *(["sparse", m, 72, 780, dtype, True, {"SPLIT": 3}, seed] for m, dtype in ((1, "bf16"), (17, "fp16"))
       for seed in (0, 1)),
-    ["sparse", 3, 72, 300, "fp16", False, {"SWAP": 1}, 0], ["sparse", 2, 33, 4, "bf16", True, {}, 1], ["far", "sparse"]]
+    ["sparse", 3, 72, 300, "fp16", False, {"SWAP": 1}, 0], ["sparse", 2, 33, 4, "bf16", True, {}, 1]]
 
 
 def test_results_match_float64_in_the_interpreter() -> None:

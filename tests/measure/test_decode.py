@@ -220,9 +220,9 @@ def test_window_and_sensor_make_blocks_last():
     slow = measure(model, None, Ids(), few, bill.meter("estimated", period=0.02), seed=0)  # an estimate: three updates
     assert all(block.wall_s >= 0.06 and block.prefill_wall_s >= 0.06 for block in slow.blocks)
     assert any("measure.window_s to 2 or more" in line for line in slow.warnings)
-    counter = measure(model, None, Ids(), few, bill.meter(period=0.002), seed=0)  # a counter: 150
-    assert all(block.wall_s >= 0.3 and block.prefill_wall_s >= 0.3 for block in counter.blocks)
-    assert counter.workload["window_s"] == pytest.approx(0.3)
+    counter = measure(model, None, Ids(), few, bill.meter(period=0.002), seed=0)  # a counter: 200
+    assert all(block.wall_s >= 0.4 and block.prefill_wall_s >= 0.4 for block in counter.blocks)
+    assert counter.workload["window_s"] == pytest.approx(0.4)
     assert not any("window_s" in line for line in counter.warnings)
 
 
@@ -237,7 +237,7 @@ def test_gpus_are_summed_and_each_is_shown():
 
 
 def test_others_at_work_are_told_and_refused_when_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmops.measure.beside._folder", lambda: tmp_path)
+    monkeypatch.setattr("llmops.measure.beside.shared_folder", lambda: tmp_path)
     few = OPTIONS.model_copy(update={"repeats": 2, "batch_sizes": [1]})
     found, _ = run(repeats=2, batch_sizes=[1])
     assert found.workload["beside"] == [] and found.workload["conditions"]["after"].keys() <= {"load_average_1m"}

@@ -134,7 +134,7 @@ def test_the_op_of_the_kernels_reads_the_codes_as_they_are(double: bool) -> None
     found, exact = layer(x).double(), x.double() @ nf4.dequantized(layer).double().T + bias.double()
     assert before.startswith("bitsandbytes:") and layer.kernel == "ops (nf4 codes as bitsandbytes stores them)"
     assert float((found - exact).norm() / exact.norm()) < 4e-3 and float((found - own).norm() / own.norm()) < 1e-2
-    assert next(iter(tiles_used(torch.nn.ModuleList([layer])))) == "nf4_linear N=48,K=192"
+    assert next(iter(tiles_used(torch.nn.ModuleList([layer])))) == "nf4_linear N=48,K=192,kind=nf4,block=64"
     trained = x.float().requires_grad_(True)
     layer(trained).sum().backward()  # bitsandbytes' own way: the op has no derivative
     assert trained.grad is not None

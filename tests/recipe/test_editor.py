@@ -48,7 +48,7 @@ BEYOND = frozenset((
     "shorter than the shortest", "matrix option", "matrix entry", "matrix twice", "matrix name", "matrix collision",
     "goal unknown", "goal on no score", "goal against", "goal against nothing", "goal min above max",
     "goal noninferior of all", "goal noninferior of a cost", "goal gap without groups", "slice unknown",
-    "slice of builtin", "slice twice", "cluster unknown",
+    "slice of a perplexity", "slice of builtin", "slice twice", "cluster unknown",
     "goal shared name", "goal not scored", "prefer unknown", "loftq without qlora",
     "loftq turns alone", "pissa rank", "qlora on zeros", "dora on zeros", "adapter apart on zeros", "pissa on zeros"))
 

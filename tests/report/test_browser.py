@@ -45,6 +45,17 @@ def test_charts_switch_tables_sort_and_filter(browser, place):
     assert browser.run(shown) == "joules_per_token"
     browser.run("document.querySelector('input[value=disk_bytes]').click()")
     assert browser.run(shown) == "disk_bytes"
+    sizes = "[...document.querySelectorAll('.chart')].filter(e => e.offsetParent).map(e => e.dataset.batch).join()"
+    fold = "document.querySelector('input[name=batch]').closest('fieldset').disabled"
+    assert browser.run(fold)  # bytes are the same at every batch size
+    browser.run("document.querySelector('input[value=joules_per_token]').click()")
+    assert browser.run(sizes) == "1" and not browser.run(fold)
+    browser.run("document.querySelector('input[name=batch]:checked').focus()")
+    browser.keys("ArrowRight")
+    assert browser.run(shown) == "joules_per_token" and browser.run(sizes) == "8"
+    assert "batch 8" in browser.run("document.querySelector('.chart.on .title').textContent")
+    browser.run("document.querySelector('input[value=inter_token_ms]').click()")
+    assert browser.run(sizes) == "8"  # the size stays when the cost changes
     first = "document.querySelector('#rows tbody tr:not([hidden]) .name').dataset.v"
     assert browser.run(first) == "base"
     browser.run("[...document.querySelectorAll('#rows thead button')].find(e => e.textContent == 'variant').click()")

@@ -179,3 +179,18 @@ def test_scores_by_group_name_the_worst():
     table = body[body.index("## Scores by group"):body.index("## Size")]
     assert "| **kind=food\\|x** | " in table and "-10.0 pp [-20.0, -2.0]" in table and "0.012" in table
     assert "| kind=town | " in table
+
+
+STATED = {"intended_use": "answering | about *our* products", "out_of_scope": "advice",
+          "limitations": ["knows nothing after June", EVIL], "license": "apache-2.0"}
+
+
+def test_what_the_recipe_states_is_printed_as_stated_and_its_absence_is_said():
+    row = named("tuned")
+    head, body = parts(row)
+    assert "stated by nobody" in body and "license" not in head
+    row["card"] = STATED
+    head, body = parts(row)
+    assert "Stated by who made it: answering \\| about \\*our\\* products" in body and "stated by nobody" not in body
+    assert "Not for, as stated: advice" in body and "- stated: knows nothing after June" in body
+    assert head["license"] == "apache-2.0" and EVIL not in body

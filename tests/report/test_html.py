@@ -117,13 +117,28 @@ def test_every_picture_is_named_or_hidden_and_every_scrolling_part_can_be_focuse
     assert all("scope" in attributes for attributes in reader.all("th"))
 
 
-def test_a_chart_for_every_score_and_cost_and_one_is_shown():
+def test_a_chart_for_every_score_cost_and_batch_size_and_one_is_shown():
     figures = [each for each in read().all("figure") if "data-score" in each]
-    assert len(figures) == 2 * 5
+    assert len(figures) == 2 * (3 * 2 + 2)  # scores x (speed and energy at two batch sizes, and bytes)
+    assert {each.get("data-batch") for each in figures if each["data-cost"].endswith("bytes")} == {None}
     shown = [each for each in figures if each["class"] == "chart on"]
-    assert [(each["data-score"], each["data-cost"]) for each in shown] == [("exact_match:test", "joules_per_token")]
+    assert [(each["data-score"], each["data-cost"], each["data-batch"]) for each in shown] == [
+        ("exact_match:test", "joules_per_token", "1")]
     picked = [each["value"] for each in read().all("input") if "checked" in each]
-    assert picked == ["exact_match:test", "joules_per_token"]
+    assert picked == ["exact_match:test", "joules_per_token", "1"]
+    rows = [{**row, **{part: {"8": row[part]["8"]} for part in ("energy", "latency") if "8" in (row.get(part) or {})}}
+            for row in make_rows()]
+    alone = read(rows)
+    assert {each.get("data-batch") for each in alone.all("figure") if "data-score" in each} == {"8", None}
+    assert not [each for each in alone.all("input") if each.get("name") == "batch"]  # nothing to choose from
+
+
+def test_each_batch_size_has_its_own_figures_and_front():
+    rows = make_rows()
+    rows[3]["energy"]["8"]["joules_per_token"] = null("J/token", "no window was long enough")
+    page = read(rows).words
+    assert "energy per token, batch 1" in page and "energy per token, batch 8" in page
+    assert page.count("tuned-w4 (no window was long enough)") == 2  # of two scores, at batch 8 alone
 
 
 def test_what_cannot_be_drawn_is_named_with_its_reason():
@@ -132,6 +147,13 @@ def test_what_cannot_be_drawn_is_named_with_its_reason():
     rows = make_rows()
     rows[3]["energy"]["1"]["joules_per_token"] = null("J/token", "the sensor died")
     assert "tuned-w4 (the sensor died)" in read(rows).words
+
+
+def test_intended_use_is_as_stated_or_stated_by_nobody():
+    assert read().words.count("stated by nobody") == 4
+    rows = [{**row, "card": {"intended_use": "our <products>", "limitations": ["old", "small"]}} for row in make_rows()]
+    words = read(rows).words
+    assert "our <products>" in words and words.count("stated by nobody") == 2
 
 
 def test_the_verdict_the_reasons_and_the_nulls_are_said():

@@ -32,7 +32,7 @@ from torch import Tensor
 __all__ = ["GROUPS", "HIGH_BITS", "TILE_ROWS", "Layout", "Packed", "dequantize", "int_linear", "layout", "pack",
            "unpack"]
 
-TILE_ROWS = 64
+TILE_ROWS = 128
 GROUPS = (32, 64, 128)  # beside -1, one scale a row
 # 3 bits: where word 2 keeps the high bit of code i, chosen so that few shifts bring it above the code's low bits.
 HIGH_BITS = (2, 4, 6, 8, 3, 5, 7, 9, 10, 12, 14, 0, 11, 13, 15, 1)
@@ -57,6 +57,11 @@ class Layout:
         """Scales of a row and chunk; 0: one scale for the whole row."""
         return 0 if self.group == -1 else self.chunk // self.group
 
+    @property
+    def near(self) -> int:
+        """Scales of a row that lie next to each other: a kernel reads them at once."""
+        return 1 if self.group == -1 else 4 if self.groups % 4 == 0 else 2
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -78,7 +83,9 @@ def layout(bits: int, group_size: int) -> Layout:
     if group_size != -1 and group_size not in GROUPS:
         raise ValueError(f"group_size is {group_size}; expected one of {list(GROUPS)}, or -1 for one scale a row")
     width = 8 if bits > 4 else bits
-    run = 32 if group_size == 32 or width < 4 else 128 if width == 8 and group_size != 64 else 64
+    run = 32 if width < 4 else 128 if width == 8 and group_size in (-1, 128) else 64
+    if width == 8:  # a chunk of 256 columns, whatever the run
+        return Layout(width, run, 256 // run, 128 // run, group_size)
     return Layout(width, run, 16 if width == 3 else 16 // width, 3 if width == 3 else 1, group_size)
 
 
@@ -102,40 +109,46 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int,
     padded = torch.zeros(tall, chunks * how.chunk, dtype=torch.int32, device=codes.device)
     padded[:N, :K] = codes
     tiles = padded.view(tall // TILE_ROWS, TILE_ROWS, chunks, how.fields, how.run).permute(0, 2, 3, 1, 4)
-    unsigned = tiles & 255 if how.bits == 8 else tiles + (1 << (how.bits - 1))  # (T, C, fields, 64, run)
+    unsigned = tiles + (1 << (how.bits - 1))  # (T, C, fields, rows, run)
+    per = 8 if how.bits == 3 else 16 // how.bits
     words = torch.zeros(*tiles.shape[:2], how.words, TILE_ROWS, how.run, dtype=torch.int32, device=codes.device)
     for i in range(how.fields):
         if how.bits == 3:
             words[:, :, i // 8] |= (unsigned[:, :, i] & 3) << (2 * (i % 8))
             words[:, :, 2] |= (unsigned[:, :, i] >> 2) << HIGH_BITS[i]
         else:
-            words[:, :, 0] |= unsigned[:, :, i] << (how.bits * i)
+            words[:, :, i // per] |= unsigned[:, :, i] << (how.bits * (i % per))
     signed = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     groups = max(1, chunks * how.groups)
-    points = None if zero is None else _turn(zero.to(torch.int16), tall, groups)
-    return Packed(signed.contiguous(), _turn(scale, tall, groups), points, bits, group_size, N, K)
+    points = None if zero is None else _turn(zero.to(torch.int16), tall, groups, how.near)
+    return Packed(signed.contiguous(), _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
 
 
-def _turn(given: Tensor, tall: int, groups: int) -> Tensor:
-    """(N, G) -> (groups, tall), padded with zeros."""
-    out = torch.zeros(groups, tall, dtype=given.dtype, device=given.device)
-    out[: given.shape[1], : given.shape[0]] = given.t()
-    return out
+def _turn(given: Tensor, tall: int, groups: int, near: int) -> Tensor:
+    """(N, G) -> (T, groups / near, rows of a tile, near), padded with zeros."""
+    out = torch.zeros(tall, groups, dtype=given.dtype, device=given.device)
+    out[: given.shape[0], : given.shape[1]] = given
+    return out.view(-1, TILE_ROWS, groups // near, near).transpose(1, 2).contiguous()
+
+
+def _back(turned: Tensor, rows: int, groups: int) -> Tensor:
+    """The inverse of `_turn`: (rows, groups)."""
+    return turned.transpose(1, 2).reshape(turned.shape[0] * TILE_ROWS, -1)[:rows, :groups]
 
 
 def unpack(words: Tensor, bits: int, group_size: int, rows: int, columns: int) -> Tensor:
     """The codes again: (rows, columns) int8, the exact inverse of `pack`."""
     how = layout(bits, group_size)
     bare = words.to(torch.int32) & 0xFFFF
+    per = 8 if how.bits == 3 else 16 // how.bits
     fields = []
     for i in range(how.fields):
         if how.bits == 3:
             low = (bare[:, :, i // 8] >> (2 * (i % 8))) & 3
             fields.append((low | (((bare[:, :, 2] >> HIGH_BITS[i]) & 1) << 2)) - 4)
         else:
-            field = (bare[:, :, 0] >> (how.bits * i)) & ((1 << how.bits) - 1)
-            fields.append(torch.where(field > 127, field - 256, field) if how.bits == 8
-                          else field - (1 << (how.bits - 1)))
+            field = (bare[:, :, i // per] >> (how.bits * (i % per))) & ((1 << how.bits) - 1)
+            fields.append(field - (1 << (how.bits - 1)))
     codes = torch.stack(fields, dim=2)  # (T, C, fields, 64, run)
     tall, wide = codes.shape[0] * TILE_ROWS, codes.shape[1] * how.chunk
     return codes.permute(0, 3, 1, 2, 4).reshape(tall, wide)[:rows, :columns].to(torch.int8).contiguous()
@@ -148,8 +161,8 @@ def dequantize(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, gro
     groups = columns // size
     grouped = unpack(words, bits, group_size, rows, columns).to(dtype).view(rows, groups, size)
     if zero is not None:
-        grouped = grouped - zero[:groups, :rows].t().to(dtype).unsqueeze(-1)
-    return (grouped * scale[:groups, :rows].t().to(dtype).unsqueeze(-1)).view(rows, columns)
+        grouped = grouped - _back(zero, rows, groups).to(dtype).unsqueeze(-1)
+    return (grouped * _back(scale, rows, groups).to(dtype).unsqueeze(-1)).view(rows, columns)
 
 
 def int_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,

@@ -76,7 +76,7 @@ def kv_rope_append(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: 
     """See `llmops_kernels/kv_append.py`."""
     wide = torch.promote_types(key.dtype, torch.float32)
     kv_append(_turned(key, cos, sin, wide), value.to(wide), k_codes, k_scales, v_codes, v_scales, start, format)
-    return _turned(query, cos, sin, wide).to(query.dtype)
+    return _turned(query, cos, sin, wide).to(query.dtype).contiguous()  # as the kernel gives it, whatever went in
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, wide: torch.dtype) -> Tensor:

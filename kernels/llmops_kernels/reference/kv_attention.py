@@ -32,7 +32,7 @@ def kv_attention(query: Tensor, k_codes: Tensor, k_scales: Tensor, v_codes: Tens
     # 0 * NaN: what no row may see must not be multiplied
     values = torch.where(seen.any(-2).squeeze(2).unsqueeze(-1), values, 0.0)
     out = torch.einsum("bhgtn,bhnd->bthgd", torch.where(seen, weights, 0.0), values)
-    return out.reshape(B, T, heads, D).to(exact or query.dtype)
+    return out.reshape(B, T, heads, D).to(exact or query.dtype).contiguous()
 
 
 def allowed(tokens: int, keys: int, length: Tensor, first: Tensor | None, mask: Tensor | None, window: int) -> Tensor:

@@ -6,8 +6,10 @@ absmax. With double quantization the absmax are 8-bit codes themselves, in block
 
     absmax[i] = absmax_table[absmax_codes[i]] * absmax2[i // 256] + offset
 
+with one offset, or one for every row, as several weights below each other have (each brings its own).
+
 Shapes: x (M, K); codes uint8 with N * K / 2 elements; absmax float32 (N * K / blocksize), or absmax2 with absmax_codes
-uint8 (N * K / blocksize), absmax_table float32 (256), offset float32 of one element; y (M, N).
+uint8 (N * K / blocksize), absmax_table float32 (256), offset float32 of one element or (N,); y (M, N).
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def absmax_of(absmax: Tensor, absmax_codes: Tensor | None, absmax_table: Tensor 
         return absmax
     assert absmax_table is not None and offset is not None
     blocks = torch.arange(absmax_codes.numel(), device=absmax.device) // 256
+    if offset.numel() > 1:
+        offset = offset.repeat_interleave(absmax_codes.numel() // offset.numel())
     return absmax_table[absmax_codes.flatten().long()] * absmax[blocks] + offset
 
 

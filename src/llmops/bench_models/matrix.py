@@ -23,6 +23,7 @@ from llmops.bench_models.arms import Arm
 from llmops.bench_models.pair import measure_pair, refusal
 from llmops.bench_models.runtimes import Opened, Wanted, opened, version_of
 from llmops.errors import LlmopsError, unknown
+from llmops.measure.beside import beside
 from llmops.measure.environment import environment
 from llmops.measure.meter import Meter
 from llmops.measure.options import MeasureOptions
@@ -139,11 +140,13 @@ def _cell(matrix: Matrix, arm: Arm, cell: MeasureOptions, mine: Opened, referenc
             return _body(matrix, arm, cell, {"state": "skipped", "reason": f"{who}: {why}"})
     matrix.say(f"{arm.name}: batch {batch}, context {context}")
     try:
-        measured = measure_pair(mine, reference, cell, meter, matrix.seed)
+        with beside() as others:
+            measured = measure_pair(mine, reference, cell, meter, matrix.seed)
     except (LlmopsError, RuntimeError, ValueError, MemoryError) as error:
         return _body(matrix, arm, cell, {"state": "failed", "reason": f"{type(error).__name__}: {error}"})
     return _body(matrix, arm, cell, {"state": "ok", "reason": None, **measured, "weights_bytes": mine.weights_bytes,
-                                     "notes": list(mine.notes)})
+                                     "notes": [*mine.notes, *(f"not alone on this machine: {line}" for line in
+                                                              others.found)]})
 
 
 def _body(matrix: Matrix, arm: Arm, cell: MeasureOptions, what: dict[str, Any]) -> dict[str, Any]:

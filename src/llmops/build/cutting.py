@@ -19,8 +19,10 @@ from llmops.methods.prune.options import Depth, Width
 from llmops.methods.prune.width import keep_channels, keep_heads, widths_in_rounds
 from llmops.models import parity
 from llmops.models.arch import decoder_layers, renumber_layers
-from llmops.models.narrow import Cut, Shape, check_shape, narrow, resized, shape_of
+from llmops.models.experts import fuse_experts, split_experts
+from llmops.models.narrow import Cut, narrow
 from llmops.models.save import save_dense
+from llmops.models.widths import Shape, check_shape, letter_of, resized, shape_of, unit_of
 
 __all__ = ["cut_to", "depth_step", "width_step"]
 
@@ -129,6 +131,7 @@ def _round(job: Job, options: Depth, crops: Tensor, left: int, events: list[str]
 def width_step(job: Job, options: Width) -> Work:
     """Leave hidden features, FFN channels, heads and KV groups out, in rounds."""
     crops, before = calibration(job, options.data, options.length), parity.count_parameters(job.model)
+    split_experts(job.model)
     full = shape_of(job.model)
     events, tokens = [calibrated(crops)], 0
     search: dict[str, Any] = {}
@@ -142,6 +145,10 @@ def width_step(job: Job, options: Width) -> Work:
     for step in _rounds(full, shape, options):
         found = importance.width_importance(model, crops, options.aggregate, progress=bar(job))
         model, tokens = cut_to(model, step, found), tokens + crops.numel()
+    if found.unseen:
+        events.append(f"{len(found.unseen)} experts saw no calibration token; their channels were chosen by weight: "
+                      f"{', '.join(found.unseen[:4])}{', ...' if len(found.unseen) > 4 else ''}")
+    fuse_experts(model)
     events.append(f"{shape}, cut from {full}: {parity.count_parameters(model) / before:.3f}x the parameters")
     return Work(model, partial(save_dense, model, job.tokenizer, dtype=job.storage), parity.Expected(), tokens=tokens,
                 events=events, search=search)
@@ -164,7 +171,7 @@ def _asked(options: Width, full: Shape) -> Shape | None:
 
 def _rounds(full: Shape, target: Shape, options: Width) -> list[Shape]:
     """Shapes on the way; heads go in the last round, for their numbers are small."""
-    hidden = widths_in_rounds(full.hidden, target.hidden, options.steps, options.multiple)
+    hidden = widths_in_rounds(full.hidden, target.hidden, options.steps, unit_of(full, options.multiple))
     channels = widths_in_rounds(full.intermediate, target.intermediate, options.steps, options.multiple)
     shapes = [resized(full, hidden=h, intermediate=f) for h, f in zip(hidden, channels, strict=True)]
     return [*shapes[:-1], target]
@@ -174,7 +181,9 @@ def cut_to(model: Any, shape: Shape, found: importance.Importance) -> Any:
     """The model in another shape, cut by importance."""
     full = shape_of(model)
     heads = [keep_heads(each, full.kv_heads, shape.heads, shape.kv_heads) for each in found.heads]
-    cut = Cut(keep_channels(found.hidden, shape.hidden),
-              [keep_channels(each, shape.intermediate) for each in found.channels],
-              [kept for kept, _ in heads], [groups for _, groups in heads])
-    return narrow(model, cut, found.squares)
+    sizes = shape.sizes()
+    channels = [{name: keep_channels(each, sizes[letter_of(name)]) for name, each in layer.items()}
+                for layer in found.channels]
+    cut = Cut(shape, keep_channels(found.hidden, shape.hidden), channels, [kept for kept, _ in heads],
+              [groups for _, groups in heads])
+    return narrow(model, cut, found.squares, found.means)

@@ -9,7 +9,7 @@ are then exact where they can be. Scales are rounded to the stored dtype by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,8 +22,8 @@ from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.build.kept import Kept
 from llmops.build.layer_schemes import Chosen, check_groups, scheme, shared
 from llmops.build.preparing import Prepared, awq_factors, folded, head_awq_factors, prepare
-from llmops.methods.quantize.autoround import Tuned, autoround
-from llmops.methods.quantize.awq import awq_clip, output_error
+from llmops.methods.quantize.autoround import Product, Tuned, autoround, inputs_of
+from llmops.methods.quantize.awq import awq_clip
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
 from llmops.methods.quantize.gptq import Factor, Solved, factorize, gptq
 from llmops.methods.quantize.grid import group_of
@@ -189,8 +189,8 @@ def autoround_step(job: Job, options: Autoround, chosen: Chosen = None) -> Work:
         if chosen is None:
             check_groups(block.layers, options)
 
-        def loss(candidate: Mapping[str, Tensor], batch: int) -> Tensor:
-            out = block.run(batch, candidate)
+        def loss(product: Product, batch: int) -> Tensor:
+            out = block.run(batch, product, list(tuning))
             return nn.functional.mse_loss(out.float(), block.targets[batch].to(out.device).float())
 
         inside = [name for name in block.layers if expert_of(name) is not None]
@@ -211,10 +211,11 @@ def autoround_step(job: Job, options: Autoround, chosen: Chosen = None) -> Work:
     def last(tail: Tail) -> None:
         """A head is a block of one layer, whose output's error is a quadratic form of its inputs: no pass is needed."""
         ready.tail(tail)
-        W, H = tail.head.weight.detach().float(), tail.measure("hessian")
+        W, X = tail.head.weight.detach().float(), inputs_of(tail.measure("hessian"))
+        exact = X @ W.t()
 
-        def loss(candidate: Mapping[str, Tensor], _: int) -> Tensor:
-            return output_error(candidate[tail.name] - W, H).mean()
+        def loss(product: Product, _: int) -> Tensor:
+            return (product(tail.name, X) - exact).square().sum(0).mean()
 
         made, report = autoround({tail.name: W}, loss, 1, **scheme(options, chosen, tail.name),
                                  iterations=options.iterations, seed=job.seed + len(tuned), dtype=job.storage)

@@ -22,7 +22,7 @@ from llmops.errors import LlmopsError
 from llmops.methods.prune.options import Width
 from llmops.methods.quantize.sensitivity import divergence
 from llmops.models import parity
-from llmops.models.narrow import Shape, parameters_of, resized, shape_of
+from llmops.models.widths import Shape, parameters_of, resized, shape_of, unit_of
 
 __all__ = ["find_shape", "paths"]
 
@@ -35,6 +35,8 @@ Cutter = Callable[[Any, Shape], Any]
 
 def paths(full: Shape, axes: Sequence[str], multiple: int) -> dict[str, list[Shape]]:
     """{name: shapes, ascending, the full one left out} of every path through `axes`."""
+    if full.tied and "heads" in axes:  # which go with the hidden features
+        axes = list(dict.fromkeys("hidden" if axis == "heads" else axis for axis in axes))
     ways: dict[str, dict[str, float]] = {axis: {axis: 1.0} for axis in axes}
     if len(axes) > 1:
         ways["all"] = dict.fromkeys(axes, 1.0)
@@ -51,7 +53,8 @@ def _scaled(full: Shape, powers: dict[str, float], factor: float, multiple: int)
         wanted = whole * max(factor ** powers[axis], LEAST)
         return max(step, min(whole, int(wanted // step) * step))
 
-    sizes: dict[str, int] = {axis: size(axis, getattr(full, axis), multiple) for axis in ("hidden", "intermediate")
+    units = {"hidden": unit_of(full, multiple), "intermediate": multiple}
+    sizes: dict[str, int] = {axis: size(axis, getattr(full, axis), unit) for axis, unit in units.items()
                              if axis in powers}
     if "heads" in powers:
         groups = size("heads", full.kv_heads, 1)

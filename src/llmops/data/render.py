@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Encoded", "IGNORED", "Prompt", "answer_crops", "calibration_tokens", "check_leak", "choice_examples",
-           "collate", "encode", "prompts_and_answers", "text_stream", "with_answers"]
+           "collate", "encode", "joined_texts", "prompts_and_answers", "sequences", "text_stream", "with_answers"]
 
 
 @dataclass(frozen=True)
@@ -283,20 +283,24 @@ def text_stream(rows: Rows, tokenizer: Any, separator: str = "blank_line") -> li
     start if the tokenizer puts it there (the protocol of the GPTQ and Wanda papers). Conversations stand one after
     the other as the template writes them.
 
-    separator: "blank_line", or "eos": the tokenizer's end token between texts, for a model that was pretrained so.
-    Raises DataError for "eos" with a tokenizer that has none.
+    separator: as `joined_texts`, which says what is raised. Whose tokens are whose: `llmops.data.stream`.
     """
     if rows.kind == "text":
-        if separator == "eos" and not tokenizer.eos_token:
-            raise DataError(f"{rows.name}: separator eos was asked for, but the tokenizer has no end token; expected "
-                            "blank_line")
-        joined = ("\n\n" if separator == "blank_line" else tokenizer.eos_token).join(row["text"] for row in rows.rows)
-        ids: list[int] = tokenizer(joined, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(joined_texts(rows, tokenizer, separator), verbose=False)["input_ids"]
         return ids
-    return [token for ids in _sequences(rows, tokenizer) for token in ids]
+    return [token for ids in sequences(rows, tokenizer) for token in ids]
 
 
-def _sequences(rows: Rows, tokenizer: Any) -> list[list[int]]:
+def joined_texts(rows: Rows, tokenizer: Any, separator: str) -> str:
+    """All texts as one. separator: "blank_line", or "eos": the tokenizer's end token between texts, for a model that
+    was pretrained so. Raises DataError for "eos" with a tokenizer that has none."""
+    if separator == "eos" and not tokenizer.eos_token:
+        raise DataError(f"{rows.name}: separator eos was asked for, but the tokenizer has no end token; expected "
+                        "blank_line")
+    return str("\n\n" if separator == "blank_line" else tokenizer.eos_token).join(row["text"] for row in rows.rows)
+
+
+def sequences(rows: Rows, tokenizer: Any) -> list[list[int]]:
     """Every row as the ids a model meets it in; of a preference the chosen side."""
     if rows.kind != "text" and (has_template(tokenizer) or any(_conversations(rows, row) for row in rows.rows)):
         texts = [conversation_text(_messages(rows, row, tokenizer), tokenizer, rows.place(index), _tools(rows, row))
@@ -316,7 +320,7 @@ def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int,
     """
     import torch
 
-    stream = [token for ids in _sequences(rows, tokenizer) for token in ids]
+    stream = [token for ids in sequences(rows, tokenizer) for token in ids]
     spare = len(stream) - samples * length
     if len(stream) < length:
         raise DataError(f"{rows.name}: its {len(rows.rows)} rows have {len(stream)} tokens, and one calibration crop "

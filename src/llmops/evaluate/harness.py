@@ -33,7 +33,7 @@ from llmops.evaluate.slices import labels
 from llmops.evaluate.statistics import summarize
 from llmops.quantity import Quantity
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "load_tasks", "quiet", "run_tasks", "sample_id"]
 
 BOOTSTRAP = 1000  # resamples lm-eval may use for the standard error of a metric that is no mean
 
@@ -46,23 +46,20 @@ def evaluate(model: Any, tokenizer: Any, rows: object, options: Harness, *, id: 
     Raises LlmopsError when lm-eval is not installed, a folder, task or metric is unknown; DataError when a task's data
     cannot be read.
     """
-    with _quiet():
+    with quiet():
         try:
             import lm_eval
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise LlmopsError(f"{id}: harness tasks need lm-evaluation-harness, which is not installed ({error}); "
                               'install it with: pip install "llmops[harness]"') from error
-        manager, tasks = _load(options, id)
+        manager, tasks = load_tasks(options, id)
         if progress is not None:
             progress(0, len(tasks))
         # lm-eval sets padding on the tokenizer it is given, hence the copy
         runner = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=options.batch_size)
         with scoring(model):
-            found = lm_eval.simple_evaluate(
-                model=runner, tasks=list(tasks.values()), task_manager=manager, num_fewshot=options.shots,
-                limit=options.limit, apply_chat_template=options.chat, log_samples=True, bootstrap_iters=BOOTSTRAP,
-                random_seed=None, numpy_random_seed=None, torch_random_seed=None)
+            found = run_tasks(runner, manager, tasks, options, BOOTSTRAP)
     common = {"id": "harness/lm-eval", "lm_eval": lm_eval.__version__, "limit": options.limit, "chat": options.chat,
               "dtype": dtype_name(model), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
     scores = [_score(name, task, found, options, common) for name, task in tasks.items()]
@@ -71,8 +68,19 @@ def evaluate(model: Any, tokenizer: Any, rows: object, options: Harness, *, id: 
     return scores
 
 
+def run_tasks(runner: Any, manager: Any, tasks: Mapping[str, Any], options: Harness, bootstrap: int) -> dict[str, Any]:
+    """lm-eval's own walk over the tasks, with its samples; `runner` answers the requests. No global seed is touched."""
+    import lm_eval
+
+    found: dict[str, Any] = lm_eval.simple_evaluate(
+        model=runner, tasks=list(tasks.values()), task_manager=manager, num_fewshot=options.shots,
+        limit=options.limit, apply_chat_template=options.chat, log_samples=True, bootstrap_iters=bootstrap,
+        random_seed=None, numpy_random_seed=None, torch_random_seed=None)
+    return found
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """lm-eval's log lines and other people's deprecations are not ours to print; its bars are shown on a terminal
     only."""
     logger = logging.getLogger("lm_eval")
@@ -88,7 +96,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _load(options: Harness, id: str) -> tuple[Any, dict[str, Any]]:
+def load_tasks(options: Harness, id: str) -> tuple[Any, dict[str, Any]]:
     """The task manager, and {name: Task} of every leaf task asked for, with its data read."""
     from lm_eval.tasks import TaskManager
 
@@ -163,11 +171,16 @@ def _items(aggregation: str, metric: str, samples: Sequence[Mapping[str, Any]]) 
 
 
 def _item(sample: Mapping[str, Any], metric: str, score: float | None, detail: dict[str, Any]) -> Item:
-    shown = "".join(sample[key] for key in ("doc_hash", "prompt_hash", "target_hash"))
     answer, more = _answer(sample, metric)
     finite = score if score is not None and math.isfinite(score) else None
-    return Item(hashlib.sha256(shown.encode()).hexdigest()[:16], finite, answer,
+    return Item(sample_id(sample), finite, answer,
                 {"doc_id": sample["doc_id"], "expected": _expected(sample), **more, **detail})
+
+
+def sample_id(sample: Mapping[str, Any]) -> str:
+    """The item's id: 16 hex digits over lm-eval's own hashes of document, prompt and target."""
+    shown = "".join(sample[key] for key in ("doc_hash", "prompt_hash", "target_hash"))
+    return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
 def _answer(sample: Mapping[str, Any], metric: str) -> tuple[str, dict[str, Any]]:

@@ -2,25 +2,26 @@
 
 A ledger keeps what was answered and the hash of what was shown, not the text. `questions` makes the text and the ids
 anew from the data, by the very functions that scored them; an item whose hash is not among them was of other data, and
-the caller says so. Harness tasks are left out: lm-eval makes their prompts.
+the caller says so. Harness tasks have lm-eval make their prompts again (`harness_replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from llmops.data.options import Limits
 from llmops.data.pairs import encode_pairs
-from llmops.data.render import prompts_and_answers, text_stream
+from llmops.data.render import prompts_and_answers
 from llmops.data.sources import Rows
+from llmops.data.stream import owned_stream
 from llmops.evaluate import multiple_choice, preference_accuracy
 from llmops.evaluate.exact_match import greedy
 from llmops.evaluate.live import context_limit, item_id, scoring, stop_ids
-from llmops.evaluate.perplexity import windows
+from llmops.evaluate.perplexity import parts_of, windows
 
 __all__ = ["REPLAYED", "Question", "answered", "questions"]
 
@@ -30,12 +31,17 @@ WHOLE = 1 << 40  # a length that nothing is cut to
 @dataclass(frozen=True)
 class Question:
     """What was shown. answers: the ids of every answer that could be given, by its text; empty where the model writes
-    it itself (exact_match: `answered` fills it in)."""
+    it itself (exact_match: `answered` fills it in). prompts: of answers that each have another one before them."""
 
     id: str
     text: str
     prompt: list[int]
     answers: Mapping[str, list[int]]
+    prompts: Mapping[str, list[int]] = field(default_factory=dict)
+
+    def side(self, answer: str) -> tuple[list[int], list[int]]:
+        """(ids before the answer, ids of the answer)."""
+        return self.prompts.get(answer, self.prompt), self.answers[answer]
 
 
 def _exact_match(model: Any, tokenizer: Any, rows: Rows, options: Any) -> list[Question]:
@@ -63,14 +69,17 @@ def _preference_accuracy(model: Any, tokenizer: Any, rows: Rows, options: Any) -
 
 
 def _perplexity(model: Any, tokenizer: Any, rows: Rows, options: Any) -> list[Question]:
-    ids = text_stream(rows, tokenizer, options.separator)[:options.max_tokens]
+    ids, owners = owned_stream(rows, tokenizer, options.separator)
+    ids = ids[:options.max_tokens]
     limit = context_limit(model)
     context = min(options.context, limit) if limit is not None else options.context
+    apart = bool(options.slices or options.cluster)
     found = []
-    for start, end, first in windows(len(ids), context, options.stride) if len(ids) >= context else []:
-        window = ids[start:end]
-        cut = first - start
-        found.append(Question(item_id(window), tokenizer.decode(window), window[:cut], {"": window[cut:]}))
+    for cut in windows(len(ids), context, options.stride) if len(ids) >= context else []:
+        for part in parts_of(cut, owners, apart):
+            window, told = ids[cut[0]:cut[1]], ids[part.start if part.whole else part.first:part.end]
+            found.append(Question(part.id(window), tokenizer.decode(told), ids[part.start:part.first],
+                                  {"": ids[part.first:part.end]}))
     return found
 
 
@@ -84,19 +93,24 @@ def questions(metric: str, model: Any, tokenizer: Any, rows: Rows, options: Any)
     return {each.id: each for each in REPLAYED[metric](model, tokenizer, rows, options)}
 
 
-def answered(model: Any, tokenizer: Any, asked: list[Question], options: Any) -> list[list[int]]:
-    """What `model` answers: its greedy continuation in ids, stop token included; for choices those of the likeliest."""
+def answered(model: Any, tokenizer: Any, asked: Sequence[Question], options: Any,
+             given: Sequence[str] = ()) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) in ids of what `model` answers: its greedy continuation, stop token included; for choices the
+    one it is known to have given (`given`, one a question), else the likeliest."""
     if not asked:
         return []
     if all(not question.answers for question in asked):
         with scoring(model):
-            return greedy(model, [question.prompt for question in asked], stops=stop_ids(model, tokenizer),
-                          pad=tokenizer.pad_token_id or 0, max_new_tokens=options.max_new_tokens)
-    found = []
-    for question in asked:
-        texts = list(question.answers)
-        pairs = [(question.prompt, question.answers[text]) for text in texts]
-        values = torch.tensor(multiple_choice.loglikelihoods(model, pairs, batch_size=16)) if len(texts) > 1 else None
-        best = 0 if values is None else int(values.nan_to_num(-torch.inf).argmax())
-        found.append(list(question.answers[texts[best]]))
-    return found
+            written = greedy(model, [question.prompt for question in asked], stops=stop_ids(model, tokenizer),
+                             pad=tokenizer.pad_token_id or 0, max_new_tokens=options.max_new_tokens)
+        return [(question.prompt, reply) for question, reply in zip(asked, written, strict=True)]
+    return [question.side(answer if answer in question.answers else _likeliest(model, question))
+            for question, answer in zip(asked, given or [""] * len(asked), strict=True)]
+
+
+def _likeliest(model: Any, question: Question) -> str:
+    texts = list(question.answers)
+    if len(texts) == 1:
+        return texts[0]
+    values = multiple_choice.loglikelihoods(model, [question.side(text) for text in texts], batch_size=16)
+    return texts[int(torch.tensor(values).nan_to_num(-torch.inf).argmax())]

@@ -5,9 +5,10 @@ A group's `excess` says how much more its items lost than the others' did, with 
     excess_g = drop_g - drop_rest        drop = other - variant (for a score where more is better)
 
 Its standard error is that of a difference of two ratio means over the same clusters (linearisation, as
-`statistics.weighted_mean`), so a document with questions in several groups is counted as the one document it is.
-The p values of a column's groups are corrected by Holm. A group of fewer than `LEAST` items is shown and never judged:
-one answer of it would be more than any margin. Perplexity has no slices: its windows run across documents.
+`statistics.weighted_mean`; of a perplexity, exp of such a mean, by the delta method), so a document with questions in
+several groups is counted as the one document it is. The p values of a column's groups are corrected by Holm. A group of
+fewer than `LEAST` items (or clusters, where there are any) is shown and never judged: one answer of it would be more
+than any margin. Items of a perplexity are what each document has in a window.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from llmops.errors import DataError, nearest
 from llmops.evaluate.bootstrap import AGGREGATIONS, cluster_sums
 from llmops.evaluate.paired_tests import holm
 from llmops.evaluate.score import Item, Score
-from llmops.evaluate.statistics import clusters_of, compare, summarize
+from llmops.evaluate.statistics import LARGEST_LOG, clusters_of, compare, summarize
 from llmops.quantity import Quantity
 
 __all__ = ["LEAST", "MOST", "NO_VALUE", "grouped", "labels", "sliced", "sliced_pair"]
 
 Array = NDArray[np.float64]
-LEAST = 10  # items a group needs to be judged
+LEAST = 10  # items (or clusters) a group needs to be judged
 MOST = 50  # groups of a column
 NO_VALUE = "(none)"
 
@@ -81,11 +82,14 @@ def sliced_pair(variant: Score, other: Score, seed: int) -> dict[str, Any]:
 
     comparison: what `statistics.compare` gives, with "p_holm" over the column's groups and "excess" (Quantity).
     worst: the judged group that lost most, None where none has LEAST items. {} without slices, and for scores that are
-    no mean of their items.
+    neither a mean of their items nor exp of one.
     """
-    if variant.protocol.get("aggregation") != "mean" or any(item.score is None for item in
-                                                            (*variant.items, *other.items)):
+    aggregation = variant.protocol.get("aggregation")
+    if aggregation not in AGGREGATIONS or any(item.score is None or (aggregation == "exp_mean"
+                                                                     and item.score > LARGEST_LOG)
+                                              for item in (*variant.items, *other.items)):
         return {}
+    rising = variant.higher_is_better and aggregation == "mean"  # the items of an exp_mean are losses
     a, b = (np.array([item.score for item in score.items], dtype=np.float64) for score in (variant, other))
     w = np.array([item.weight for item in variant.items])
     clusters = clusters_of(variant.items)
@@ -95,30 +99,36 @@ def sliced_pair(variant: Score, other: Score, seed: int) -> dict[str, Any]:
         for group, places in grouped(variant.items, column).items():
             at = np.array(places)
             within = [clusters[place] for place in places] if clusters is not None else None
-            groups[group] = compare(a[at], b[at], w[at], seed, unit=variant.value.unit, aggregation="mean",
-                                    rising=variant.higher_is_better, clusters=within)
-            groups[group]["excess"] = _excess(b - a if variant.higher_is_better else a - b, w, at, clusters,
-                                              variant.value.unit)
+            groups[group] = compare(a[at], b[at], w[at], seed, unit=variant.value.unit, aggregation=aggregation,
+                                    rising=rising, clusters=within)
+            lost, kept = (b, a) if rising else (a, b)  # drop = f(lost) - f(kept)
+            groups[group]["excess"] = _excess(lost, kept, w, at, clusters, aggregation, variant.value.unit)
         corrected = holm({group: body["p"] for group, body in groups.items() if body["p"] is not None})
         for group, body in groups.items():
             body["p_holm"] = corrected.get(group)
-        found[column] = {"groups": groups, "worst": _worst(groups, variant.higher_is_better)}
+        found[column] = {"groups": groups, "worst": _worst(groups, rising)}
     return found
 
 
-def _excess(drop: Array, w: Array, at: NDArray[np.int64], clusters: Sequence[str] | None, unit: str) -> Quantity:
-    """Mean drop of the items `at` minus that of all others, with Student's interval."""
+def _excess(lost: Array, kept: Array, w: Array, at: NDArray[np.int64], clusters: Sequence[str] | None,
+            aggregation: str, unit: str) -> Quantity:
+    """Drop of the items `at` minus that of all others, with Student's interval. drop = f(mean lost) - f(mean kept)."""
     from scipy.special import stdtrit
 
-    inside = np.zeros(len(drop), dtype=bool)
+    inside = np.zeros(len(lost), dtype=bool)
     inside[at] = True
     if inside.all():
         return Quantity.null(unit, "every item is in this group")
-    influence, means = np.zeros(len(drop)), []
+    value_of = AGGREGATIONS[aggregation]
+    influence, means = np.zeros(len(lost)), []
     for mask, sign in ((inside, 1), (~inside, -1)):
-        total = w[mask].sum()
-        means.append(float((w * drop)[mask].sum() / total))
-        influence[mask] = sign * w[mask] * (drop[mask] - means[-1]) / total
+        total, drop = w[mask].sum(), 0.0
+        for each, side in ((lost, 1), (kept, -1)):
+            mean = (w * each)[mask].sum() / total
+            slope = float(value_of(mean)) if aggregation == "exp_mean" else 1.0  # d exp(mean) = exp(mean) d mean
+            drop += side * float(value_of(mean))
+            influence[mask] += sign * side * slope * w[mask] * (each[mask] - mean) / total
+        means.append(drop)
     sums = influence if clusters is None else cluster_sums(influence[None], clusters)[0]
     units = len(sums)
     fewest = min(int(inside.sum()), int((~inside).sum()))
@@ -136,7 +146,8 @@ def _excess(drop: Array, w: Array, at: NDArray[np.int64], clusters: Sequence[str
 
 def _worst(groups: Mapping[str, Mapping[str, Any]], rising: bool) -> str | None:
     sign = 1 if rising else -1
-    judged = {group: sign * body["delta"].value for group, body in groups.items() if body["n"] >= LEAST}
+    judged = {group: sign * body["delta"].value for group, body in groups.items()
+              if (body["clusters"] or body["n"]) >= LEAST}
     return min(judged, key=lambda group: judged[group]) if judged else None
 
 

@@ -26,9 +26,9 @@ from llmops.evaluate.paired_tests import mcnemar, sign_flip, tango_interval
 from llmops.evaluate.score import Item, Score
 from llmops.quantity import Quantity
 
-__all__ = ["AGGREGATIONS", "INCIDENTAL", "check_comparable", "clusters_of", "compare", "is_binary", "mcnemar",
-           "mean_interval", "paired", "paired_bootstrap", "proportion_interval", "standard_error", "summarize",
-           "weighted_mean"]
+__all__ = ["AGGREGATIONS", "INCIDENTAL", "LARGEST_LOG", "check_comparable", "clusters_of", "compare", "is_binary",
+           "mcnemar", "mean_interval", "paired", "paired_bootstrap", "proportion_interval", "standard_error",
+           "summarize", "weighted_mean"]
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]

@@ -25,12 +25,14 @@ Shown = tuple[Sequence[int], Sequence[int]]  # prompt ids, ids of the reference'
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token of an answer: its text, KL there, each model's probability of it, each model's own choice."""
+    """One token of an answer: its text, KL there, each model's probability of it, how its log-probability changed
+    (log q - log p, nats), each model's own choice."""
 
     token: str
     kl: float
     p: float
     q: float
+    delta_logp: float
     says: str
     says_variant: str
 
@@ -52,11 +54,16 @@ def view(variant: Any, reference: Any, tokenizer: Any, shown: Sequence[Shown]) -
         for each in shown:
             log_q, log_p = (answer_log_probabilities(model, each) for model in (variant, reference))
             kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
-            found.append([TokenView(_text(tokenizer, token), float(kl[place]), float(log_p[place, token].exp()),
-                                    float(log_q[place, token].exp()), _text(tokenizer, int(log_p[place].argmax())),
-                                    _text(tokenizer, int(log_q[place].argmax())))
+            found.append([_token(token, kl[place], log_p[place], log_q[place], tokenizer)
                           for place, token in enumerate(each[1])])
     return found
+
+
+def _token(token: int, kl: Tensor, log_p: Tensor, log_q: Tensor, tokenizer: Any) -> TokenView:
+    """log_p, log_q: (vocabulary,) at the position that predicts the token."""
+    return TokenView(_text(tokenizer, token), float(kl), float(log_p[token].exp()), float(log_q[token].exp()),
+                     float(log_q[token] - log_p[token]), _text(tokenizer, int(log_p.argmax())),
+                     _text(tokenizer, int(log_q.argmax())))
 
 
 def _text(tokenizer: Any, token: int) -> str:

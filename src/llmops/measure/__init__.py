@@ -11,7 +11,8 @@
     memory.py             weights, peak memory, bytes on disk
     cost.py  carbon.py    break-even and totals; grams and SCI
     grid.py  budget.py    intensity by hour and its cleanest window; how many joules a budget is
-    beside.py             who else measures here
+    providers/            intensity by key: Electricity Maps, WattTime (marginal), Great Britain's
+    beside.py             who else measures here;  reserve.py  the machine held for a whole run
     environment.py        where it was measured
 
 Nothing is imported here: `decode` needs torch, the options must not.

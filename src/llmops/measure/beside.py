@@ -5,7 +5,8 @@ users of the machine share. Whoever begins writes its process into the files of 
 when it ends: so both know of each other, whichever began first and even if one lay within the other. A file whose
 process is gone is unlocked, means nothing, and is removed.
 
-With `exclusive` the one who comes second is refused. Without it both figures are kept, and say that they overlap.
+With `exclusive` the one who comes second is refused (a whole run already at its start: `reserve.py`). Without it both
+figures are kept, and say that they overlap.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ try:
 except ImportError:  # Windows: nobody is seen
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Beside", "beside"]
+__all__ = ["Beside", "beside", "shared_folder"]
 
 
-def _folder() -> Path:
+def shared_folder() -> Path:
+    """Where those who measure on this machine find each other."""
     return Path(tempfile.gettempdir()) / "llmops-measuring"
 
 
@@ -48,7 +50,7 @@ def beside(exclusive: bool = False, gpus: list[dict[str, Any]] | None = None, fo
     Raises LlmopsError at once when `exclusive` is asked for and somebody is there already, or when somebody came
     while the block lasted.
     """
-    result, place = Beside(), folder or _folder()
+    result, place = Beside(), folder or shared_folder()
     crowded = [f"{device['name']} runs {device['other_processes']} other process(es)" for device in gpus or []
                if device.get("other_processes")]
     with contextlib.ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 N* = E_build / (e_base - e_variant) = E_build / (e_base (1 - r)), with r the paired ratio of joules per token. The
 interval of r carries over, because 1 / (1 - r) rises with r. Where that interval reaches 1 no saving was shown, and a
-break-even would be a number without a ground: null.
+break-even would be a number without a ground: null. So it would be of fewer than five pairs of blocks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmops.measure.intervals import LEAST_PAIRS
 from llmops.quantity import Quantity, weakest
 
 __all__ = ["break_even", "break_even_beside", "total"]
@@ -28,6 +29,9 @@ def break_even(build_j: Quantity, base_j_per_token: Quantity, ratio: Quantity) -
     assert build_j.value is not None and base_j_per_token.value is not None and ratio.value is not None
     if ratio.ci95 is None:
         return Quantity.null("tokens", "no saving shown: the ratio of joules per token has no interval")
+    if ratio.n is not None and ratio.n < LEAST_PAIRS:
+        return Quantity.null("tokens", f"no saving shown: the ratio of joules per token is of {ratio.n} repeats, at "
+                                       f"least {LEAST_PAIRS} are needed (measure.repeats)")
     low, high = ratio.ci95
     if high >= 1:
         return Quantity.null("tokens", f"no saving shown: the interval of the ratio of joules per token, {low:.3g} to "
@@ -68,12 +72,13 @@ def _quotient(a: Quantity, b: Quantity) -> Quantity:
             return Quantity.null(a.unit, part.method)
     assert a.value is not None and b.value is not None
     value, method = a.value / b.value, "ratio of two ratios to base"
+    n = min((part.n for part in (a, b) if part.n is not None), default=None)
     if a.ci95 is None or b.ci95 is None or min(a.ci95[0], b.ci95[0]) <= 0:
-        return Quantity(value, a.unit, weakest([a.provenance, b.provenance]), method)
+        return Quantity(value, a.unit, weakest([a.provenance, b.provenance]), method, None, n)
     below = math.hypot(math.log(a.value / a.ci95[0]), math.log(b.ci95[1] / b.value))
     above = math.hypot(math.log(a.ci95[1] / a.value), math.log(b.value / b.ci95[0]))
     return Quantity(value, a.unit, weakest([a.provenance, b.provenance]), method,
-                    (value * math.exp(-below), value * math.exp(above)))
+                    (value * math.exp(-below), value * math.exp(above)), n)
 
 
 def total(quantities: Sequence[Quantity]) -> Quantity:

@@ -8,13 +8,14 @@ floor of the machine (`aa_ratio`).
 
 A block is (1) prefills alone, metered, and (2) whole requests, metered: joules per output token and per request come
 straight from (2), prefill included; prefill from (1); decode is what remains of (2) after (1). Both repeat until they
-last `window_s`, and at least 150 updates of a hardware counter (three of an estimate). A window is idle-subtracted
+last `window_s`, and at least 200 updates of a hardware counter (three of an estimate). A window is idle-subtracted
 where idle power was read. The device's clocks, temperature and power limit are kept from before and after, and who
 else was at work there (`beside.py`).
 
-What the verdict says. `saving` is "shown" only if the whole interval of the energy ratio lies below 1, "not shown" if
-not, "unmeasured" where there is no energy to compare. It does not say how energy was known: the ratio's provenance
-does, and a "shown" on an estimate is an estimated saving.
+What the verdict says. `saving` is "shown" only if the whole interval of the energy ratio lies below 1 and there are at
+least five pairs of blocks (fewer can be asked for, and the row warns), "not shown" if not, "unmeasured" where there is
+no energy to compare. It does not say how energy was known: the ratio's provenance does, and a "shown" on an estimate is
+an estimated saving.
 
 Left out: batching over time as a server does it, sampling, speculative decoding, prompts of natural length.
 """
@@ -34,6 +35,7 @@ from torch import Tensor
 from llmops.measure import memory
 from llmops.measure.beside import beside
 from llmops.measure.environment import conditions
+from llmops.measure.intervals import LEAST_PAIRS
 from llmops.measure.meter import Meter
 from llmops.measure.options import MeasureOptions
 from llmops.measure.summary import energy_group, latency_group
@@ -44,7 +46,7 @@ __all__ = ["Block", "Measurement", "block", "measure", "peak_memory"]
 
 WARM_TOKENS = 16
 UPDATES_WANTED = 100  # of the sensor in every window: one more or less is 1 %; with less the row warns
-UPDATES_SIZED = 150  # what windows of a hardware counter are made to last: waiting for its changes is then below 1 %
+UPDATES_SIZED = 200  # what windows of a hardware counter are made to last: two updates of waiting are then at most 1 %
 UPDATES_LEAST = 3  # of an estimate, whose ticks are not its largest error
 IDLE_S = 10.0  # idle power of a hardware counter, where the options don't say how long
 
@@ -205,6 +207,9 @@ def _summarize(result: Measurement, options: MeasureOptions, meter: Meter, idle:
         result.latency[str(batch)] = latency_group(mine, other, tokens, against_itself)
         result.energy[str(batch)] = energy_group(mine, other, tokens, idle, against_itself)
         result.warnings += _resolution(mine + other, meter, batch)
+    if options.repeats < LEAST_PAIRS:
+        result.warnings.append(f"{options.repeats} repeats: with fewer than {LEAST_PAIRS} no difference of speed or "
+                               "energy is said to be shown; set measure.repeats")
     result.energy["idle_watts"] = idle.as_dict()
 
 

@@ -25,18 +25,23 @@ from pathlib import Path
 from llmops.errors import LlmopsError, nearest, unknown
 from llmops.quantity import Quantity
 
-__all__ = ["COLUMNS", "Grid", "Window", "cleanest", "read_grid"]
+__all__ = ["COLUMNS", "Grid", "Window", "cleanest", "from_figures", "read_grid"]
 
 COLUMNS = ("utc", "zone", "g_per_kwh")
 MOST_G_PER_KWH = 3000.0  # above every grid there is; more is another unit
+HOLD_S = 3600.0  # how long a provider's figure stands in for the next one that is late, beyond its own period
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`zones`: name -> (seconds since the epoch at which each figure begins, and at last ends; the figures, g/kWh)."""
+    """`zones`: name -> (seconds since the epoch at which each figure begins, and at last ends; the figures, g/kWh).
+
+    kind: "average", "marginal", or "" where nobody said.
+    """
 
     name: str
     zones: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    kind: str = ""
 
     def zone(self, wanted: str | None) -> str:
         """The zone asked for, or the only one. Raises LlmopsError for a zone that the file does not have."""
@@ -79,8 +84,9 @@ class Grid:
             value = self.mean(chosen, start, end)
         except LlmopsError as error:
             return Quantity.null("gCO2e/kWh", str(error))
+        kind = f"{self.kind}, " if self.kind else ""
         return Quantity(value, "gCO2e/kWh", "estimated",
-                        f"{chosen}, mean from {_shown(start)} to {_shown(end)}, location-based ({self.name})")
+                        f"{chosen}, mean from {_shown(start)} to {_shown(end)}, {kind}location-based ({self.name})")
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,33 @@ def cleanest(grid: Grid, zone: str, earliest: float, deadline: float, lasts_s: f
     least = min(mean for mean, _ in means)
     mean, start = next(each for each in means if each[0] <= least * (1 + 1e-12))
     return Window(start, start + lasts_s, mean)
+
+
+def from_figures(name: str, zone: str, figures: Mapping[float, float], period_s: float, kind: str, start: float,
+                 end: float | None) -> Grid:
+    """The grid of one zone from what a provider published. figures: second -> g/kWh; end: None for a forecast.
+
+    A figure holds until the next, at most for its period and `HOLD_S` more; the last of a forecast for its period. A
+    first figure later than `start` by no more than its period (forecasts begin with the next one) holds from `start`.
+    Raises LlmopsError where [start, end] is not covered so, and for figures that are no intensity.
+    """
+    wrong = next((value for value in figures.values() if not 0 <= value <= MOST_G_PER_KWH), None)
+    if wrong is not None:
+        raise LlmopsError(f"{name}: a figure of {wrong:g} for {zone}; expected grams CO2e per kWh, from 0 to "
+                          f"{MOST_G_PER_KWH:g}")
+    times = sorted(figures)
+    if not times:
+        raise LlmopsError(f"{name}: no figure for {zone}; expected some from {_shown(start)} on")
+    ends = times[-1] + period_s + (HOLD_S if end is not None else 0)
+    begins = [start if start < times[0] <= start + period_s else times[0], *times[1:], ends]
+    late = next((here for here, later in zip(begins, begins[1:], strict=False)
+                 if later - here > period_s + HOLD_S and later > start and (end is None or here < end)), None)
+    if late is not None or begins[0] > start or (end is not None and begins[-1] < end):
+        told = (f"knows nothing after {_shown(late)}" if late is not None else
+                f"tells of {_shown(times[0])} to {_shown(times[-1])}")
+        raise LlmopsError(f"{name} {told} of {zone}; expected figures from {_shown(start)}"
+                          + (f" to {_shown(end)}" if end is not None else "") + " without a hole of over an hour")
+    return Grid(name, {zone: (tuple(begins), tuple(figures[time] for time in times))}, kind)
 
 
 def read_grid(path: Path | str) -> Grid:

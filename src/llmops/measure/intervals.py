@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
 
-__all__ = ["log_ratio", "mean_interval", "median_interval", "t_quantile"]
+__all__ = ["LEAST_PAIRS", "log_ratio", "mean_interval", "median_interval", "t_quantile"]
 
+LEAST_PAIRS = 5  # of blocks, before a difference is said to be shown
 MEDIAN_FACTOR = math.sqrt(math.pi / 2)
 
 

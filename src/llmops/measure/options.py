@@ -10,7 +10,7 @@ from llmops.options import Options
 
 __all__ = ["Budget", "MeasureOptions"]
 
-ZONE = "^[A-Z]{2,3}(-[A-Z0-9]+)*$"
+ZONE = "^[A-Z][A-Z0-9]+([-_][A-Z0-9]+)*$"
 
 
 class MeasureOptions(Options):
@@ -19,9 +19,10 @@ class MeasureOptions(Options):
     prompt_tokens: int = Field(256, ge=1)
     new_tokens: int = Field(128, ge=2)
     batch_sizes: list[int] = Field([1, 8], min_length=1)
-    repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant")
+    repeats: int = Field(5, ge=2, description="interleaved blocks of base and variant; with fewer than 5 no "
+                                              "difference is said to be shown")
     window_s: float = Field(0.0, ge=0, description="repeat the workload in a block until it lasts this long; at least "
-                                                   "150 updates of a hardware counter, whatever is given")
+                                                   "200 updates of a hardware counter, whatever is given")
     sensor: Literal["auto", "nvml", "rapl", "zeus", "codecarbon", "declared", "none"] = Field(
         "auto", description="auto: NVML counter, RAPL, Zeus (AMD, Apple, Jetson), declared watts where given, then "
                             "CodeCarbon's estimate")
@@ -30,9 +31,13 @@ class MeasureOptions(Options):
                                                        "until a stop token, for joules per request; 0: none")
     natural_tokens: int = Field(256, ge=1, description="most tokens of such an answer")
     zone: str | None = Field(None, pattern=ZONE, description="the grid: ISO 3166 alpha-3 code, as FRA; with "
-                                                             "`intensity`, a zone of that file")
+                                                             "`intensity`, a zone of that file; with `provider`, as it "
+                                                             "names its zones")
     intensity: str | None = Field(None, min_length=1, description="CSV of utc,zone,g_per_kwh (beside the recipe, or "
                                                                   "absolute); default: annual averages by country")
+    provider: Literal["electricity_maps", "watttime", "uk_carbon_intensity"] | None = Field(
+        None, description="ask this one for the hours of the run instead: network, and its key in the environment "
+                          "(ELECTRICITY_MAPS_TOKEN; WATTTIME_USER, WATTTIME_PASSWORD; none). Needs `zone`")
     embodied_kg: float | None = Field(None, gt=0, description="kgCO2e of making the hardware that runs the model, for "
                                                               "SCI")
     lifetime_years: float = Field(4.0, gt=0, description="years over which embodied_kg is spread")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmops.measure.intervals import log_ratio, median_interval
+from llmops.measure.intervals import LEAST_PAIRS, log_ratio, median_interval
 from llmops.quantity import Quantity, weakest
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _of_part(blocks: Sequence[Block], tokens: Tokens, part: str) -> Quantity:
 def _verdict(ratio: Quantity) -> str:
     if ratio.value is None or ratio.ci95 is None:
         return "unmeasured"
-    return "shown" if ratio.ci95[1] < 1 else "not shown"
+    return "shown" if ratio.ci95[1] < 1 and (ratio.n or 0) >= LEAST_PAIRS else "not shown"
 
 
 def energy_group(mine: Sequence[Block], other: Sequence[Block], tokens: Tokens, idle: Quantity,

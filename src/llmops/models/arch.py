@@ -13,8 +13,8 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["PRODUCERS", "ROUTERS", "decoder_layers", "is_ignored", "linear_layers", "renumber_layers",
-           "resize_depth", "routers", "text_config"]
+__all__ = ["FFN_KEYS", "PRODUCERS", "ROUTERS", "TIED", "TRANSPOSED", "WIDTHS", "decoder_layers", "is_ignored",
+           "linear_layers", "renumber_layers", "resize_depth", "routers", "text_config"]
 
 #: Config keys that hold one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "attn_layer_types", "no_rope_layers", "layers_block_type", "block_types")
@@ -29,6 +29,26 @@ POSITIONAL: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 0, 1), "
 #: A layer's name -> its sibling whose output features reach its input one by one (up to attention, and a gate that
 #: multiplies): a factor taken from one can be given to the other.
 PRODUCERS = {"down_proj": "up_proj", "o_proj": "v_proj"}
+
+#: The end of a layer's name -> what runs along (out, in) of its weight, a bias running along out. H hidden features, F
+#: FFN channels, Q query heads, K KV heads, A queries, keys and values one after the other, I the three of each head
+#: side by side, V what no width is of. With A or I the heads together are as wide as the hidden features: no config key
+#: says otherwise.
+WIDTHS = {"q_proj": "QH", "k_proj": "KH", "v_proj": "KH", "o_proj": "HQ", "gate_proj": "FH", "up_proj": "FH",
+          "down_proj": "HF", "embed_tokens": "VH", "lm_head": "VH", "gate": "VH", "shared_expert_gate": "VH",
+          # GPT-2
+          "wte": "VH", "wpe": "VH", "attn.c_attn": "AH", "attn.c_proj": "HQ", "mlp.c_fc": "FH", "mlp.c_proj": "HF",
+          # GPT-NeoX
+          "embed_in": "VH", "embed_out": "VH", "attention.query_key_value": "IH", "attention.dense": "HQ",
+          "mlp.dense_h_to_4h": "FH", "mlp.dense_4h_to_h": "HF"}
+#: Architectures, beside those with A or I, whose norm over all heads is made as wide as the hidden features.
+TIED = ("olmoe",)
+#: Classes of layers whose weight is kept as (in, out).
+TRANSPOSED = ("Conv1D",)
+#: FFN channels of dense layers, of experts (E) and of a shared expert (S) -> the config key that counts them, the first
+#: that is there.
+FFN_KEYS = {"F": ("intermediate_size", "n_inner"), "E": ("moe_intermediate_size", "intermediate_size"),
+            "S": ("shared_expert_intermediate_size",)}
 
 #: Names of what chooses experts, or weighs a shared one, where it stands beside `experts`: always left in 16 bit.
 ROUTERS = ("gate", "router", "shared_expert_gate")

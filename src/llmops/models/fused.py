@@ -6,11 +6,14 @@
     codes        where the layers that read a norm are joined and take int8 or fp8 (`FormattedLinear.takes`), the norm
                  gives codes (`rms_norm_quantize`), and the MLP's middle does (`swiglu_quantize`): no activation is
                  written in 16 bits to be read and rounded again
-    residual     the addition before the second norm in the same kernel as the norm (`add_rms_norm`, with codes
-                 `add_rms_norm_quantize`)
+    residual     both additions of a block in the same kernel as the norm that follows (`add_rms_norm`, with codes
+                 `add_rms_norm_quantize`): its second norm, and the first of the next block or the model's last
 
 Codes travel in the place of the numbers, as a tensor of the same shape; their scales wait at the joined layer that
-reads them (`Joined.given`). 16-bit models only: others, and what runs on no kernel, compute as before.
+reads them (`Joined.given`). What a block returns is the whole sum, as before; the norm of it waits at the module that
+would compute it (`Ready`), and is taken if that is asked for the norm of this very tensor: whoever reads what blocks
+return (hidden states, hooks) sees no difference, and what takes its place is normed anew. 16-bit models only: others,
+and what runs on no kernel, compute as before.
 
 The results differ by rounding alone: what transformers rounds to 16 bits between two steps stays in float32 here. Which
 classes compute the formulas is written down below, by name: a class that is not named is left as it is (Gemma's norm
@@ -60,21 +63,61 @@ def fuse(model: nn.Module) -> int:
         changed += 1
     if find_spec("llmops_kernels") is not None:
         for module in model.modules():
-            if type(module).__name__ in BLOCKS and not isinstance(module.forward, partial):
-                _fuse_block(module)
+            if isinstance(layers := getattr(module, "layers", None), nn.ModuleList) and len(layers):
+                for block, following in reversed(list(zip(layers, [*layers[1:], module], strict=True))):
+                    if _known(block) and not isinstance(block.forward, partial):
+                        _fuse_block(block, _first_norm(following))
     return changed
 
 
-def _fuse_block(block: Any) -> None:
-    """Norms that give codes, the residual addition in the second, codes in the middle of the MLP."""
-    known = all(type(module).__name__ in names for module, names in (
+class Ready:
+    """The norm of a sum, computed with the sum; `module` would compute it next, `reader` reads it where it is codes."""
+
+    def __init__(self, module: Any, reader: Joined | None) -> None:
+        self.module, self.reader = module, reader
+        self.held: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x + residual; its norm is ready. x, residual: (..., width), of a type that the kernels take."""
+        total, y, scale = _add_norm(self.module, self.reader, x, residual)
+        self.held = total, y, scale
+        return total
+
+    def take(self, x: Tensor) -> Tensor | None:
+        """The norm of x, or its codes whose scale now waits at the reader; None where it was not computed."""
+        if self.held is None or self.held[0] is not x:
+            return None
+        _, y, scale = self.held
+        self.held = None
+        if self.reader is not None:
+            assert scale is not None
+            self.reader.given = scale, x.dtype
+        return y
+
+
+def _first_norm(following: Any) -> Ready | None:
+    """Of the block that follows (fused already), or of the model after its last one; None where it is not known."""
+    block = _known(following)
+    norm: Any = following.input_layernorm if block else getattr(following, "norm", None)
+    if type(norm).__name__ not in NORMS or norm.weight.shape[0] > WIDEST:
+        return None
+    ready = Ready(norm, _reader(following.self_attn.q_proj, following.self_attn.v_proj) if block else None)
+    norm.forward = partial(_norm_ready, ready, norm.forward)
+    return ready
+
+
+def _known(block: Any) -> bool:
+    """Whether all of a block is what is written down above, its norms one program wide."""
+    return type(block).__name__ in BLOCKS and all(type(module).__name__ in names for module, names in (
         (block.input_layernorm, NORMS), (block.post_attention_layernorm, NORMS), (block.self_attn, ATTENTION),
-        (block.mlp, MLPS)))
-    if not known or block.input_layernorm.weight.shape[0] > WIDEST:
-        return
+        (block.mlp, MLPS))) and block.input_layernorm.weight.shape[0] <= WIDEST
+
+
+def _fuse_block(block: Any, after: Ready | None) -> None:
+    """Norms that give codes, the residual additions in the norms after them, codes in the middle of the MLP."""
     if (reader := _reader(block.self_attn.q_proj, block.self_attn.v_proj)) is not None:
         block.input_layernorm.forward = partial(_norm_codes, block.input_layernorm, reader)
-    block.forward = partial(_block, block, _reader(block.mlp.gate_proj, block.mlp.up_proj), block.forward)
+    block.forward = partial(_block, block, _reader(block.mlp.gate_proj, block.mlp.up_proj), after, block.forward)
     down = block.mlp.down_proj
     silu = type(block.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
     if silu and isinstance(down, FormattedLinear) and down.takes:
@@ -115,24 +158,39 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def _block(module: Any, reader: Joined | None, otherwise: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+def _block(module: Any, reader: Joined | None, after: Ready | None, otherwise: Any, hidden_states: Tensor,
+           **kwargs: Any) -> Tensor:
     norm = module.post_attention_layernorm
     if not _fit(hidden_states, norm):
         plain: Tensor = otherwise(hidden_states, **kwargs)
         return plain
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    h, y, scale = _add_norm(norm, reader, attended, hidden_states)
+    if reader is not None:
+        reader.given = scale, hidden_states.dtype
+    made: Tensor = module.mlp(y)
+    return h + made if after is None or not _fit(h, after.module) else after.add(made, h)
+
+
+def _add_norm(norm: Any, reader: Joined | None, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x + residual, its norm or codes for `reader`, their scale), the first two in the shape of x."""
     from llmops_kernels.rms_norm import add_rms_norm, add_rms_norm_quantize
 
-    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
-    rows, residual, shape = _rows(attended), _rows(hidden_states), hidden_states.shape
+    scale: Tensor | None = None
     if reader is None:
-        y, h = add_rms_norm(rows, residual, norm.weight, norm.variance_epsilon)
+        y, h = add_rms_norm(_rows(x), _rows(residual), norm.weight, norm.variance_epsilon)
     else:
         dtype, group = reader.linear.takes
-        y, scale, h = add_rms_norm_quantize(rows, residual, norm.weight, norm.variance_epsilon, dtype,
+        y, scale, h = add_rms_norm_quantize(_rows(x), _rows(residual), norm.weight, norm.variance_epsilon, dtype,
                                             group_size=group)
-        reader.given = scale, hidden_states.dtype
-    made: Tensor = h.view(shape) + module.mlp(y.view(shape))
-    return made
+    return h.view(x.shape), y.view(x.shape), scale
+
+
+def _norm_ready(ready: Ready, otherwise: Any, hidden_states: Tensor) -> Tensor:
+    found = ready.take(hidden_states)
+    if found is None:
+        found = otherwise(hidden_states)
+    return found
 
 
 def _gated(module: Any, otherwise: Any, x: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ their scales are laid below each other, and every row of the product is what it 
 The model does not know. Each layer is replaced by a `Part`; the first that is asked with a new input runs the joined
 layer, the others hand out their rows. A part that is asked alone, or with another input, computes all and is right.
 
-Not joined: layers of different schemes, types or inputs, a tensor scale of NVFP4 that differs, and what an adapter
-wraps. The names of a joined model are not those of its checkpoint: it generates, it is not saved.
+Not joined: layers of different schemes, types or inputs, a tensor scale of NVFP4 that differs, NF4 that bitsandbytes
+runs itself (`nf4_joined.py`), and what an adapter wraps. The names of a joined model are not those of its checkpoint:
+it generates, it is not saved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from llmops.errors import ModelError
 from llmops.models.arch import decoder_layers
 from llmops.models.formatted import FormattedLinear
+from llmops.models.nf4_joined import joined_nf4
 from llmops.models.packed import PackedLinear
 from llmops.models.sparse24 import Sparse24Linear
 from llmops.ops.bitstream import pack_bits, unpack_bits
@@ -30,6 +32,7 @@ __all__ = ["GROUPS", "Joined", "Part", "join", "joined"]
 
 #: Layers of one module that read the same input, by name.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+NF4 = ("llmops.models.nf4", "Linear4bit")  # by name: its file imports bitsandbytes
 
 
 class Joined(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy, so its classes are Any
@@ -103,9 +106,10 @@ def joined(layers: Sequence[Any]) -> nn.Module | None:
     """One layer that gives the outputs of all, one after the other; None where there is none."""
     kinds = {type(layer) for layer in layers}
     kind = kinds.pop()
-    if kinds or kind not in _JOIN or len({layer.in_features for layer in layers}) > 1:
+    make = joined_nf4 if (kind.__module__, kind.__name__) == NF4 else _JOIN.get(kind)
+    if kinds or make is None or len({layer.in_features for layer in layers}) > 1:
         return None
-    return _JOIN[kind](layers)
+    return make(layers)
 
 
 def _dense(layers: Sequence[Any]) -> nn.Module | None:

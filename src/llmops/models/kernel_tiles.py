@@ -45,7 +45,9 @@ def _tiles(layer: Any, rows: int) -> tuple[str, Tiles, bool]:
         op, shape = "int_linear", config.key(N, K, bits=layer.bits, group=group)
         rule: Tiles = int_linear.tiles(rows, N, K, layer.bits, group, processors)
     elif not isinstance(layer, FormattedLinear):
-        op, shape, rule = "nf4_linear", config.key(N, K), nf4_linear.tiles(rows, N, K, processors)
+        state = getattr(layer.weight, "quant_state", layer) if hasattr(layer, "weight") else layer
+        op, shape = "nf4_linear", config.key(N, K, kind=state.quant_type, block=state.blocksize)
+        rule = nf4_linear.tiles(rows, N, K, processors)
     elif layer.kind == "w8a8":
         op, shape = int8_linear.OP, config.key(N, K)
         rule = int8_linear.rule(rows, N, K, processors)

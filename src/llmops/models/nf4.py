@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from llmops.errors import ModelError
 from llmops.methods.finetune.lora import NAME, adapted_weight, adapters, lora_delta
 from llmops.methods.finetune.starts import difference_pair
+from llmops.models.nf4_joined import product
 from llmops.ops.int8_matmul import OPS, TRITON, triton_here
 
 __all__ = ["RECORD", "SHIFT", "Base", "Linear4bit", "dense", "dequantized", "fill", "fingerprint", "four_bit_layers",
@@ -65,7 +66,7 @@ class Linear4bit(bnb.Linear4bit):  # type: ignore[misc]  # PEFT knows it by this
         """The kernel of `llmops_kernels` where there is a GPU and nothing to differentiate; else bitsandbytes' own, but
         where a CPU would misread it (see `_multiplied_out`)."""
         if self.kernel_name and not (torch.is_grad_enabled() and x.requires_grad):
-            return self._on_ops(x)
+            return product(x, self.weight.data, self.weight.quant_state, self.bias, self.compute_dtype)
         if x.device.type != "cpu" or self.in_features % BLOCK == 0:
             y: Tensor = super().forward(x)
             return y
@@ -82,15 +83,6 @@ class Linear4bit(bnb.Linear4bit):  # type: ignore[misc]  # PEFT knows it by this
         if self.asked == "ops" and not on_gpu:
             return OPS
         return TRITON if on_gpu and self.asked in ("auto", "triton", "ops") and triton_here() else ""
-
-    def _on_ops(self, x: Tensor) -> Tensor:
-        from llmops_kernels.nf4_linear import nf4_linear
-
-        half = self.compute_dtype if self.compute_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-        flat = x.reshape(-1, self.in_features).to(half)
-        y: Tensor = nf4_linear(flat if flat.stride(-1) == 1 else flat.contiguous(), self.weight.data,
-                               self.weight.quant_state, self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     @property
     def kernel(self) -> str:

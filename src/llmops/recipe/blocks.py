@@ -218,6 +218,6 @@ def _bounds(metadata: Iterable[Any]) -> str:
 
 
 def _pattern_in_words(pattern: str) -> str:
-    return {"^[A-Z]{2,3}(-[A-Z0-9]+)*$": "a code of capital letters, as FRA",
+    return {"^[A-Z][A-Z0-9]+([-_][A-Z0-9]+)*$": "a code of capital letters, as FRA",
             "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
             }.get(pattern, f"that matches {pattern}")

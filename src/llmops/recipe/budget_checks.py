@@ -12,10 +12,23 @@ from llmops.recipe.source import Problems
 
 __all__ = ["check_grid", "read_budget"]
 
+PROVIDER_ZONES = {"electricity_maps": "FR", "watttime": "CAISO_NORTH", "uk_carbon_intensity": "GB"}
+
 
 def check_grid(problems: Problems, options: MeasureOptions, base_dir: Path) -> None:
-    """A zone that has an intensity, in the recipe's own file or else in the table of countries."""
-    if options.intensity is not None:
+    """A zone that has an intensity, in the recipe's own file or else in the table of countries. A provider's zones are
+    not known here: it is asked before anything is built."""
+    if options.provider is not None:
+        if options.intensity is not None:
+            problems.add(("measure", "provider"), f"given {options.provider} and the file {options.intensity}; "
+                                                  "expected one of them")
+        if options.zone is None:
+            problems.add(("measure", "provider"), f"given {options.provider} without a zone; expected one as it names "
+                                                  f"them, as zone: {PROVIDER_ZONES[options.provider]}")
+        elif options.provider == "uk_carbon_intensity" and options.zone != "GB":
+            problems.add(("measure", "zone"), f"given {options.zone} with uk_carbon_intensity, which covers Great "
+                                              "Britain alone; expected GB")
+    elif options.intensity is not None:
         from llmops.measure.grid import read_grid
 
         try:

@@ -18,7 +18,19 @@ from pydantic.json_schema import models_json_schema
 from llmops.data.options import DataSource
 from llmops.evaluate.options import EVALUATIONS
 from llmops.measure.options import Budget, MeasureOptions
-from llmops.recipe.schema import BOUNDS, COSTS, NAME, RESERVED, STEPS, TRACKERS, Goal, ModelSource, Runtime, Tracking
+from llmops.recipe.schema import (
+    BOUNDS,
+    COSTS,
+    NAME,
+    RESERVED,
+    STEPS,
+    TRACKERS,
+    Card,
+    Goal,
+    ModelSource,
+    Runtime,
+    Tracking,
+)
 
 __all__ = ["json_schema"]
 
@@ -30,7 +42,7 @@ _STEP_WORDS = {"finetune": "train on data", "prune": "remove weights or layers",
 def json_schema() -> dict[str, Any]:
     """The schema, as plain values (JSON Schema draft 7, which editors understand)."""
     models = [model for methods in STEPS.values() for model in methods.values()]
-    models += [*EVALUATIONS.values(), DataSource, MeasureOptions, ModelSource, Runtime, Goal, Tracking, Budget]
+    models += [*EVALUATIONS.values(), DataSource, MeasureOptions, ModelSource, Runtime, Goal, Tracking, Budget, Card]
     _, whole = models_json_schema([(model, "validation") for model in models], by_alias=True)
     defs: dict[str, Any] = whole["$defs"]
     for kind, methods in STEPS.items():
@@ -112,6 +124,7 @@ def _top() -> dict[str, Any]:
                       "description": "trackers that are told every step of every training"},
         "tracking": {"anyOf": [_ref(Tracking), {"type": "null"}]},
         "budget": {"anyOf": [_ref(Budget), {"type": "null"}]},
+        "card": {"anyOf": [_ref(Card), {"type": "null"}]},
         "goals": {"anyOf": [{"type": "object", "properties": goals, "additionalProperties": _ref(Goal)},
                             {"type": "null"}],
                   "description": "bounds on scores and costs; which variant wins"}}

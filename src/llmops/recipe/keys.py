@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmops.data.fingerprint import fingerprint
+from llmops.measure.options import MeasureOptions
 from llmops.methods.quantize.options import BITSANDBYTES
 from llmops.recipe.changes import why
 from llmops.recipe.hashing import FileHashes
@@ -35,7 +36,7 @@ __all__ = ["BUILD_VERSION", "EVAL_VERSION", "HASH_MEMORY", "build_parts", "finge
            "model_parts", "names_of_data", "package_version", "score_key", "why"]
 
 BUILD_VERSION = 2  # raise it when the same step would make different weights
-EVAL_VERSION = 3  # raise it when the same variant would get different figures
+EVAL_VERSION = 4  # raise it when the same variant would get different figures
 HASH_MEMORY = "hashes.json"  # beside the store
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
@@ -129,10 +130,16 @@ def score_key(recipe: Recipe, key: str, prints: Mapping[str, str]) -> str:
         entries.append([entry.metric, options, read])
     parts: dict[str, Any] = {
         "key": key, "evaluate": entries, "runtime": recipe.runtime.model_dump(mode="json", exclude={"checkpoint_s"}),
-        "measure": recipe.measure.model_dump(mode="json", exclude={"exclusive"}) if recipe.measure else None,
+        "measure": _measured(recipe.measure) if recipe.measure else None,
         "seed": recipe.seed, "version": EVAL_VERSION,
         "harness": package_version("lm-eval") if any(entry.metric == "harness" for entry in recipe.evaluate) else None}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _measured(options: MeasureOptions) -> dict[str, Any]:
+    """What a row's costs depend on; a provider that is not named is left out, as it was before there were any."""
+    left_out = {"exclusive"} if options.provider is not None else {"exclusive", "provider"}
+    return options.model_dump(mode="json", exclude=left_out)
 
 
 def _folder_digest(base_dir: Path, folder: str | None) -> str | None:

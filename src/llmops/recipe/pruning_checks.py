@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_depth", "check_masks", "check_width", "dims_after", "layers_after"]
 
+#: Families that width can cut, of those whose dimensions are read; and of these, where heads fill the features.
+KNOWN = LLAMA_LIKE | {"gpt_neox"}
+TIED = ("gpt_neox",)
 SHARES = ("parameters", "latency", "joules")
 WIDTHS = ("hidden", "intermediate", "heads", "kv_heads")
 
@@ -37,7 +40,11 @@ def dims_after(variants: Mapping[str, Variant], name: str, dims: Dims | None) ->
         if not any(getattr(options, width) is not None for width in WIDTHS):
             return None
         heads, groups = options.heads or dims.heads, options.kv_heads or dims.kv_heads
-        dims = replace(dims, hidden=options.hidden or dims.hidden, heads=heads, kv_heads=groups,
+        hidden = options.hidden or dims.hidden
+        if dims.family in TIED:
+            heads = groups = options.heads or options.kv_heads or hidden // dims.head_dim
+            hidden = heads * dims.head_dim
+        dims = replace(dims, hidden=hidden, heads=heads, kv_heads=groups,
                        intermediate=options.intermediate or dims.intermediate)
     return dims
 
@@ -138,9 +145,10 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
         problems.add((*trail, "axes"), "given an empty list; expected at least one of hidden, intermediate, heads")
     if dims is None:
         return
-    if dims.family not in LLAMA_LIKE - {"olmo2"}:
+    if dims.family not in KNOWN:
         problems.add((*trail, "method"), f"given width for a model of type {dims.family}, whose layers it does not "
-                                         "know how to cut narrower; expected a Llama-like decoder, or method: depth")
+                                         "know how to cut narrower; expected a Llama-like decoder, GPT-2, GPT-NeoX or "
+                                         "a mixture of experts, or method: depth")
         return
     full = {"hidden": dims.hidden, "intermediate": dims.intermediate, "heads": dims.heads, "kv_heads": dims.kv_heads}
     fits = True
@@ -150,7 +158,19 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
             problems.add((*trail, name), f"given {asked}; expected 1 to {size}, what there is to keep")
             fits = False
     if fits:
-        _check_heads(problems, trail, options, dims)
+        (_check_tied if dims.family in TIED else _check_heads)(problems, trail, options, dims)
+
+
+def _check_tied(problems: Problems, trail: Trail, options: Width, dims: Dims) -> None:
+    """hidden and heads, where the architecture makes one of the other."""
+    heads = options.heads or options.kv_heads
+    if options.hidden is not None and options.hidden != (heads or options.hidden // dims.head_dim) * dims.head_dim:
+        asked = f" with {heads} heads" if heads else ""
+        problems.add((*trail, "hidden"), f"given {options.hidden}{asked}; expected heads x {dims.head_dim}, which a "
+                     f"{dims.family} has: give one of hidden and heads, hidden as a multiple of {dims.head_dim}")
+    if options.kv_heads is not None and options.kv_heads != (options.heads or options.kv_heads):
+        problems.add((*trail, "kv_heads"), f"given {options.kv_heads} with {options.heads} heads; a {dims.family} has "
+                     "a KV head for each: give heads alone")
 
 
 def _check_heads(problems: Problems, trail: Trail, options: Width, dims: Dims) -> None:

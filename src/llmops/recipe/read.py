@@ -29,6 +29,7 @@ from llmops.recipe.schema import (
     COSTS,
     STEPS,
     TRACKERS,
+    Card,
     Goal,
     Goals,
     Kind,
@@ -46,7 +47,7 @@ from llmops.recipe.tree import apply_sets, build_order, expand_matrices
 __all__ = ["load_recipe", "parse_recipe"]
 
 _KEYS = ("version", "name", "seed", "model", "runtime", "data", "evaluate", "measure", "variants", "goals",
-         "report_to", "tracking", "budget")
+         "report_to", "tracking", "budget", "card")
 _VARIANT_KEYS = ("from", *STEPS, "matrix", "score")
 _MOST_SEED = 2**32 - 1
 _MOST_VARIANTS = 500
@@ -148,6 +149,7 @@ def _assemble(document: Document, parts: _Parts) -> dict[str, Any] | None:
     _read_variants(document, parts)
     report_to = _report_to(problems, top.get("report_to"))
     tracking = read(problems, ("tracking",), top.get("tracking") or {}, Tracking, "tracking")
+    card = read(problems, ("card",), top.get("card") or {}, Card, "card")
     goals = _read_goals(parts, top.get("goals"))
     if name is None or seed is None or model is None or runtime is None or goals is None or tracking is None:
         return None
@@ -156,7 +158,7 @@ def _assemble(document: Document, parts: _Parts) -> dict[str, Any] | None:
     order = build_order({each: variant.parents() for each, variant in parts.variants.items()})
     return {"version": 1, "name": name, "seed": seed, "model": model, "runtime": runtime, "data": parts.data,
             "evaluate": list(parts.evaluate.values()), "measure": measure, "goals": goals,
-            "report_to": report_to, "tracking": tracking, "budget": budget,
+            "report_to": report_to, "tracking": tracking, "budget": budget, "card": card,
             "variants": {each: parts.variants[each] for each in order}}
 
 

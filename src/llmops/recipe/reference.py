@@ -11,13 +11,14 @@ from pydantic import BaseModel
 from llmops.data.options import DataSource, Limits
 from llmops.evaluate.options import EVALUATIONS
 from llmops.measure.options import Budget, MeasureOptions
-from llmops.recipe.schema import COSTS, STEPS, Goal, ModelSource, Runtime, Tracking
+from llmops.recipe.schema import COSTS, STEPS, Card, Goal, ModelSource, Runtime, Tracking
 
 __all__ = ["markdown"]
 
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("model", ModelSource), ("runtime", Runtime), ("data.NAME", DataSource), ("data.NAME.limits", Limits),
-    ("measure", MeasureOptions), ("goals.METRIC", Goal), ("tracking", Tracking), ("budget", Budget))
+    ("measure", MeasureOptions), ("goals.METRIC", Goal), ("tracking", Tracking), ("budget", Budget),
+    ("card", Card))
 
 
 def markdown() -> str:

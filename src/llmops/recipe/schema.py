@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,8 +18,8 @@ from llmops.evaluate.options import Evaluation
 from llmops.measure.options import Budget, MeasureOptions
 from llmops.options import Models, Options
 
-__all__ = ["BASE", "BOUNDS", "COSTS", "NAME", "RESERVED", "STEPS", "Goal", "Goals", "Kind", "ModelSource", "Recipe",
-           "Runtime", "TRACKERS", "Tracking", "Variant", "score_ids"]
+__all__ = ["BASE", "BOUNDS", "COSTS", "NAME", "RESERVED", "STEPS", "Card", "Goal", "Goals", "Kind", "ModelSource",
+           "Recipe", "Runtime", "TRACKERS", "Tracking", "Variant", "score_ids"]
 
 Kind = Literal["finetune", "prune", "quantize", "distill"]
 #: Kind of step -> method -> options; only what a recipe names is imported.
@@ -77,6 +77,18 @@ class Tracking(Options):
     project: str | None = Field(None, min_length=1, description="project or experiment; default: name of the recipe")
     folder: str | None = Field(None, min_length=1, description="folder for tensorboard, wandb and mlflow (beside the "
                                                                "recipe, or absolute); default: runs/NAME/tracking")
+
+
+class Card(Options):
+    """What only people can say of the models that come out: printed in every model card and in the report, as stated.
+    What is left out is said to be stated by nobody. Changes no build and no score."""
+
+    intended_use: str | None = Field(None, min_length=1, description="what the models are for, and for whom")
+    out_of_scope: str | None = Field(None, min_length=1, description="what they must not be used for")
+    limitations: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], max_length=50, description="known limits, beside those that the run measured; each a line")
+    license: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]{0,63}$",
+                                description="of the models, by the hub's short name, as apache-2.0 or other")
 
 
 class Goal(Options):
@@ -184,6 +196,7 @@ class Recipe:
     report_to: tuple[str, ...] = ()  # of TRACKERS
     tracking: Tracking = field(default_factory=Tracking)
     budget: Budget | None = None
+    card: Card = field(default_factory=Card)
 
     def chain(self, name: str) -> list[Variant]:
         """The steps from base to `name`, first to last; empty for base."""

@@ -27,7 +27,7 @@ from llmops.recipe.source import Document, Place, Problems, Trail, parse, shown
 
 __all__ = ["apply_sets", "build_order", "cycle", "expand_matrices"]
 
-_SECTIONS = ("data", "runtime", "measure", "goals", "tracking", "budget")
+_SECTIONS = ("data", "runtime", "measure", "goals", "tracking", "budget", "card")
 _SUB_BLOCKS = ("limits", "columns", "matrix")
 _MOST_VARIANTS = 512
 

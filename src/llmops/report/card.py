@@ -95,8 +95,8 @@ def front_matter(row: Row) -> dict[str, Any]:
         found["base_model"] = base
         if relation:
             found["base_model_relation"] = relation
-    if identity.get("license"):
-        found["license"] = clean(identity["license"])
+    if terms := group(row, "card").get("license") or identity.get("license"):
+        found["license"] = clean(terms)
     found |= {"library_name": "peft" if relation == "adapter" else "transformers", "pipeline_tag": "text-generation",
               "tags": _tags(row)}
     grams = figure(row, "carbon", "building_g")
@@ -137,8 +137,9 @@ def _emissions(row: Row, grams: float, source: str) -> dict[str, Any]:
     found: dict[str, Any] = {"emissions": round(grams, 4), "source": clean(source),
                              "training_type": "fine-tuning" if trained else "compression"}
     zone = re.search(r"([^;:(]+ \([A-Z]{3}\)), annual average", figure(row, "carbon", "intensity").method)
-    if zone:
-        found["geographical_location"] = clean(zone.group(1))
+    grid = group(row, "carbon").get("grid") or {}
+    if zone or grid.get("valid_from"):
+        found["geographical_location"] = clean(zone.group(1) if zone else grid["zone"])
     hardware = machine.get("gpu") or machine.get("cpu")
     if hardware:
         found["hardware_used"] = clean(", ".join(map(str, hardware)) if isinstance(hardware, list) else hardware)
@@ -298,7 +299,8 @@ def _use(row: Row) -> str:
 
 
 def _limits(row: Row) -> str:
-    lines = [f"- {safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
+    lines = [f"- stated: {safe(each)}" for each in group(row, "card").get("limitations") or []]
+    lines += [f"- {safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
     lines += [f"- not measured: {safe(name)}: {safe(reason)}" for name, reason in nulls([row])]
     if any(found.provenance == "estimated" for name, _, found in quantities(row) if name == "energy"):
         lines.append("- energy marked ~ is estimated, not measured")

@@ -1,9 +1,9 @@
 """Three parts of a model card: what the model is for, its scores by group, and its energy and compute as a record.
 
-What it is for is not guessed: the card says what it was made and tested on, and that anything else is untested. The
-record holds what Annex XI of the EU AI Act (section 1, point 2 d and e) asks of providers of general-purpose models:
-compute, time and the known or estimated energy of training, with the method. Having the figures is not being compliant,
-and the card says so.
+What it is for is not guessed: the card says what the recipe states (`card`), or that nobody stated it, then what it was
+made and tested on, and that anything else is untested. The record holds what Annex XI of the EU AI Act (section 1,
+point 2 d and e) asks of providers of general-purpose models: compute, time and the known or estimated energy of
+training, with the method. Having the figures is not being compliant, and the card says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def lineage(row: Row, rows: Iterable[Row]) -> list[Row]:
 
 
 def intended(row: Row, rows: Sequence[Row]) -> str:
-    """What it was made and tested for, from the data; and what that leaves out."""
+    """What the recipe states, in its words; what it was made and tested for, from the data; what that leaves out."""
+    said = group(row, "card")
+    stated = [f"Stated by who made it: {safe(said['intended_use'])}" if said.get("intended_use") else
+              "What it is for: stated by nobody (`card: {intended_use: ...}` in the recipe)."]
+    stated += [f"Not for, as stated: {safe(said['out_of_scope'])}"] if said.get("out_of_scope") else []
     trained = list(dict.fromkeys(
         name for each in reversed(lineage(row, rows)) if kind_of(each) in ("finetune", "distill")
         for name in group(each, "building", "data_sha256")))
@@ -48,7 +52,7 @@ def intended(row: Row, rows: Sequence[Row]) -> str:
     lines.append(f"Tested for: {', '.join(map(code, tested))}." if tested else "Tested for nothing: it was not scored.")
     lines.append("Out of scope: whatever differs from that in task, domain or language; decisions about people without "
                  "a person. The terms of the base model hold on.")
-    return section("Intended use", "\n".join(f"- {line}" for line in lines))
+    return section("Intended use", "\n".join(f"- {line}" for line in [*stated, *lines]))
 
 
 # ------------------------------------------------------------------------------------------------------------ by group

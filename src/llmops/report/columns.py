@@ -34,7 +34,7 @@ __all__ = ["Cell", "Column", "Tone", "columns", "score_titles"]
 Tone = Literal["", "good", "bad", "dim", "strong"]
 SHORT = {"exact_match": "exact match", "perplexity": "ppl", "multiple_choice": "choices",
          "preference_accuracy": "preferences"}
-ARROWS = {"saves": "↓", "costs more": "↑", "no saving shown": "=", "unmeasured": ""}
+ARROWS = {"saves": "↓", "costs more": "↑", "no saving shown": "=", "too few repeats": "=", "unmeasured": ""}
 
 
 @dataclass(frozen=True)

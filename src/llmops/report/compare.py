@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmops.errors import LlmopsError, unknown
+from llmops.measure.intervals import LEAST_PAIRS
 from llmops.quantity import Quantity, weakest
 from llmops.report.figures import NONE, show, told
 from llmops.report.reading import (
@@ -23,6 +24,7 @@ from llmops.report.reading import (
     batches,
     cost,
     different_protocol,
+    different_sensor,
     different_workload,
     figure,
     group,
@@ -222,13 +224,17 @@ def _cost(row: Row, reference: Row, by: str, batch: str) -> Compared:
         return Compared(value)
     size = COSTS[by].path[0] == "size"
     problem = None if size and by != "peak_memory_bytes" else different_workload(row, reference)
+    if problem is None and COSTS[by].path[0] == "energy":
+        problem = different_sensor(row, reference)
     if problem:
         return Compared(value, problem=problem)
     ratio = Quantity(value.value / other.value, "ratio", weakest([value.provenance, other.provenance]),
                      f"one figure divided by the other: {told(value)}")
     if by in RATIOS:
         ratio = _through_base(row, reference, RATIOS[by], batch) or ratio
-    if by in ("disk_bytes", "weights_bytes"):  # counted, so any difference is one
+    if by in RATIOS and ratio.n is not None and ratio.n < LEAST_PAIRS:
+        better = None  # too few repeats for a verdict
+    elif by in ("disk_bytes", "weights_bytes"):  # counted, so any difference is one
         better = None if value.value == other.value else value.value < other.value
     else:
         better = _better(ratio, 1.0, not COSTS[by].less_is_better)
@@ -255,7 +261,8 @@ def _through_base(row: Row, reference: Row, place: tuple[str, str], batch: str) 
     if a.ci95 and b.ci95 and min(*a.ci95, *b.ci95) > 0:
         half = math.hypot(*(math.log(each.ci95[1] / each.ci95[0]) / 2 for each in (a, b) if each.ci95))
         ends = (ratio * math.exp(-half), ratio * math.exp(half))
-    return Quantity(ratio, "ratio", weakest([a.provenance, b.provenance]), f"through base: {a.method}", ends, a.n)
+    return Quantity(ratio, "ratio", weakest([a.provenance, b.provenance]), f"through base: {a.method}", ends,
+                    min((each.n for each in (a, b) if each.n is not None), default=None))
 
 
 def _better(difference: Quantity, zero: float, up: bool) -> bool | None:

@@ -15,7 +15,7 @@ from llmops.report.reading import Row, main_score, name_of, parent_of, quantity,
 
 __all__ = ["SMALL", "columns_of", "gaps", "name_and_lines", "worst_group", "worst_lines"]
 
-SMALL = 10  # items under which a group is not judged (llmops.evaluate.slices.LEAST)
+SMALL = 10  # items (or clusters) under which a group is not judged (llmops.evaluate.slices.LEAST)
 
 
 def columns_of(row: Row, score_id: str, other: str) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def gaps(row: Row, score_id: str, other: str) -> list[tuple[str, str, Quantity]]
     """(column, group, how much more it lost than the rest) of every judged group, the worst first."""
     found = [(column, name, quantity(each.get("excess"), "no excess is in the row"))
              for column, body in columns_of(row, score_id, other).items()
-             for name, each in (body.get("groups") or {}).items() if (each.get("n") or 0) >= SMALL]
+             for name, each in (body.get("groups") or {}).items()
+             if (each.get("clusters") or each.get("n") or 0) >= SMALL]
     return sorted(((column, name, excess) for column, name, excess in found if excess.value is not None),
                   key=lambda each: -(each[2].value or 0.0))
 

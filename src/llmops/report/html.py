@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import StoreError
-from llmops.report import bits, breakeven, building, details, sections, slices, spending, teaching, why
+from llmops.report import bits, breakeven, building, details, fronts, sections, slices, spending, stated, teaching, why
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
@@ -40,6 +40,7 @@ CONTENTS = {
     "loss": "Loss",
     "bits": "Bits by layer",
     "details": "Every figure",
+    "use": "Intended use",
     "method": "Method",
     "environment": "Environment",
     "log": "Log"}
@@ -72,10 +73,10 @@ def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
          home: str | None = None) -> str:
     """The page as text. before: a section ahead of all others; home: where a server has its list of runs."""
     seen = Page(rows)
-    body = [sections.outcome(seen), sections.family(seen), sections.charted(seen), sections.tabled(seen),
+    body = [sections.outcome(seen), sections.family(seen), fronts.charted(seen), sections.tabled(seen),
             slices.section(seen), why.section(seen, explained), breakeven.section(seen), spending.section(seen),
             building.building(seen), teaching.teaching(seen), building.curves(seen), bits.bits(seen),
-            details.every_figure(seen), details.method(seen),
+            details.every_figure(seen), stated.section(seen), details.method(seen),
             details.environment(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     return shell(title, _subtitle(rows), [before, *body], footer=_footer(rows), home=home)

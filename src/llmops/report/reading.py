@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmops.measure.intervals import LEAST_PAIRS
 from llmops.quantity import PROVENANCES, Quantity
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "comparable",
     "cost",
     "different_protocol",
+    "different_sensor",
     "different_workload",
     "events",
     "figure",
@@ -226,10 +228,13 @@ def cost(row: Row, name: str, batch: str) -> Quantity:
 
 
 def saving(row: Row, batch: str) -> str:
-    """What the energy ratio to base shows: "saves", "costs more", "no saving shown", or "unmeasured"."""
+    """What the energy ratio to base shows: "saves", "costs more", "no saving shown", "too few repeats" or
+    "unmeasured"."""
     ratio = figure(row, "energy", batch, "ratio_to_base")
     if ratio.value is None:
         return "unmeasured"
+    if ratio.n is not None and ratio.n < LEAST_PAIRS:
+        return "too few repeats"
     if ratio.ci95 is not None and ratio.ci95[0] > 1:
         return "costs more"
     stated = group(row, "energy", batch).get("saving")
@@ -307,6 +312,20 @@ def different_workload(row: Row, other: Row) -> str | None:
         key = next((key for key in keys if key in one and key in two and one[key] != two[key]), None)
         if key is not None:
             return f"different {part}: {key} is {one[key]!r} here and {two[key]!r} there"
+    return None
+
+
+def different_sensor(row: Row, other: Row) -> str | None:
+    """Why two rows' energy cannot be compared though the work was the same (another sensor, hence other parts of the
+    machine seen, or another power limit), or None."""
+    for key in ("sensor", "sensor_provenance"):
+        one, two = (group(each, "environment").get(key) for each in (row, other))
+        if one is not None and two is not None and one != two:
+            return f"different {key.replace('_', ' ')}: {one!r} here and {two!r} there"
+    limits = [[device.get("power_limit_w") for device in group(each, "environment").get("gpus") or []]
+              for each in (row, other)]
+    if all(limits) and limits[0] != limits[1]:
+        return f"different power limit: {limits[0]} W here and {limits[1]} W there"
     return None
 
 

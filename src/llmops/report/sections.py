@@ -1,4 +1,4 @@
-"""The upper half of the page: what came out, the tree, the charts, the table.
+"""The upper half of the page: what came out, the tree, the table. (The charts: `fronts`.)
 
 Every function takes a `Page` and returns markup, empty where there is nothing to show.
 """
@@ -13,9 +13,7 @@ from llmops.report import charts
 from llmops.report.columns import Cell, columns
 from llmops.report.figures import show, told
 from llmops.report.markup import Markup, tag
-from llmops.report.pareto import Point, chosen, pareto, points
 from llmops.report.reading import (
-    COSTS,
     Row,
     batch_of,
     cost,
@@ -27,7 +25,6 @@ from llmops.report.reading import (
     name_of,
     parent_of,
     quantity,
-    rising,
     saving,
     score,
     score_ids,
@@ -39,10 +36,8 @@ from llmops.report.reading import (
 from llmops.report.table import legend, marks
 from llmops.report.words import what
 
-__all__ = ["NOTHING", "Page", "charted", "family", "outcome", "scrolled", "tabled"]
+__all__ = ["NOTHING", "Page", "family", "outcome", "scrolled", "sign", "tabled"]
 
-CHARTED = ("joules_per_token", "inter_token_ms", "first_token_ms", "disk_bytes", "weights_bytes")
-KINDS = ("base", "finetune", "prune", "quantize", "distill")
 NOTHING = Markup("")
 
 
@@ -183,7 +178,7 @@ def family(page: Page) -> Markup:
 
 
 def _node(page: Page, row: Row) -> Markup:
-    parts: list[Markup | None] = [_sign(kind_of(row)), tag("b", page.link(row)), tag("span", what(row), class_="dim")]
+    parts: list[Markup | None] = [sign(kind_of(row)), tag("b", page.link(row)), tag("span", what(row), class_="dim")]
     if page.main is not None and (found := score(row, page.main)).value is not None:
         parts.append(tag("span", show(found, with_interval=True), title=told(found), class_="figure"))
     teacher = group(row, "identity").get("teacher")
@@ -191,80 +186,9 @@ def _node(page: Page, row: Row) -> Markup:
     return tag("div", [[part, " "] for part in parts if part], page.badge(row), class_="node")
 
 
-def _sign(kind: str) -> Markup:
+def sign(kind: str) -> Markup:
+    """The mark of a kind of step, as a picture in a line of text."""
     return tag("svg", charts.shape(kind, 8, 8), viewBox="0 0 16 16", class_="sign", role="img", aria_label=kind)
-
-
-# -------------------------------------------------------------------------------------------------------------- charts
-
-
-def charted(page: Page) -> Markup:
-    """One chart for every score and cost that at least one variant has; one of them is shown at a time."""
-    found = {(score_id, by): points(page.rows, score_id, by) for score_id in score_ids(page.rows) for by in CHARTED}
-    pairs = [pair for pair, placed in found.items() if placed]
-    if not pairs:
-        return NOTHING
-    first = chosen(page.rows)
-    shown = first if first in pairs else pairs[0]
-    figures = [_chart(page, *pair, found[pair], pair == shown) for pair in pairs]
-    pickers = [_picker("Score", "score", {each: each for each, _ in pairs}, shown[0]),
-               _picker("Against", "cost", {by: COSTS[by].title for _, by in pairs}, shown[1])]
-    return tag("section", tag("h2", "What it is worth against what it costs", id="charts"),
-               tag("div", pickers, class_="pickers"), figures, aria_labelledby="charts")
-
-
-def _picker(title: str, group_name: str, choices: dict[str, str], picked: str) -> Markup:
-    return tag("fieldset", tag("legend", title), [
-        tag("label", tag("input", type="radio", name=group_name, value=value, checked=value == picked),
-            tag("span", label)) for value, label in choices.items()])
-
-
-def _chart(page: Page, score_id: str, by: str, found: Sequence[Point], shown: bool) -> Markup:
-    placed, front = {point.name for point in found}, pareto(found)
-    dots = [charts.Dot(name_of(row), kind_of(row), cost(row, by, page.batch), score(row, score_id),
-                       _tip(page, row, score_id, by), f"#{page.id(row)}", name_of(row) in front,
-                       bool(group(row, "verdict").get("winner"))) for row in page.rows if name_of(row) in placed]
-    less, guessed = not rising(page.rows, score_id), [dot.x.provenance == "estimated" for dot in dots]
-    at = f", batch {page.batch}" if "*" in COSTS[by].path else ""
-    x_title = f"{COSTS[by].title}{at}{', estimated' if all(guessed) else ''}"
-    y_title = f"{score_id}{', less is better: axis turned' if less else ''}"
-    picture = charts.scatter(dots, label=f"{score_id} against {COSTS[by].title}, {len(dots)} variants", x_title=x_title,
-                             y_title=y_title, y_less=less)
-    absent = [f"{name_of(row)} ({_absence(page, row, score_id, by)})" for row in page.rows
-              if name_of(row) not in placed]
-    line = (f"Pareto line: {', '.join(sorted(front))}. Further left is cheaper, further up is better. Bars are 95% "
-            "intervals.")
-    caption = tag("figcaption", _key(dots), tag("p", line),
-                  tag("p", "Not shown: ", "; ".join(absent), class_="dim") if absent else None)
-    return tag("figure", scrolled(f"Chart of {score_id} against {COSTS[by].title}", picture), caption,
-               class_="chart on" if shown else "chart", data_score=score_id, data_cost=by)
-
-
-def _absence(page: Page, row: Row, score_id: str, by: str) -> str:
-    if state_of(row) != "ok":
-        return state_of(row)
-    missing = [found.method for found in (score(row, score_id), cost(row, by, page.batch)) if found.value is None]
-    return missing[0] if missing else "other items, workload or machine, so not comparable"
-
-
-def _tip(page: Page, row: Row, score_id: str, by: str) -> str:
-    worth, price = score(row, score_id), cost(row, by, page.batch)
-    return (f"{name_of(row)} ({what(row)}): {score_id} {show(worth, with_interval=True)}; "
-            f"{COSTS[by].title} {show(price, with_interval=True)}, {price.provenance}")
-
-
-def _key(dots: Sequence[charts.Dot]) -> Markup:
-    kinds = [kind for kind in KINDS if any(dot.kind == kind for dot in dots)]
-    entries: list[Markup] = [tag("li", _sign(kind), " ", kind) for kind in kinds]
-    if any("estimated" in (dot.x.provenance, dot.y.provenance) for dot in dots):
-        hollow = tag("svg", charts.shape("base", 8, 8, hollow=True), viewBox="0 0 16 16", class_="sign",
-                     aria_hidden="true")
-        entries.append(tag("li", hollow, " hollow: estimated"))
-    if any(dot.winner for dot in dots):
-        ring = tag("svg", tag("circle", cx=8, cy=8, r=6.5, class_="winner"), viewBox="0 0 16 16", class_="sign",
-                   aria_hidden="true")
-        entries.append(tag("li", ring, " winner"))
-    return tag("ul", entries, class_="key")
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -277,12 +201,13 @@ def tabled(page: Page) -> Markup:
     head += [_head(column.title, column.long, "num" if column.right else "") for column in shown]
     body = []
     for place, (depth, row) in enumerate(page.lines):
-        sign, state = page.signs[name_of(row)], state_of(row)
-        cells = [tag("td", sign, class_="sign" if state == "ok" else "sign bad", data_v=sign, title=status_text(row)),
+        marked, state = page.signs[name_of(row)], state_of(row)
+        cells = [tag("td", marked, class_="sign" if state == "ok" else "sign bad", data_v=marked,
+                     title=status_text(row)),
                  tag("th", page.link(row), scope="row", class_=f"name depth{min(depth, 8)}", data_v=name_of(row),
                      title=status_text(row))]
         cells += [_cell(column.cell(row), column.right) for column in shown]
-        body.append(tag("tr", cells, data_place=place, class_="won" if "★" in sign else None))
+        body.append(tag("tr", cells, data_place=place, class_="won" if "★" in marked else None))
     notes = tag("ul", [tag("li", line) for line in legend(page.rows, shown)], class_="legend")
     hint = tag("p", "Sort by a heading. With the keyboard: Tab into the table, then the arrow keys; each figure says "
                     "where it came from.", class_="dim screen")

@@ -30,8 +30,8 @@ def section(page: Page, explained: Sequence[Mapping[str, Any]]) -> Markup:
     if not current:
         return NOTHING
     note = ("Items that a variant answers otherwise than the one it is held against. Tokens are those of the other's "
-            "answer; the darker, the further apart the two are there (KL in nats); underlined: where the variant would "
-            "say another.")
+            "answer, or of every choice, with how much likelier that became (log p, nats); the darker, the further "
+            "apart the two are there (KL in nats); underlined: where the variant would say another.")
     return tag("section", tag("h2", "Changed answers, and why", id="why"), tag("p", note, class_="dim"),
                [_part(found) for found in current], aria_labelledby="why")
 
@@ -56,7 +56,7 @@ def _score(score: str, body: Mapping[str, Any]) -> Markup:
     columns = tag("tr", [tag("th", each, scope="col") for each in ("Question", "Expected", "Before", "Now", "Tokens")])
     rows = [tag("tr", tag("td", str(item["question"])), tag("td", str(item.get("expected") or "")),
                 tag("td", _said(item, "_before")), tag("td", _said(item, "")),
-                tag("td", [_token(token) for token in item["tokens"][:64]])) for item in items]
+                tag("td", _tokens(item))) for item in items]
     table = tag("table", tag("thead", columns), tag("tbody", rows), class_="plain")
     return tag("details", tag("summary", head), scrolled(f"Changed items of {score}", table))
 
@@ -66,10 +66,21 @@ def _said(item: Mapping[str, Any], when: str) -> str:
     return str(answer) if answer else f"loss {number(score)}" if isinstance(score, int | float) else "nothing"
 
 
+def _tokens(item: Mapping[str, Any]) -> list[Markup]:
+    """Of the other's answer; of a question with choices those of every choice, and how its log-probability changed."""
+    choices = item.get("choices") or []
+    if not choices:
+        return [_token(token) for token in item["tokens"][:64]]
+    return [tag("div", [*(_token(token) for token in each["tokens"][:64]), " ",
+                        tag("span", f"log p {each['delta_logp']:+.2f}", class_="dim")]) for each in choices]
+
+
 def _token(token: Mapping[str, Any]) -> Markup:
     heat = sum(token["kl"] >= step for step in HOT)
     other = token["says_variant"] != token["says"]
+    change = token.get("delta_logp")
     said = (f"KL {number(token['kl'])}; probability {number(token['p'])} before, {number(token['q'])} now"
+            + (f", log-probability {change:+.3f}" if isinstance(change, int | float) else "")
             + (f"; now {token['says_variant']!r} is likeliest" if other else ""))
     return tag("span", token["token"], class_=f"token hot{heat}{' other' if other else ''}", title=said)
 

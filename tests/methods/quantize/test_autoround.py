@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -10,9 +11,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.quantize import QuantizedWeight, autoround, packing, rtn
-from llmops.methods.quantize.autoround import _Layer
-
-Loss = Callable[[Mapping[str, Tensor], int], Tensor]
+from llmops.methods.quantize.autoround import UNITS, Loss, Product, _Layer, _move, _travelled, inputs_of
 
 
 def problem(seed: int = 0, batches: int = 3) -> tuple[dict[str, Tensor], Loss]:
@@ -22,14 +21,18 @@ def problem(seed: int = 0, batches: int = 3) -> tuple[dict[str, Tensor], Loss]:
     inputs = [torch.randn(40, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
               for _ in range(batches)]
 
-    def out(given: Mapping[str, Tensor], batch: int) -> Tensor:
-        return torch.tanh(inputs[batch] @ given["up"].t()) @ given["down"].t()
+    def out(product: Product, batch: int) -> Tensor:
+        return product("down", torch.tanh(product("up", inputs[batch])))
 
-    return weights, lambda given, batch: (out(given, batch) - out(weights, batch)).square().mean()
+    return weights, lambda given, batch: (out(given, batch) - out(of(weights), batch)).square().mean()
+
+
+def of(weights: Mapping[str, Tensor]) -> Product:
+    return lambda name, x: x @ weights[name].t()
 
 
 def mean(loss: Loss, made: Mapping[str, QuantizedWeight], batches: int = 3) -> float:
-    return sum(float(loss({name: each.dequantize() for name, each in made.items()}, batch))
+    return sum(float(loss(of({name: each.dequantize() for name, each in made.items()}), batch))
                for batch in range(batches)) / batches
 
 
@@ -49,14 +52,15 @@ def test_what_is_tuned_is_what_is_stored_and_better_than_rounding(bits: int, gro
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_written_steps_are_those_of_the_equations(symmetric: bool) -> None:
+def test_the_written_steps_are_those_of_the_equations(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against autograd through the equations themselves, `round` passed as if it were not there."""
     generator = torch.Generator().manual_seed(3)
     W, out = torch.randn(6, 64, generator=generator), torch.randn(6, 64, generator=generator)
+    monkeypatch.setattr(sys.modules[_Layer.__module__], "AT_ONCE", 128)  # two rows
     for bits in (2, 3):
         layer = _Layer(W, bits=bits, group_size=16, symmetric=symmetric, dtype=torch.float32)
-        layer.V.copy_(torch.rand(6, 4, 16, generator=generator) - 0.5)
-        V, *factors = (each.clone().requires_grad_() for each in (layer.V, *layer.factors))
+        layer.V.copy_((torch.rand(6, 4, 16, generator=generator) - 0.5) * UNITS)
+        V, *factors = (each.clone().requires_grad_() for each in (layer.V / UNITS, *layer.factors))
         high = layer.high * factors[0]
         low = -high if symmetric else layer.low * factors[1]
         s = (layer.sign * (high - low) / (2**bits - 1)).unsqueeze(-1)
@@ -66,22 +70,72 @@ def test_the_written_steps_are_those_of_the_equations(symmetric: bool) -> None:
         plain = (steps.clamp(bottom, top) * s).flatten(1)
         gradients = torch.autograd.grad(plain, (V, *factors), out)
         assert bool((gradients[0] == 0).any())  # where it was clamped
-        made, idle = layer.rounded()
-        torch.testing.assert_close(made, plain.detach())
-        made.requires_grad_().grad = out.clone()
-        layer.step(idle, 0.03, made)
-        for mine, before, gradient, (least, most) in zip((layer.V, *layer.factors), (V, *factors), gradients,
+        torch.testing.assert_close(layer.rounded(), plain.detach())
+        layer.gradient = out.clone()
+        layer.settle(0.03, round(0.03 * UNITS))
+        for mine, before, gradient, (least, most) in zip((layer.V / UNITS, *layer.factors), (V, *factors), gradients,
                                                          ((-0.5, 0.5), (0, 1), (0, 1)), strict=False):
-            torch.testing.assert_close(mine, (before - 0.03 * gradient.sign()).clamp(least, most).detach())
-        assert made.grad is None
+            torch.testing.assert_close(mine, (before - 0.03 * gradient.sign()).clamp(least, most).detach(), atol=2e-5,
+                                       rtol=0)
+        assert layer.gradient is None
+
+
+def test_a_layer_moves_once_however_often_it_is_run() -> None:
+    """With the sum of its gradients, also where one of its outputs leads nowhere; one that is not run stays."""
+    generator = torch.Generator().manual_seed(4)
+    W = {name: torch.randn(16, 16, generator=generator) for name in ("twice", "idle")}
+    x = torch.randn(5, 16, generator=generator)
+    target = torch.randn(5, 16, generator=generator)
+
+    def squared(made: Tensor) -> Tensor:
+        return (torch.tanh(x @ made.t()) @ made.t() - target).square().mean()
+
+    for lost in (False, True):
+        layers = {name: _Layer(each, bits=3, group_size=8, symmetric=True, dtype=torch.float32)
+                  for name, each in W.items()}
+        made = layers["twice"].rounded().requires_grad_()
+        expected = _Layer(W["twice"], bits=3, group_size=8, symmetric=True, dtype=torch.float32)
+        (expected.gradient,) = torch.autograd.grad(squared(made), made)
+        expected.settle(0.1, round(0.1 * UNITS))
+
+        def loss(product: Product, batch: int, lost: bool = lost) -> Tensor:
+            if lost:
+                product("twice", x)
+            return (product("twice", torch.tanh(product("twice", x))) - target).square().mean()
+
+        _move(layers, loss, 0, 0, 10)
+        assert torch.equal(layers["twice"].V.abs(), expected.V.abs())
+        assert float((layers["twice"].V == expected.V).float().mean()) > 0.99  # but where a gradient is almost nothing
+        assert torch.equal(layers["idle"].V, torch.zeros_like(layers["idle"].V))
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 50, 200, 5000])
+def test_steps_in_whole_units_add_up_to_the_schedule(iterations: int) -> None:
+    rates = [(1 - t / iterations) / iterations for t in range(iterations)]
+    for t in {0, 1, iterations // 2, iterations}:
+        assert abs(_travelled(t, iterations) - UNITS * sum(rates[:t])) <= 0.5 + 1e-6 * UNITS
+    steps = [_travelled(t + 1, iterations) - _travelled(t, iterations) for t in range(iterations)]
+    assert min(steps) >= 0 and sum(steps) >= UNITS // 2
+
+
+def test_inputs_that_stand_for_a_hessian() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for tokens in (200, 10):  # 10 tokens tell of 10 directions only
+        X = torch.randn(tokens, 32, generator=generator)
+        H = 2 / tokens * X.t() @ X
+        R = inputs_of(H)
+        torch.testing.assert_close(R.t() @ R, H, atol=1e-4, rtol=1e-4)
+    with pytest.raises(StepError, match="could not be factorised"):
+        inputs_of(torch.full((4, 4), float("nan")))
 
 
 def test_never_above_the_start_even_when_every_step_makes_it_worse() -> None:
     weights, _ = problem()
     plain = {name: rtn(W, bits=3, group_size=16, clip="mse").dequantize() for name, W in weights.items()}
 
-    def away(given: Mapping[str, Tensor], batch: int) -> Tensor:  # least at plain rounding itself
-        return torch.stack([(given[name] - plain[name]).square().sum() for name in given]).sum()
+    def away(product: Product, batch: int) -> Tensor:  # least at plain rounding itself
+        return torch.stack([(product(name, torch.eye(W.shape[1])).t() - W).square().sum()
+                            for name, W in plain.items()]).sum()
 
     made, report = autoround(weights, away, 1, bits=3, group_size=16, iterations=20)
     assert report.best == report.start and report.iterate == 0
@@ -121,4 +175,4 @@ def test_refuses_what_it_cannot_use() -> None:
     with pytest.raises(LlmopsError, match="weight holds NaN"):
         autoround({"up": weights["up"] * float("nan")}, loss, 1, bits=4)
     with pytest.raises(StepError, match="loss of the block is NaN"):
-        autoround(weights, lambda given, batch: given["up"].sum() * float("nan"), 1, bits=4)
+        autoround(weights, lambda product, batch: product("up", torch.eye(32)).sum() * float("nan"), 1, bits=4)

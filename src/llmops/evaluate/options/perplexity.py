@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmops.options import Options
+from llmops.evaluate.slice_options import Sliced
 
 __all__ = ["Perplexity"]
 
 
-class Perplexity(Options):
+class Perplexity(Sliced):
     """exp of the mean next-token loss. Without a stride: the windows of the GPTQ and Wanda papers."""
 
     data: str = Field(description="name of the data with text")

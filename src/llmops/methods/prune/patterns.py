@@ -112,7 +112,11 @@ def silenced_rows(W: Tensor, mask: Tensor, most: float = MOST_SILENCED) -> int:
     Where scores are compared across rows, a few rows of tiny weights may go whole, and that is told; raises LlmopsError
     when more than `most` of the rows would.
     """
-    dead = (W != 0).any(1) & ~((W != 0) & mask).any(1)
+    some = W != 0
+    silent = ~(some & mask).any(1)
+    if not bool(silent.any()):
+        return 0
+    dead = some.any(1) & silent
     count = int(dead.sum())
     if count > most * len(dead):
         raise LlmopsError(f"every weight of {count} of {len(dead)} rows would be zero (row {int(dead.nonzero()[0])} "

@@ -15,13 +15,13 @@ fixed order of columns for all rows at once, so that one factorisation serves ev
     E       E / diag U
 
 The rows of U are divided by their diagonal once: what is taken off a column is then the column itself where it is
-zeroed, and one update of rank one zeroes it and corrects those after it. What H alone decides (`Factor`) is made once
+zeroed, and those after it get a multiple of that. What H alone decides (`Factor`) is made once
 for all layers that share an input.
 
 Unstructured: at the start of each block of 128 columns the lowest scores of all its rows together are dropped, so rows
 may lose more or less than others. N:M: at the start of each group of M columns, within each row. Both choose from
-weights that hold every update so far. Updates are lazy on two levels: within a step of at most 32 columns one at a
-time, to the rest of the block as one matrix product a step, to the rest of W as one a block.
+weights that hold every update so far. Updates are lazy on three levels: one at a time within a few columns (the M of a
+pattern), to the rest of their step of 32, of the block and of W as one matrix product each.
 
 Deliberate differences:
 
@@ -40,6 +40,7 @@ Deliberate differences:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,8 @@ from llmops.methods.quantize.gptq import inverse_factor
 __all__ = ["ORDERS", "Factor", "Pruned", "factorize", "sparsegpt"]
 
 ORDERS = ("auto", "activation", "none")
-_STEP = 32  # columns updated one by one
+_STEP = 32  # columns that are updated together, the rest of their block after them
+_FEW = 8  # columns updated one by one
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05
     """What `sparsegpt` makes of H first. overwrite: H is lost, its memory serves. Cost: in^3. Raises as `sparsegpt`."""
     if order not in ORDERS:
         raise LlmopsError(unknown("order", order, ORDERS))
-    if not bool(torch.isfinite(H).all()):
+    if not _finite(H):
         raise LlmopsError("the Hessian holds NaN or infinity; expected finite calibration activations")
     importance = H.diagonal().float().clone()
     live, perm = importance > 0, None
@@ -120,7 +122,7 @@ def sparsegpt(W: Tensor, H: Tensor | Factor, sparsity: float, pattern: str = "un
     inputs = len(H.U) if isinstance(H, Factor) else len(H)
     if inputs != W.shape[1]:
         raise LlmopsError(f"H is {(inputs, inputs)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
-    if not bool(torch.isfinite(W).all()):
+    if not _finite(W):
         raise LlmopsError("the weight holds NaN or infinity; expected finite weights")
     factor = H if isinstance(H, Factor) else factorize(H, pattern, damping=damping, order=order)
     if factor.pattern != pattern:
@@ -137,73 +139,114 @@ class _Pass:
     of solving."""
 
     def __init__(self, W: Tensor, factor: Factor, sparsity: float, shape: tuple[int, int] | None) -> None:
-        self.factor, self.sparsity, self.shape = factor, sparsity, shape
+        self.factor, self.sparsity = factor, sparsity
         self.w_t = (W.t() if factor.perm is None else W.t()[factor.perm]).float().contiguous()
         self.held_t = self.w_t == 0 if bool((W == 0).any()) else None  # zeros that have to stay
         self.keep_t = torch.ones_like(self.w_t, dtype=torch.bool)
         # what a column's score is its squared weight times: 1 / U_jj^2, 0 for inputs that were always zero
         self.cost = (factor.diagonal**-2 * factor.live).unsqueeze(1)
+        self.groups = None if shape is None else _Groups(factor.U, *shape, held=self.held_t is not None)
 
     def solve(self, block: int, step: int) -> float:
         n, U, loss = len(self.w_t), self.factor.U, torch.zeros(())
         for start in range(0, n, block):
             stop = min(start + block, n)
-            if self.shape is None:
-                self._choose(start, stop)
-            E = torch.empty_like(self.w_t[start:stop])
+            drop = self._choose(start, stop) if self.groups is None else torch.empty_like(self.w_t[start:stop])
+            E = torch.empty_like(drop)
             for first in range(start, stop, step):
                 last = min(first + step, stop)
-                self._columns(first, last, E[first - start:last - start])
+                part = slice(first - start, last - start)
+                self._columns(first, last, drop[part], E[part])
                 if last < stop:
-                    self.w_t[last:stop].addmm_(U[first:last, last:stop].t(), E[first - start:last - start], alpha=-1)
+                    self.w_t[last:stop].addmm_(U[first:last, last:stop].t(), E[part], alpha=-1)
             if stop < n:
                 self.w_t[stop:].addmm_(U[start:stop, stop:].t(), E, alpha=-1)
+            torch.eq(drop, 0, out=self.keep_t[start:stop])
             loss = loss + E.div_(self.factor.diagonal[start:stop].unsqueeze(1)).square_().sum().cpu() / 2
         return float(loss)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(weight, mask), (out, in), the columns in their own order."""
-        weight, keep, perm = self.w_t.masked_fill_(~self.keep_t, 0.0), self.keep_t, self.factor.perm  # no -0.0 on disk
+        weight, keep, perm = self.w_t.masked_fill_(~self.keep_t, 0.0), self.keep_t, self.factor.perm
         if perm is not None:
             place = torch.argsort(perm)
             weight, keep = weight[place], keep[place]
         return weight.t().contiguous(), keep.t().contiguous()
 
-    def _choose(self, first: int, last: int) -> None:
-        """The mask of columns first..last: the lowest scores of all rows together, or N of these M columns a row."""
+    def _choose(self, first: int, last: int) -> Tensor:
+        """1.0 for the lowest scores of columns first..last, all rows together; 0.0 where a weight stays."""
         S = self.w_t[first:last].square().mul_(self.cost[first:last])  # (last - first, out)
-        held = None if self.held_t is None else self.held_t[first:last]
+        count = round(self.sparsity * S.numel())
+        if self.held_t is not None:
+            held = self.held_t[first:last]
+            S.masked_fill_(held, -1.0)
+            count = max(count, int(held.sum()))
+        keep = drop_lowest(S.t().reshape(1, -1), count).view(S.shape[1], S.shape[0]).t()
+        return (~keep).float()
+
+    def _columns(self, first: int, last: int, drop: Tensor, E: Tensor) -> None:
+        """Solve for columns first..last: E takes what they lose, drop what is chosen in passing, both (columns, out).
+        What is lost is not taken off them: nobody looks at them again before `result` does."""
+        U, W = self.factor.U[first:last, first:last], self.w_t[first:last]
+        few = _FEW if self.groups is None else self.groups.every
+        held = itertools.repeat(None) if self.held_t is None else self.held_t[first:last].split(few)
+        parts = zip(W.split(few), drop.split(few), E.split(few), self.cost[first:last].split(few), held, strict=False)
+        for here, (some, chosen, lost, cost, stay) in zip(range(0, len(W), few), parts, strict=True):
+            stop = here + len(some)
+            if self.groups is None:
+                for i in range(len(some)):
+                    torch.mul(some[i], chosen[i], out=lost[i])
+                    if i + 1 < len(some):
+                        some[i + 1:].addr_(U[here + i, here + i + 1:stop], lost[i], alpha=-1)
+            else:
+                self.groups.choose(some, cost, stay, chosen)
+                self.groups.lose((first + here) // few, some, chosen, lost)
+            if stop < len(W):
+                W[stop:].addmm_(U[here:stop, stop:].t(), lost, alpha=-1)
+
+
+class _Groups:
+    """The M columns of an N:M pattern, as few operations as it takes: there are in / M of them one after the other.
+
+    The place of an entry among those of its row, of equals the first before, is a sum over pairs: of i < j, i comes
+    first where S_i <= S_j, which adds one to the place of j; where it does not, it adds one to that of i.
+
+    What is lost, E = D (W - V E) with D the drops of a row and V = (U - 1)^T below the diagonal, is found by putting in
+    what the right side gives: nothing comes before the first that is dropped, so after N rounds it is exact.
+    """
+
+    def __init__(self, U: Tensor, zeros: int, every: int, held: bool) -> None:
+        self.zeros, self.every = zeros, every
+        self.rounds = (every if held else zeros) - 1  # with zeros that stay, more than N may be dropped
+        self.before, self.after = torch.triu_indices(every, every, 1, device=U.device)
+        one = torch.eye(every, device=U.device)
+        self.sign = (one[self.after] - one[self.before]).t().contiguous()  # (every, pairs)
+        self.start = one[self.before].sum(0).unsqueeze(1)
+        groups = len(U) // every
+        inside = U.view(groups, every, groups, every).diagonal(dim1=0, dim2=2)  # (every, every, groups)
+        self.below = (inside.permute(2, 1, 0) - one).contiguous().unbind()
+
+    def choose(self, W: Tensor, cost: Tensor, held: Tensor | None, drop: Tensor) -> None:
+        """drop (every, out) becomes 1.0 for the N lowest scores of each row, and for those that are held; else 0.0."""
+        S = W.square().mul_(cost)
         if held is not None:
             S.masked_fill_(held, -1.0)
-        if self.shape is None:
-            count = round(self.sparsity * S.numel())
-            if held is not None:
-                count = max(count, int(held.sum()))
-            keep = drop_lowest(S.t().reshape(1, -1), count).view(S.shape[1], S.shape[0]).t()
-        else:
-            keep = _ranks(S) >= self.shape[0]
-            if held is not None:
-                keep &= ~held
-        self.keep_t[first:last] = keep
+        first = S.index_select(0, self.before) <= S.index_select(0, self.after)
+        torch.lt(torch.addmm(self.start, self.sign, first.float()), self.zeros, out=drop)
+        if held is not None:
+            drop.masked_fill_(held, 1.0)
 
-    def _columns(self, first: int, last: int, E: Tensor) -> None:
-        """Zero columns first..last one by one; E (last - first, out) takes what they lose."""
-        part, W = self.factor.U[first:last, first:last], self.w_t[first:last]
-        every = len(W) if self.shape is None else self.shape[1]  # columns whose mask is chosen together
-        for group in range(0, len(W), every):
-            if self.shape is not None:
-                self._choose(first + group, first + group + every)
-            drop = (~self.keep_t[first + group:first + group + every]).float()
-            for i, dropped in enumerate(drop.unbind(), group):
-                torch.mul(W[i], dropped, out=E[i])
-                W[i:].addr_(part[i, i:], E[i], alpha=-1)  # U_ii is 1: where it is zeroed, w - w
+    def lose(self, group: int, W: Tensor, drop: Tensor, E: Tensor) -> None:
+        """E (every, out) becomes what the columns W of a group lose; those that stay make up for those before them."""
+        torch.mul(W, drop, out=E)
+        for _ in range(self.rounds):
+            torch.mul(torch.addmm(W, self.below[group], E, alpha=-1), drop, out=E)
+        W.addmm_(self.below[group], E, alpha=-1)
 
 
-def _ranks(S: Tensor) -> Tensor:
-    """The place of each entry in its column, from 0, of equals the first before. S: (some, out)."""
-    earlier = S.unsqueeze(1) <= S.unsqueeze(0)  # (j, i, out): of j < i, j comes first
-    pairs = torch.ones(len(S), len(S), dtype=torch.bool, device=S.device).triu(1).unsqueeze(2)
-    return (earlier & pairs).sum(0) + (~earlier & pairs).sum(1)
+def _finite(x: Tensor) -> bool:
+    """In one pass: a NaN is least and most."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x.detach())).isfinite().all())
 
 
 def _every(pattern: str) -> int:

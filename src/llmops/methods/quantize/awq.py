@@ -107,7 +107,7 @@ def awq_clip(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetri
     blocks = torch.stack([H[i:i + size, i:i + size] for i in range(0, H.shape[0], size)]).float()  # (groups, g, g)
     low, high = G.amin(-1), G.amax(-1)
     kind = bound(bits, W)
-    whole = grid_between(low, high, kind, symmetric, stored)
+    whole = fit(G, kind, symmetric, stored)
     chosen: Any = whole
     least = whole.pooled(_group_error(whole.nearest(G).sub_(G), blocks))
     for p in (1.0, *CLIPS):

@@ -4,13 +4,14 @@
     asymmetric   s = (max(W, 0) - min(W, 0)) / (2^b - 1)           q = clamp(round(W / s) + z, ...)
                  z = clamp(round(-2^(b-1) - min(W, 0) / s), ...)
 
-This is compressed-tensors' convention (dividing by 7.5 at 4 bits, where others divide by 7 or by a signed 8), so that
-its readers find what they expect. Zero is always representable, also when no weight of the group has its sign: a
-pruned weight stays exactly zero under every quantizer here.
+Zero is always representable, also when no weight of the group has its sign: a pruned weight stays exactly zero under
+every quantizer here.
 
-A symmetric grid has one step more below zero than above: at 2 bits two against one. Where a range is searched at 4 bits
-and below, every group may have a negative scale, which turns its grid round. Every reader multiplies code by scale, so
-none needs to know.
+A symmetric grid has one step more below zero than above: at 2 bits two against one. So at 4 bits and below every group
+may have a negative scale, which turns its grid round, and may lie with its longer side on its largest weight:
+s = +-max|W| / 2^(b-1), as GGUF's Q4_0 and AutoRound have it, 1/16 finer at 4 bits, 1/4 at 2. Whichever of these leaves
+the least squared error is taken; above 4 bits there is nothing in it, and s is compressed-tensors' (the first line).
+Every reader multiplies code by scale, so none needs to know. Dividing by 2^(b-1) - 1 (AutoAWQ) is always coarser.
 
 A scale is rounded to the dtype in which it will be stored *before* any code is computed with it.
 """
@@ -34,6 +35,8 @@ __all__ = ["SHRINK", "AnyGrid", "Grid", "Kind", "both_ways", "check", "fit", "gr
 #: What codes are: integers of so many bits, or floating point numbers (`floats.py`).
 Kind = int | FloatFormat
 
+#: Most bits at which the longer side of a symmetric grid counts.
+TURNED = 4
 #: Fractions of a group's range that the searched clip tries, the whole range first.
 SHRINK = tuple(1 - step / 50 for step in range(36))
 
@@ -130,12 +133,20 @@ def fit(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, clip: str = 
 
 def fit(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, clip: str = "absmax",
         importance: Tensor | None = None) -> AnyGrid:
-    """The grid of G (out, groups, group), float32. clip: "absmax" (the whole range fits) or "mse" (see `searched`)."""
+    """The grid of G (out, groups, group), float32. clip: "absmax" (up to the largest weight) or "mse" (`searched`)."""
     if clip == "mse":
         return searched(G, bits, symmetric, dtype, importance)
     if clip != "absmax":
         raise LlmopsError(f'unknown clip "{clip}"; expected absmax or mse')
+    if len(_whole(bits, symmetric)) > 1:
+        return searched(G, bits, symmetric, dtype, ranges=())
     return grid_between(G.amin(-1), G.amax(-1), bits, symmetric, dtype)
+
+
+def _whole(bits: Kind, symmetric: bool) -> tuple[float, ...]:
+    """Fractions of the range that end at the largest weight: half a step short of it, and, turned the right way, on it
+    (absmax / 7.5 and / 8 at 4 bits)."""
+    return (1.0, 1 - 0.5**bits) if isinstance(bits, int) and symmetric and bits <= TURNED else (1.0,)
 
 
 @overload
@@ -163,28 +174,34 @@ def grid_between(low: Tensor, high: Tensor, bits: Kind, symmetric: bool, dtype: 
 
 def both_ways(grid: AnyGrid) -> tuple[Any, ...]:
     """The grid, and where its longer side counts (integers, symmetric, at most 4 bits) the grid turned round."""
-    if isinstance(grid, Grid) and grid.zero is None and grid.bits <= 4:
+    if isinstance(grid, Grid) and grid.zero is None and grid.bits <= TURNED:
         return grid, Grid(-grid.scale, None, grid.bits)
     return (grid,)
 
 
-def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importance: Tensor | None = None) -> AnyGrid:
-    """The grid over p [min, max] whose p of `SHRINK` leaves the least squared error, chosen for every scale.
+def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importance: Tensor | None = None,
+             ranges: tuple[float, ...] = SHRINK[1:]) -> AnyGrid:
+    """The grid over p [min, max] whose p of `ranges` or 1 leaves the least squared error, chosen for every scale.
 
     A narrower range clips the few outermost weights and rounds all others more finely. p = 1 is tried first and only a
     lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: weights of the
-    squared errors, (groups, group) or (1, 1); all equal by default. Cost: len(SHRINK) passes over G, twice as many
+    squared errors, (groups, group) or (1, 1); all equal by default. Cost: len(ranges) passes over G, twice as many
     where a grid can be turned round.
     """
+    rows = max(1, 4 * AT_ONCE // max(1, G[:1].numel()))
+    if isinstance(bits, int) and len(G) > rows:  # no row hangs on another; what a pass leaves lies in a cache
+        parts: list[Any] = [searched(part, bits, symmetric, dtype, importance, ranges) for part in G.split(rows)]
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None, bits)
     G = G.contiguous()  # a transposed one would make every pass several times slower
     low, high = G.amin(-1), G.amax(-1)
     if isinstance(bits, FloatFormat):
         return _searched_floats(G, low, high, bits, dtype, importance)
     best: Any = grid_between(low, high, bits, symmetric, dtype)
     least = _error(G, best, importance)
-    fewer = max(1, AT_ONCE // G.numel())
-    for first in range(0, len(SHRINK), fewer):  # several ranges in one pass where G is small
-        p = torch.tensor(SHRINK[first:first + fewer], device=G.device).view(-1, 1, 1)
+    fewer, ranges = max(1, AT_ONCE // G.numel()), (*_whole(bits, symmetric), *ranges)
+    for first in range(0, len(ranges), fewer):  # several ranges in one pass where G is small
+        p = torch.tensor(ranges[first:first + fewer], device=G.device).view(-1, 1, 1)
         least, best = _better(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance, least, best)
     return best  # type: ignore[no-any-return]
 
@@ -202,7 +219,7 @@ def _better(G: Tensor, tried: Grid, importance: Tensor | None, least: Tensor, be
     rounded = ratio.round()
     low, high = (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound for bound in tried.bounds())
     ends = [(1, low, high)]
-    if tried.zero is None and tried.bits <= 4:
+    if tried.zero is None and tried.bits <= TURNED:
         ends.append((-1, -high, -low))
     for way, bottom, top in ends:
         squared = rounded.clamp(bottom, top).sub_(ratio).square_()

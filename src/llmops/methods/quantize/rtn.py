@@ -40,8 +40,8 @@ def rtn(W: Tensor, *, bits: Kind, group_size: int = -1, symmetric: bool = True, 
     bits may be a `FloatFormat` instead (`floats.py`), which fixes its own group size.
 
     clip: "absmax", or "mse" for the range of least squared error of each group. dtype: in which the scale is stored,
-    W's own by default. Cost: one pass over W, 36 with "mse". Raises LlmopsError when the group size does not divide the
-    columns, bits are out of range, or W holds NaN or infinity.
+    W's own by default. Cost: one pass over W, 5 up to 4 bits, 36 with "mse". Raises LlmopsError when the group size
+    does not divide the columns, bits are out of range, or W holds NaN or infinity.
     """
     check(W, bits)
     G = grouped(W, group_of(bits, group_size)).float()  # (out, groups, group)

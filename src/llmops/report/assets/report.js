@@ -4,13 +4,21 @@
   root.classList.add("js");
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
-  // One chart at a time: the one of the picked score and cost.
+  // One chart at a time: the one of the picked score, cost and batch size; where there is none, the nearest, and the
+  // buttons then say which.
   const charts = all(".chart");
-  const picked = name => document.querySelector(`input[name="${name}"]:checked`)?.value;
+  const button = name => document.querySelector(`input[name="${name}"]:checked`);
+  const sizes = document.querySelector('input[name="batch"]')?.closest("fieldset");
   const show = () => {
-    const fits = charts.filter(chart => chart.dataset.score === picked("score") && chart.dataset.cost === picked("cost"));
-    const shown = fits[0] ?? charts.find(chart => chart.dataset.score === picked("score"));
+    const asked = ["score", "cost", "batch"].map(name => [name, button(name)?.value]);
+    const near = chart => asked.findIndex(([name, value]) => chart.dataset[name] && chart.dataset[name] !== value);
+    const rank = chart => near(chart) < 0 ? asked.length : near(chart);
+    const shown = charts.reduce((best, chart) => rank(chart) > rank(best) ? chart : best);
     charts.forEach(chart => chart.classList.toggle("on", chart === shown));
+    asked.forEach(([name]) => all(`input[name="${name}"]`).forEach(each => {
+      if (each.value === shown.dataset[name]) each.checked = true;
+    }));
+    if (sizes) sizes.disabled = !shown.dataset.batch;
   };
   all(".pickers input").forEach(input => input.addEventListener("change", show));
   if (charts.length) show();
