@@ -17,7 +17,8 @@ from llmops.measure.options import Budget
 from llmops.planner import plan
 from llmops.quantity import Quantity
 from llmops.recipe import parse_recipe
-from llmops.recipe.energy_estimate import BEST_FLOP_PER_J, BUILTIN_TOKENS_A_ROW, energy, likely_tokens
+from llmops.recipe.energy_estimate import BEST_FLOP_PER_J, BUILTIN_TOKENS_A_ROW, energy, likely_tokens, rest
+from llmops.recipe.scoring_estimate import CHOICES, COMPARED_TOKENS, measuring_flops, scoring_tokens
 from llmops.runner import run
 
 DECLARED = {"sensor": "declared", "watts": 1000, "prompt_tokens": 8, "new_tokens": 2, "batch_sizes": [1], "repeats": 2}
@@ -70,12 +71,62 @@ def test_the_estimate_is_work_times_the_rate_of_earlier_builds(place: Path, tmp_
     assert parameters is not None and rows is not None and rows == pytest.approx(
         (place / "train.jsonl").stat().st_size / 4)
     work = 4 * parameters * 24 * 8 * rows / 64  # steps x rows of a batch
-    floor = energy(made)
-    assert floor.value == pytest.approx(work / BEST_FLOP_PER_J, rel=1e-6) and floor.method.startswith("at least")
+    floor = rest(made)
+    assert floor.parts["building"] == pytest.approx(work / BEST_FLOP_PER_J, rel=1e-6)
+    assert floor.total().method.startswith("at least") and floor.floors == ["scoring", "measuring", "tuned"]
     earlier = [{"transform": {"kind": "finetune", "method": method}, "building": {
         "energy_j": {"value": joules}, "flops": {"value": 1e9}}} for method, joules in (("lora", 5.0), ("full", 9.0))]
-    assert energy(made, earlier).value == pytest.approx(5e-9 * work, rel=1e-6)
-    assert energy(made, earlier[1:]).value == pytest.approx(9e-9 * work, rel=1e-6)  # another training, for want of it
+    assert rest(made, earlier).parts["building"] == pytest.approx(5e-9 * work, rel=1e-6)
+    assert rest(made, earlier[1:]).parts["building"] == pytest.approx(9e-9 * work, rel=1e-6)  # another training
+
+
+def test_scoring_and_measuring_are_part_of_the_estimate(place: Path, tmp_path: Path) -> None:
+    made = plan(asked(place), runs=tmp_path)
+    recipe_, parameters = made.recipe, made.stage("tuned").estimate.parameters.value
+    assert parameters is not None
+    data = [likely_tokens(recipe_, [name]) or 0.0 for name in ("test", "prose")]
+    assert scoring_tokens(recipe_, "base", likely_tokens) == (sum(data), [])
+    assert scoring_tokens(recipe_, "tuned", likely_tokens)[0] == sum(data) + 3 * COMPARED_TOKENS
+    options = recipe_.measure
+    assert options is not None
+    # 2 (P + P_base) x repeats x batch x tokens
+    assert measuring_flops(options, 10.0, 6.0) == 2 * 16 * 2 * 1 * (2 * 8 + 2)
+    found = rest(made)
+    assert found.parts["scoring"] == pytest.approx(
+        2 * parameters * (2 * sum(data) + 3 * COMPARED_TOKENS) / BEST_FLOP_PER_J, rel=0.01)
+    told = energy(made).method
+    assert "building" in told and "scoring" in told and "measuring" in told
+    earlier = [{"building": {"evaluate_energy_j": {"value": 3.0}, "evaluate_flops": {"value": 1e9},
+                             "measure_energy_j": {"value": 7.0}, "measure_flops": {"value": 1e9}}}]
+    known = rest(made, earlier)
+    assert known.parts["scoring"] == pytest.approx(found.parts["scoring"] * BEST_FLOP_PER_J * 3e-9)
+    assert known.parts["measuring"] == pytest.approx(found.parts["measuring"] * BEST_FLOP_PER_J * 7e-9)
+    longer = plan(asked(place, measure={**DECLARED, "window_s": 2.0, "idle_s": 1.0}), runs=tmp_path)
+    assert rest(longer).parts["measuring"] == 2 * 1000 * (8 * 2.0 + 2 * 1.0)  # variants x W x (windows + idle)
+
+
+def test_scores_of_every_kind_have_likely_tokens(place: Path) -> None:
+    text = {"data": "prose", "context": 64}
+    body = recipe(W8, evaluate=[{"perplexity": {**text, "stride": 16}}, {"harness": {"tasks": ["everyday"]}}])
+    found, without = scoring_tokens(parse_recipe(body, base_dir=place), "base", likely_tokens)
+    assert found == pytest.approx(4 * (place / "prose.txt").stat().st_size / 4)
+    assert without == ["harness:everyday (lm-eval brings its data)"]
+    few = recipe(W8, evaluate=[{"perplexity": {**text, "max_tokens": 64}}])
+    assert scoring_tokens(parse_recipe(few, base_dir=place), "base", likely_tokens)[0] == 64
+    picks = recipe(W8, evaluate=[{"multiple_choice": {"data": "picks"}}])
+    picks["data"]["picks"] = {"source": "builtin:choices", "samples": 10}
+    found, _ = scoring_tokens(parse_recipe(picks, base_dir=place), "base", likely_tokens)
+    assert found == 10 * BUILTIN_TOKENS_A_ROW * CHOICES
+
+
+def test_a_plan_that_only_scoring_makes_too_dear_is_refused(place: Path, tmp_path: Path, capsys: Any) -> None:
+    body = recipe(W8, name="dear", measure={**DECLARED, "window_s": 60.0}, budget={"energy_kwh": 0.01})
+    (place / "dear.yaml").write_text(json.dumps(body))
+    assert main(["plan", str(place / "dear.yaml"), "--runs", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "is not enough" in said and "measuring 9.6e+05 J" in said
+    assert main(["plan", str(place / "dear.yaml"), "--runs", str(tmp_path), "--set", "budget.energy_kwh=1"]) == 0
+    assert "building" in (out := capsys.readouterr().out) and "scoring" in out and "measuring" in out
 
 
 def test_rows_of_builtin_data_are_about_as_long_as_assumed() -> None:

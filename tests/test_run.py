@@ -56,6 +56,9 @@ def test_a_row_holds_every_group_with_provenance(finished):
     assert row["quality"]["exact_match:test"]["versus"]["parent"]["variant"] == "tuned"
     assert set(row["quality"]["exact_match:test"]["versus"]) >= {"parent", "base"}
     assert row["tokens"]["parent"]["kl_mean"]["value"] > 0
+    assert {"measure_energy_j", "evaluate_energy_j"} <= set(row["building"])
+    for part in ("evaluate", "measure"):
+        assert row["building"][f"{part}_flops"]["provenance"] == "estimated" and row["building"][f"{part}_wall_s"]
 
     def quantities(body):
         if isinstance(body, dict) and "provenance" in body:

@@ -39,6 +39,7 @@ from llmops.models.parity import count_parameters, sparsity
 from llmops.models.serving import as_served, serving
 from llmops.pairing import reasoned, references, stored_score
 from llmops.quantity import Quantity
+from llmops.recipe.energy_estimate import work_of_scoring
 from llmops.recipe.plan import Plan, Stage
 from llmops.recipe.schema import Recipe
 from llmops.store import Store, replace_file
@@ -58,7 +59,7 @@ class Scorer:
     ledger: Ledger
     meter: Meter
     progress: Progress | None = None
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=lambda: time.time())
     _base: tuple[Any, Any] | None = None
     _rows: dict[str, Rows] = field(default_factory=dict)
     _compared: list[Tensor] | None = None
@@ -89,7 +90,17 @@ class Scorer:
         energy = replace(window.energy, method=window.energy.method + note)
         row["building"]["evaluate_energy_j"] = energy.as_dict()
         row["building"]["evaluate_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()
-        self._measure(stage, row, model, tokenizer)
+        scoring, measuring = (Quantity(flops, "FLOP", "estimated", "2 P T, likely tokens")
+                              for flops in work_of_scoring(self.plan, stage))
+        if not earlier and scoring.value:
+            row["building"]["evaluate_flops"] = scoring.as_dict()
+        if self.recipe.measure is not None:
+            with self.meter.window(f"measure {stage.variant}") as window:
+                self._measure(stage, row, model, tokenizer)
+            row["building"]["measure_energy_j"] = window.energy.as_dict()
+            row["building"]["measure_wall_s"] = Quantity.measured(window.wall_s, "s", "wall clock").as_dict()
+            if measuring.value:
+                row["building"]["measure_flops"] = measuring.as_dict()
         return {score.id: score.items for score in scores}
 
     # ---------------------------------------------------------------------------------------------------- quality
@@ -165,8 +176,7 @@ class Scorer:
 
     def _measure(self, stage: Stage, row: dict[str, Any], model: Any, tokenizer: Any) -> None:
         options = self.recipe.measure
-        if options is None:
-            return
+        assert options is not None
         base = None if stage.variant == "base" else self.base()[0]
         progress = self.progress
         report = (lambda done, total: progress(done, total, "measure")) if progress is not None else None

@@ -74,7 +74,7 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self.call("Page.navigate", url=place.as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while self.read().get("method") != "Page.loadEventFired":
             pass
 

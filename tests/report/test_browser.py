@@ -4,16 +4,22 @@ axe-core runs where
 LLMOPS_AXE names its axe.min.js (an npm package), in a world of its own: the page's policy stays in force.
 """
 
+import copy
 import json
 import os
+import threading
 
 import pytest
 from tests.report.chromium import CHROMIUM, Browser
 from tests.report.rows import make_rows, many
+from tests.report.test_margins import EXPLAINED
 
+from llmops.ledger import Ledger
 from llmops.report.html import write_html
+from llmops.ui.server import server
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+SHOWS = {"report": "charts", "explained": "why", "list": "rows", "comparison": "side"}
 SCRIPT = """
 JSON.stringify({wide: document.documentElement.scrollWidth, sections: document.querySelectorAll("main section").length})
 """
@@ -97,10 +103,42 @@ def test_a_hundred_variants_open(browser, tmp_path):
     assert browser.run("document.querySelectorAll('#rows tbody tr').length") == 100 and browser.said == []
 
 
+@pytest.fixture(scope="module")
+def pages(place, tmp_path_factory):
+    """The kinds of pages: a report, one that was explained, and the list and comparison that `llmops ui` serves."""
+    folder = tmp_path_factory.mktemp("pages")
+    explained = copy.deepcopy(EXPLAINED)
+    rows = make_rows()
+    explained |= {"variant": "tuned-w4", "against": "tuned", "keys": [
+        next(row["identity"]["key"] for row in rows if row["identity"]["variant"] == name)
+        for name in ("tuned-w4", "tuned")]}
+    token = {"token": "lake", "kl": 0.3, "p": 0.9, "q": 0.1, "delta_logp": -2.2, "says": "lake", "says_variant": "town"}
+    for body in explained["scores"].values():
+        body["items"][0]["choices"] = [{"choice": "lake", "delta_logp": -2.2, "tokens": [token]},
+                                       {"choice": "town", "delta_logp": 0.7, "tokens": [token]}]
+    ledger = Ledger(folder / "ledger.db")
+    for run in ("demo", "other"):
+        for row in make_rows():
+            ledger.append({**row, "identity": {**row["identity"], "run": run}})
+    with server(str(folder), "127.0.0.1", 0) as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        at = f"http://127.0.0.1:{serving.server_address[1]}"
+        yield {"report": place, "list": f"{at}/", "comparison": f"{at}/compare?v=demo/tuned&v=other/tuned-w4",
+               "explained": write_html(rows, folder / "explained.html", title="demo", explained=[explained])}
+        serving.shutdown()
+        thread.join()
+
+
 @pytest.mark.skipif("LLMOPS_AXE" not in os.environ, reason="LLMOPS_AXE does not name axe.min.js")
+@pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_axe_finds_nothing(browser, place, dark):
-    browser.open(place, dark=dark)
+@pytest.mark.parametrize("name", ["report", "explained", "list", "comparison"])
+def test_axe_finds_nothing(browser, pages, name, dark, width):
+    del browser.said[:]
+    browser.open(pages[name], width, dark)
+    assert browser.run(f"document.getElementById('{SHOWS[name]}') !== null")  # the page that was meant, not an error's
+    assert json.loads(browser.run(SCRIPT))["wide"] <= width and browser.said == []
     browser.run("document.querySelectorAll('details').forEach(e => { e.open = true; })")
     frame = browser.call("Page.getFrameTree")["frameTree"]["frame"]["id"]
     world = browser.call("Page.createIsolatedWorld", frameId=frame)["executionContextId"]

@@ -5,8 +5,9 @@
                                                 reference
                                 calibration     2 P T
                                 anything else   2 P: every weight is read and rounded
-    energy                      W x r, r = median over earlier rows of (joules of building) / W of the same method, else
-                                of any training, else none
+    scoring, measuring          `scoring_estimate.py`
+    energy                      W x r, r = median over earlier rows of joules / W of the same method's builds, of
+                                scoring, or of measuring; for want of it of any training, else none
 
 T are likely tokens: rows x epochs x tokens a row, a row of a local file taken as its bytes / 4. A plan's own tokens
 (`estimate.py`) are an upper bound, right for memory, and would refuse plans that fit.
@@ -14,12 +15,14 @@ T are likely tokens: rows x epochs x tokens a row, a row of a local file taken a
 Without earlier rows no rate is known. What stays is what no machine of today does better: BEST FLOP a joule, an
 accelerator's peak; the figure is then a floor, and a plan that is over its budget even so is refused for sure.
 
-Left out: scoring and measuring, loading, the teacher's writing of data. They are metered and count when they happen.
+Left out: loading, the teacher's writing of data, harness tasks, idle power between windows. They are metered and count
+when they happen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,9 +33,10 @@ from llmops.measure.budget import limits, noted, spent_in_words
 from llmops.quantity import Quantity
 from llmops.recipe.estimate import row_count
 from llmops.recipe.plan import Plan, Stage
-from llmops.recipe.schema import Recipe
+from llmops.recipe.schema import BASE, Recipe
+from llmops.recipe.scoring_estimate import measuring_flops, scoring_tokens, window_j
 
-__all__ = ["check_budget", "energy", "likely_tokens"]
+__all__ = ["Rest", "check_budget", "energy", "likely_tokens", "rest", "work_of_scoring"]
 
 BEST_FLOP_PER_J = 2.5e12  # dense bf16 at peak over board power; the best accelerators of 2025 reach 2.3e12
 BYTES_A_TOKEN = 4.0
@@ -40,27 +44,73 @@ BUILTIN_TOKENS_A_ROW = 16.0  # with the chat template; a test holds it against t
 _TRAINING = ("finetune", "distill")
 
 
+@dataclass(frozen=True)
+class Rest:
+    """J of what is left to do, by part ("building", "scoring", "measuring"), and how they came about. floors: what was
+    taken at the rate that no machine exceeds; left_out: what is in no part; unknown: why there is no sum."""
+
+    parts: dict[str, float]
+    floors: list[str]
+    left_out: list[str]
+    unknown: str | None = None
+
+    def total(self) -> Quantity:
+        if self.unknown is not None:
+            return Quantity.null("J", self.unknown)
+        if not any(self.parts.values()):
+            return Quantity(0.0, "J", "constant", "nothing is left to do")
+        told = ", ".join(f"{part} {joules:.3g} J" for part, joules in self.parts.items())
+        method = f"{told}: FLOPs x joules a FLOP of earlier rows"
+        if self.floors:
+            which = ", ".join(self.floors[:3]) + (" ..." if len(self.floors) > 3 else "")
+            method = (f"at least: {told}; {which} at the {BEST_FLOP_PER_J:.2g} FLOP/J that no machine exceeds, since "
+                      "no earlier row tells the rate")
+        if self.left_out:
+            method += f"; without {', '.join(dict.fromkeys(self.left_out))}"
+        return Quantity(sum(self.parts.values()), "J", "estimated", method)
+
+
 def energy(plan: Plan, rows: Iterable[Mapping[str, Any]] = ()) -> Quantity:
-    """Joules of the builds that are left, estimated; null where a stage's work is not known. rows: of a ledger."""
-    left = [stage for stage in plan.stages if not stage.built]
-    if not left:
-        return Quantity(0.0, "J", "constant", "nothing is left to build")
+    """Joules of what is left, estimated; null where a stage's work is not known. rows: of a ledger."""
+    return rest(plan, rows).total()
+
+
+def rest(plan: Plan, rows: Iterable[Mapping[str, Any]] = ()) -> Rest:
+    """The same by part."""
     known = list(rows)
-    total, floors = 0.0, []
-    for stage in left:
-        work = _work(plan, stage)
-        if work.value is None:
-            return Quantity.null("J", f"{stage.variant}: {work.method}")
-        rate = _rate(stage, known)
-        if rate is None:
-            floors.append(stage.variant)
-        total += work.value * (rate if rate is not None else 1 / BEST_FLOP_PER_J)
-    method = f"FLOPs of {len(left)} builds x joules a FLOP of earlier ones; without scoring and measuring"
-    if floors:
-        which = ", ".join(floors[:3]) + (" ..." if len(floors) > 3 else "")
-        method = (f"at least: FLOPs of {len(left)} builds, {which} at the "
-                  f"{BEST_FLOP_PER_J:.2g} FLOP/J that no machine exceeds, since no earlier build tells the rate")
-    return Quantity(total, "J", "estimated", method)
+    found = Rest({"building": 0.0, "scoring": 0.0, "measuring": 0.0}, [], [])
+    for stage in plan.stages:
+        if not stage.built:
+            work = _work(plan, stage)
+            if work.value is None:
+                return replace(found, unknown=f"{stage.variant}: {work.method}")
+            found.parts["building"] += _joules(work.value, _rate(stage, known), stage.variant, found)
+        if stage.scored_here and not stage.scored:
+            if stage.estimate.parameters.value is None:
+                return replace(found, unknown=f"{stage.variant}: {stage.estimate.parameters.method}")
+            scoring, measuring = work_of_scoring(plan, stage, found.left_out)
+            found.parts["scoring"] += _joules(scoring, _rate_of("evaluate", known), "scoring", found)
+            joules = _joules(measuring, _rate_of("measure", known), "measuring", found)
+            options = plan.recipe.measure
+            found.parts["measuring"] += max(joules, (window_j(options) or 0.0) if options is not None else 0.0)
+    return found
+
+
+def work_of_scoring(plan: Plan, stage: Stage, left_out: list[str] | None = None) -> tuple[float, float]:
+    """FLOPs of scoring and of measuring a stage whose parameters are known. left_out: takes what cannot be told."""
+    recipe, parameters = plan.recipe, stage.estimate.parameters.value or 0.0
+    tokens, without = scoring_tokens(recipe, stage.variant, likely_tokens)
+    if left_out is not None:
+        left_out += without
+    base = plan.stage(BASE).estimate.parameters.value or parameters
+    return (2 * parameters * tokens,
+            measuring_flops(recipe.measure, parameters, base) if recipe.measure is not None else 0.0)
+
+
+def _joules(work: float, rate: float | None, what: str, found: Rest) -> float:
+    if work and rate is None and what not in found.floors:
+        found.floors.append(what)
+    return work * (rate if rate is not None else 1 / BEST_FLOP_PER_J)
 
 
 def check_budget(plan: Plan, rows: Iterable[Mapping[str, Any]], folder: Path, grid: Quantity | None) -> list[str]:
@@ -72,17 +122,18 @@ def check_budget(plan: Plan, rows: Iterable[Mapping[str, Any]], folder: Path, gr
     if budget is None or all(stage.done for stage in plan.stages):
         return []
     most, said = limits(budget, grid)
-    spent, rest = noted(folder / "spent"), energy(plan, rows)
+    spent, left = noted(folder / "spent"), energy(plan, rows)
     so_far = f"{spent_in_words(spent)} spent by earlier tries" if spent else "nothing spent yet"
     if spent >= most:
         raise LlmopsError(f"{said} is used up: {so_far}; expected a larger budget to go on")
-    if rest.value is None:
-        return [f"WARNING: {said}; {so_far}; what is left to do cannot be estimated ({rest.method}): the run stops "
+    if left.value is None:
+        return [f"WARNING: {said}; {so_far}; what is left to do cannot be estimated ({left.method}): the run stops "
                 "when the budget is reached"]
-    if spent + rest.value > most:
-        raise LlmopsError(f"{said} is not enough: {so_far}, and the rest needs {spent_in_words(rest.value)} "
-                          f"({rest.method}); expected a larger budget, fewer variants, or less training")
-    return [f"budget: {said}; {so_far}; the rest needs {spent_in_words(rest.value)} ({rest.method})"]
+    if spent + left.value > most:
+        raise LlmopsError(f"{said} is not enough: {so_far}, and the rest needs {spent_in_words(left.value)} "
+                          f"({left.method}); expected a larger budget, fewer variants, or less training, scoring or "
+                          "measuring")
+    return [f"budget: {said}; {so_far}; the rest needs {spent_in_words(left.value)} ({left.method})"]
 
 
 def likely_tokens(recipe: Recipe, names: Sequence[str]) -> float | None:
@@ -91,10 +142,24 @@ def likely_tokens(recipe: Recipe, names: Sequence[str]) -> float | None:
     for name in names:
         rows, _ = row_count(name, recipe.data, recipe.base_dir)
         per_row = _tokens_a_row(recipe, name)
-        if rows is None or per_row is None:
+        found = rows * per_row if rows is not None and per_row is not None else _whole_file(recipe, name)
+        if found is None:
             return None
-        total += rows * per_row
+        total += found
     return total
+
+
+def _whole_file(recipe: Recipe, name: str) -> float | None:
+    """Tokens of a local file that is read whole, whatever its rows."""
+    try:
+        *derived, root = named(name, recipe.data)
+        where = locate(root, recipe.base_dir)
+    except (DataError, OSError):
+        return None
+    cut = any(source.samples is not None or source.split for source in (root, *derived))
+    if root.synthesize is not None or cut or where.what != "file" or where.path is None:
+        return None
+    return where.path.stat().st_size / BYTES_A_TOKEN
 
 
 def _tokens_a_row(recipe: Recipe, name: str) -> float | None:
@@ -143,19 +208,36 @@ def _work(plan: Plan, stage: Stage) -> Quantity:
 
 def _rate(stage: Stage, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Joules a FLOP of earlier builds: of the same method, else for a training of any training."""
-    same, trained = [], []
-    for row in rows:
-        building, transform = row.get("building") or {}, row.get("transform") or {}
-        joules = (building.get("energy_j") or {}).get("value")
-        work = _done(row)
-        if not joules or not work:
-            continue
-        if (transform.get("kind"), transform.get("method")) == (stage.kind, stage.method):
-            same.append(joules / work)
-        if transform.get("kind") in _TRAINING:
-            trained.append(joules / work)
-    found = same or (trained if stage.kind in _TRAINING else [])
+    same = _rates(rows, lambda transform: (transform.get("kind"), transform.get("method")) == (stage.kind,
+                                                                                              stage.method))
+    found = same or (_trained(rows) if stage.kind in _TRAINING else [])
     return median(found) if found else None
+
+
+def _rate_of(part: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Joules a FLOP of earlier scoring ("evaluate") or measuring ("measure"), else of any training."""
+    found = []
+    for row in rows:
+        building = row.get("building") or {}
+        joules, work = ((building.get(f"{part}_{name}") or {}).get("value") for name in ("energy_j", "flops"))
+        if joules and work:
+            found.append(joules / work)
+    found = found or _trained(rows)
+    return median(found) if found else None
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return _rates(rows, lambda transform: transform.get("kind") in _TRAINING)
+
+
+def _rates(rows: Sequence[Mapping[str, Any]], fits: Callable[[Mapping[str, Any]], bool]) -> list[float]:
+    """Joules a FLOP of the builds whose step fits."""
+    found = []
+    for row in rows:
+        joules = ((row.get("building") or {}).get("energy_j") or {}).get("value")
+        if joules and fits(row.get("transform") or {}) and (work := _done(row)):
+            found.append(joules / work)
+    return found
 
 
 def _done(row: Mapping[str, Any]) -> float | None:

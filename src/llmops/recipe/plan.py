@@ -11,13 +11,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmops.measure.intervals import LEAST_PAIRS
 from llmops.recipe import keys as k
 from llmops.recipe.estimate import Estimate, estimate
 from llmops.recipe.hashing import FileHashes
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import read_dims
 from llmops.recipe.schema import BASE, Recipe
-from llmops.recipe.shared_keys import signal_parts, writer_of, written_names, written_parts, written_print
+from llmops.recipe.shared_keys import (
+    answer_parts,
+    signal_parts,
+    writer_of,
+    written_names,
+    written_parts,
+    written_print,
+)
 
 __all__ = ["Plan", "Stage", "make_plan"]
 
@@ -30,7 +38,8 @@ class Stage:
 
     parents: names, the parent first, then a teacher, then who writes data; parent_keys in the same order. scored_here:
     whether the recipe wants it scored. built, scored: whether that is done already. signals: parts of the key of the
-    teacher's signals that it reads from the disk; written: the same of data that a teacher writes, by name.
+    teacher's signals that it reads from the disk; written: the same of data that a teacher writes, answers: of a
+    teacher's answers to data, by name.
     """
 
     variant: str
@@ -49,11 +58,13 @@ class Stage:
     teacher: str | None = None
     signals: dict[str, str] | None = None
     written: dict[str, dict[str, str]] = field(default_factory=dict)
+    answers: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def shares(self) -> list[str]:
         """Keys of what it uses that other builds may use, too."""
-        return [k.key_of(parts) for parts in (*([self.signals] if self.signals else []), *self.written.values())]
+        return [k.key_of(parts) for parts in (*([self.signals] if self.signals else []), *self.written.values(),
+                                              *self.answers.values())]
 
     def describe(self) -> str:
         """One line: "quantize rtn w4a16 from tuned"."""
@@ -81,7 +92,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order of building; the first is base. advice: whether the goals' margins can be shown."""
+    """Stages in the order of building; the first is base. advice: whether margins and savings can be shown."""
 
     stages: list[Stage]
     recipe: Recipe
@@ -132,16 +143,21 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
         keys[name] = k.key_of(parts)
         stages.append(replace(
             _stage(recipe, name, keys, parts, prints, store, scored, estimate(recipe, name, dims, reason)),
-            signals=signal_parts(recipe, variant, keys, prints, base), written=texts))
+            signals=signal_parts(recipe, variant, keys, prints, base), written=texts,
+            answers=answer_parts(recipe, variant, keys, prints, base)))
     return Plan(stages, recipe, store, _advice(recipe, known))
 
 
 def _advice(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    said: tuple[str, ...] = ()
+    if recipe.measure is not None and recipe.measure.repeats < LEAST_PAIRS:
+        said = (f"WARNING: measure.repeats: {recipe.measure.repeats}; with fewer than {LEAST_PAIRS} no difference of "
+                "speed or energy is said to be shown",)
     if not any(goal.noninferior or goal.max_drop for goal in recipe.goals.quality.values()):
-        return ()
+        return said
     from llmops.recipe.sample_size import advice
 
-    return advice(recipe, rows)
+    return (*said, *advice(recipe, rows))
 
 
 def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, str], prints: Mapping[str, str],
@@ -176,7 +192,7 @@ def _summary(recipe: Recipe, name: str) -> str:
     if getattr(options, "kv_cache", None):
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
-        words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
+        words += [f"{100 * options.sparsity:.4g}%", *([options.pattern] if options.pattern != "unstructured" else [])]
     if variant.method in ("depth", "width"):
         words += _size_words(options)
     if hasattr(options, "rank"):

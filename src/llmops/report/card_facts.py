@@ -21,7 +21,7 @@ from llmops.report.reading import Row, figure, group, kind_of, name_of, parent_o
 __all__ = ["by_group", "intended", "lineage", "record"]
 
 RECORD = {"energy of this step": "energy_j", "energy of everything it stands on, this step included": "chain_energy_j",
-          "energy of scoring it": "evaluate_energy_j"}
+          "energy of scoring it": "evaluate_energy_j", "energy of measuring it": "measure_energy_j"}
 
 
 def lineage(row: Row, rows: Iterable[Row]) -> list[Row]:
