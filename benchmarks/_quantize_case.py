@@ -219,7 +219,8 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def perplexity_table(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
-    """Contenders down, widths and groups across; a task score, where there is one, in parentheses."""
+    """Contenders down, widths and groups across; a task score, where there is one, in parentheses. A row that says it
+    is of an "earlier" code gets an asterisk."""
     return _contender_table(rows, _shown, _shown(base))
 
 
@@ -248,7 +249,7 @@ def _shown(row: dict[str, Any] | None) -> str:
     if "perplexity" not in row:
         return "-" if row["failed"].startswith("not run") else "failed"
     score = f" ({row['exact_match']:.1%})" if "exact_match" in row else ""
-    return f"{row['perplexity']:.4g}{score}"
+    return f"{row['perplexity']:.4g}{score}{'*' if row.get('earlier') else ''}"
 
 
 def speed_table(lines: Sequence[dict[str, Any]]) -> str:

@@ -102,7 +102,9 @@ def accuracy(about: dict[str, Any], result: dict[str, Any]) -> list[str]:
             f"float32 perplexity {base['perplexity']:.5g} on {protocol['windows']} windows of {protocol['context']} "
             f"tokens{score}; calibrated on {crops['crops']} crops of {crops['length']} tokens; AutoRound "
             f"{result['iterations']} steps. {about['date']}, {about['cpus']}-core {about['cpu_model']} (a shared "
-            f"virtual machine): `{about['command']}`.", "",
+            f"virtual machine): `{about['command']}`."
+            + (" *: ours of an earlier code (one-way grids of absmax / 7.5 at 4 bits; GPTQ of `tiny` damping 0.01), "
+               "not measured again." if any(row.get("earlier") for row in result["rows"]) else ""), "",
             perplexity_table(result["rows"], base), "",
             *(["KL from the float32 model, nats a token:", "", apart, ""] if apart else []),
             f"Our GPTQ wins back of what rounding to nearest loses: {share or 'not measured'}.", "",

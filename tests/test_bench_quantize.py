@@ -96,6 +96,8 @@ def test_tables_show_what_failed_and_what_was_not_run():
     shown = bench.perplexity_table(rows, {"perplexity": 10.0, "exact_match": 1.0})
     assert "| awq | llmops | - | 12.5 (50.0%) |" in shown and "| awq | llm-compressor |  | failed |" in shown
     assert "| - | float32 | 10 (100.0%) | 10 (100.0%) |" in shown
+    old = bench.perplexity_table([row("awq-llmops", 3, perplexity=12.5, earlier=True)], {"perplexity": 10.0})
+    assert "| awq | llmops | 12.5* |" in old
     assert bench.skipped("gptq", 8) == "" and bench.skipped("awq", 4) == ""
     assert "1.0000 +- 0.0000 | equal |" in bench.verdict_table(bench.verdicts(
         [row("awq-llmops", perplexity=10.0), row("awq-llmcompressor", perplexity=10.0)], 9.0))

@@ -19,6 +19,7 @@ from llmops.gate import gate
 from llmops.ledger import Ledger
 from llmops.pairing import stored_score
 from llmops.recipe import parse_recipe
+from llmops.report.verdict import drop_words
 from llmops.runner import run
 
 PICKS = "multiple_choice:picks"
@@ -105,7 +106,7 @@ def test_the_gate_has_three_exit_codes_and_writes_junit(finished, tmp_path, caps
     ("multiple_choice: {against: tuned}", "bounds nothing"),
     ("multiple_choice: {max_drop: 0.1, against: tuend}", 'did you mean "tuned"'),
     ("multiple_choice", "is no goal"),
-    ("perplexity: {max_gap: 0.1}", "nobody computed it: unknown: no group of perplexity:prose"),
+    ("perplexity: {max_gap: 0.1}", "nobody computed it: perplexity:prose was scored without groups"),
 ])
 def test_a_gate_on_what_nobody_computed_is_refused(finished, goal, message):
     with pytest.raises(LlmopsError, match=message):
@@ -132,6 +133,14 @@ def test_a_tampered_ledger_judges_and_promotes_nothing(copied, capsys):
     for words in (("gate", "r"), ("promote", "r", "w8")):
         code, _, err = call(capsys, *words, "--runs", runs)
         assert code == 2 and "was tampered with: row 3 (r/w8): was changed" in err
+    for words in (("compare", "r"), ("report", "r")):  # what shows figures shows them, and says so
+        code, _, err = call(capsys, *words, "--runs", runs)
+        assert code == 0 and "WARNING: the ledger was tampered with: row 3 (r/w8): was changed" in err
+    assert "was tampered with" in (runs / "r" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_sound_ledger_is_shown_without_a_word(finished, capsys):
+    assert "tampered" not in call(capsys, "compare", "r", "--runs", finished[1])[2]
 
 
 def test_champion_and_challenger(copied, capsys):
@@ -144,7 +153,8 @@ def test_champion_and_challenger(copied, capsys):
     assert code == 0 and "non-inferior" in out and "saving shown: weights_bytes" in out
     assert (runs / "_champions" / "champion").resolve().name == Ledger(runs / "ledger.db").row(
         champions(str(runs))[0]["row_id"])["identity"]["key"]
-    assert call(capsys, "promote", "r", "w8", *at)[0] == 2
+    code, _, err = call(capsys, "promote", "r", "w8", *at)
+    assert code == 2 and "r/w8 is the build that is champion already (promoted as r/w8)" in err
     code, out, _ = call(capsys, "promote", "r", "tuned", *at)  # the champion is smaller
     assert code == 1 and "no saving shown in weights_bytes" in out and champions(str(runs))[0]["variant"] == "w8"
     code, out, _ = call(capsys, "promote", "r", "tuned", "--force", "--why", "rollback", *at)
@@ -165,6 +175,7 @@ def test_a_champion_of_another_run_is_compared_by_its_items_or_not_at_all(copied
         "method": "rtn", "scheme": "w4a16", "group_size": 32}}}, name="later")
     found = promote(str(runs), "later", "w4", margin=0.9)
     assert found.champion == "r/tuned" and found.scores[PICKS]["n"] == 64
+    assert "--margin 0.9 is not used" in found.lines()[0] and found.scores[PICKS]["margin"] == 0.2
     assert later.rows[0]["identity"]["run"] == "later"
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(place, elsewhere)
@@ -257,3 +268,12 @@ def test_a_scoring_that_was_killed_goes_on_after_the_scores_that_are_there(finis
     fresh = trust(place, tmp_path / "fresh", {"tuned": TUNED}, name="again", length_normalized=True)
     for kept, one in zip(result.rows, fresh.rows, strict=True):
         assert kept["quality"] == one["quality"]
+
+
+@pytest.mark.parametrize("drop, worst, said", [
+    (0.02, 0.05, "drop 0.02; at most 0.05 with 95% confidence"), (0.0, 0.05, "no drop; a drop of at most 0.05 with "
+                                                                            "95% confidence"),
+    (-0.0, None, "no drop"), (-0.02, 0.01, "gain 0.02; a drop of at most 0.01 with 95% confidence"),
+    (-0.05, -0.02, "gain 0.05; a gain of at least 0.02 with 95% confidence"), (0.3, None, "drop 0.3")])
+def test_a_gain_is_no_negative_drop(drop, worst, said):
+    assert drop_words(drop, worst) == said

@@ -11,9 +11,13 @@ Which way a call goes, by its number of tokens M (the table of `config.py`, else
                sums in float32 into a workspace of its own, a second kernel adds the parts in order: the result is the
                same bits every time, which atomics can't promise.
     to 512     tiles of 32 or 64 tokens with the operands swapped: wgmma takes its left one from registers, so unpacked
-               weights never pass through shared memory (3.3 instructions a weight, against 4.1).
+               weights never pass through shared memory. Groups of 32 and 64 then scale the weight, rounding it as the
+               next way does: 64 tokens' sums are 1 to 2 multiplications a weight, the weight itself is half of one.
     above      the weight is dequantized once into a dense matrix and cuBLAS multiplies: at thousands of tokens that is
                within a tenth of dense speed, which a fused kernel has yet to beat.
+
+Two groups of 32 in a run of 64 columns: every token stands twice in its tile, once with zeros in the columns of either
+group, so one product gives both sums, and copies stay 16 bytes wide.
 
 Groups of 32, 64, 128 columns or whole rows, symmetric or with zero points; other groups go to `int_matmul`.
 Not written: a stream-K schedule for ragged shapes.

@@ -26,6 +26,7 @@ from llmops.ledger import Ledger
 from llmops.pairing import pair_rows
 from llmops.report.figures import number
 from llmops.report.reading import COSTS, figure, name_of, rising, score_ids, state_of, status_text
+from llmops.report.verdict import drop_words
 from llmops.savings import check_saving, savings
 from llmops.store import Store
 
@@ -123,8 +124,11 @@ def _challenge(found: Decision, row: Mapping[str, Any], champion: Mapping[str, A
     identity = champion["identity"]
     found.champion = f"{identity['run']}/{identity['variant']}"
     if row["row_id"] == champion["row_id"] or row["identity"]["key"] == identity["key"]:
-        raise LlmopsError(f"{found.run}/{found.variant} is {found.name} already; expected another build; nothing to do")
+        raise LlmopsError(f"{found.run}/{found.variant} is the build that is {found.name} already (promoted as "
+                          f"{found.champion}); expected another build; nothing to do")
     judged = _margins(row, champion, margin)
+    if margin is not None and any(limit != margin for limit in judged.values()):
+        found.told.append(f"--margin {margin:g} is not used: the goals of {found.run} say how much worse scores may be")
     for score, limit in judged.items():
         try:
             body = pair_rows(ledger, row, champion, score)
@@ -167,9 +171,8 @@ def _judge_score(found: Decision, score: str, body: Mapping[str, Any], margin: f
         reason = (body.get("delta") or {}).get("method") or "no standard error"
         found.against.append(f"{score}: cannot be judged: {reason}")
         return
-    words = (f"{score}: drop {drop:.4g}" + (f", at most {worst:.4g} with 95% confidence" if worst is not None else "")
-             + f", margin {margin:g}, p = {number(p)}, {body['n']} items, {body.get('gained')} won, "
-               f"{body.get('lost')} lost")
+    words = (f"{score}: {drop_words(drop, worst)}; margin {margin:g}, p = {number(p)}, {body['n']} items, "
+             f"{body.get('gained')} won, {body.get('lost')} lost")
     (found.told if p <= LEVEL else found.against).append(
         f"{words}: {'non-inferior' if p <= LEVEL else 'not shown to be non-inferior'}")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ def compare(run: str | None, variants: Sequence[str], against: str | None, runs:
     from llmops.compare import compare_run
 
     rows, shown = compare_run(runs, run, variants, against, as_json=as_json)
+    _warn_of_tampering(rows)
     if shown is not None:
         _print_json(shown) if as_json else _console().print(shown)
     else:
@@ -117,7 +118,15 @@ def report(run: str | None, runs: str | None) -> None:
 
     store, rows = Store(runs), rows_of(runs, run)
     result = publish(rows[0]["identity"]["run"], store, store.ledger(), [row["identity"]["variant"] for row in rows])
+    _warn_of_tampering(result.rows)
     print(_short(result.folder / "report.html"))
+
+
+def _warn_of_tampering(rows: Sequence[Mapping[str, Any]]) -> None:
+    """On standard error, once, where the ledger is not sound; the page says it too."""
+    found = [line for row in rows for line in row["verdict"]["warnings"] if "was tampered with" in line]
+    for line in dict.fromkeys(found):
+        print(f"WARNING: {line}", file=sys.stderr)
 
 
 def doctor(recipe: str | None, sets: Sequence[str], runs: str | None, as_json: bool) -> int:

@@ -14,7 +14,17 @@ from llmops.report.compare import compare_as_json, compare_table
 from llmops.report.verdict import judge
 from llmops.store import Store
 
-__all__ = ["compare_run", "rows_of"]
+__all__ = ["compare_run", "labelled", "rows_of"]
+
+
+def labelled(rows: Sequence[dict[str, Any]], ledger: Ledger) -> list[dict[str, Any]]:
+    """The rows, with a warning among those of each where the ledger that they come from was tampered with."""
+    found = ledger.tampered()
+    if found is None:
+        return list(rows)
+    said = f"the ledger {found}; figures may not be those that were written; `llmops audit` lists all"
+    return [{**row, "verdict": {**row["verdict"], "warnings": [said, *(row["verdict"].get("warnings") or [])]}}
+            for row in rows]
 
 
 def rows_of(runs: str | None, run: str | None) -> list[dict[str, Any]]:
@@ -32,7 +42,7 @@ def rows_of(runs: str | None, run: str | None) -> list[dict[str, Any]]:
 def compare_run(runs: str | None, run: str | None, variants: Sequence[str], against: str | None, *,
                 as_json: bool = False) -> tuple[list[dict[str, Any]], Any]:
     """(rows, comparison): the comparison is None when neither variants nor a reference are chosen."""
-    rows = rows_of(runs, run)
+    rows = labelled(rows_of(runs, run), _ledger(runs))
     if not variants and against is None:
         return rows, None
     ledger = _ledger(runs)

@@ -101,12 +101,10 @@ def gate(runs: str | None, run: str | None, variants: Sequence[str] = (), goals:
 def sound(store: Store) -> Ledger:
     """The ledger, audited. Raises LlmopsError that names what was touched."""
     ledger = store.ledger()
-    found = ledger.audit()
+    found = ledger.tampered()
     if found:
-        raise LlmopsError(f"{ledger.path}: was tampered with: {'; '.join(found[:3])}"
-                          f"{f'; and {len(found) - 3} more' if len(found) > 3 else ''}; nothing is judged by it; "
-                          "`llmops audit` lists all; restore the ledger from a copy, or run again in a new folder "
-                          "(--runs)")
+        raise LlmopsError(f"{ledger.path}: {found}; nothing is judged by it; `llmops audit` lists all; restore the "
+                          "ledger from a copy, or run again in a new folder (--runs)")
     return ledger
 
 
@@ -194,7 +192,7 @@ def _refuse_uncomputed(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, A
         others = [goal for goal in same if goal["detail"] != "it is what the others are held against"]
         if all(goal["met"] is None for goal in others or same):
             metric = same[0]["metric"]
-            why = _why(rows, metric) or (others or same)[0]["detail"]
+            why = _why(rows, metric) or (others or same)[0]["detail"].removeprefix("unknown: ")
             raise LlmopsError(f"goal {name}: nobody computed it: {why}; expected a figure to judge by; measure it "
                               "(`measure:`, a sensor, `evaluate:`), or drop the goal")
 

@@ -157,6 +157,14 @@ class Ledger:
         told = [*broken(links, contents), *(f"items of row {number}: their row was removed" for number in stray)]
         return [_with_name(line, named) for line in told]
 
+    def tampered(self) -> str | None:
+        """The first of what `audit` finds, as "was tampered with: ..."; None for a sound ledger."""
+        found = self.audit()
+        if not found:
+            return None
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        return f"was tampered with: {'; '.join(found[:3])}{more}"
+
     def head(self) -> str | None:
         """The newest hash of the chain; None for an empty ledger."""
         with self._connect() as db:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmops.compare import labelled
 from llmops.explain import explained
 from llmops.ledger import Ledger
 from llmops.report.verdict import judge
@@ -46,7 +47,7 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
     from llmops.report import card, html
 
     rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
-    ordered = judge([rows[variant] for variant in variants or rows if variant in rows])
+    ordered = labelled(judge([rows[variant] for variant in variants or rows if variant in rows]), ledger)
     folder = store.folder(name)
     html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
     replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))

@@ -146,7 +146,8 @@ class _Walk:
         from llmops.trackers import check_trackers
 
         check_trackers(self.plan.recipe)
-        answers(self.plan.recipe)
+        if not all(stage.done for stage in self.plan.stages):  # a second run does no work, and needs no network
+            answers(self.plan.recipe)
         for line in (*self.plan.advice, *budgeted(self.plan, self.store, self.ledger.rows()), *preflight(self.plan)):
             self.watcher.note(line) if line.startswith("WARNING") else log.info("%s", line)
 

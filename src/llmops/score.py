@@ -59,7 +59,7 @@ class Scorer:
     ledger: Ledger
     meter: Meter
     progress: Progress | None = None
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=lambda: time.time())
     _base: tuple[Any, Any] | None = None
     _rows: dict[str, Rows] = field(default_factory=dict)
     _compared: list[Tensor] | None = None

@@ -56,40 +56,40 @@ def made(seed: int = 0) -> torch.Generator:
 def integers(bits: int) -> tuple[Tensor, Tensor]:
     """`int_linear` on 2^31 words and some; its last 64 rows."""
     k, half = 256, 1 << (bits - 1)
-    codes = torch.randint(-half, half, (64, k), generator=made(), dtype=torch.int8)
-    scale = (torch.rand(64, 2, generator=made(1)) + 0.1).to(HALF)
+    codes = torch.randint(-half, half, (128, k), generator=made(), dtype=torch.int8)
+    scale = (torch.rand(128, 2, generator=made(1)) + 0.1).to(HALF)
     x = torch.randn(3, k, generator=made(2)).to(HALF)
     near = int_linear.pack(codes, scale, None, bits=bits, group_size=128)
-    a_tile = near.words[0].numel()
-    blocks = (FAR // a_tile // 2 + 2) * 2  # of 64 rows, two for every 128 that scales are padded to
-    words = room(blocks, *near.words.shape[1:], dtype=torch.int16)
-    words[-1] = near.words[0]
-    scales = room(near.scale.shape[0], 64 * blocks, dtype=HALF)
-    scales[:, -64:] = near.scale[:, :64]
+    tiles = FAR // near.words[0].numel() + 2
+    words = room(tiles, *near.words.shape[1:], dtype=torch.int16)
+    scales = room(tiles, *near.scale.shape[1:], dtype=HALF)
+    words[-1], scales[-1] = near.words[0], near.scale[0]
     assert words[:-1].numel() >= FAR
     tile = {"BLOCK_M": 16, "BLOCK_N": 64, "PARTS": 1, "num_warps": 4, "num_stages": 2}
-    with only(blocks - 1):
-        y = int_linear.launch(x, words, scales, None, None, bits, 128, 64 * blocks, tile=tile)
-    return y[:, -64:], int_linear.launch(x, near.words, near.scale, None, None, bits, 128, 64, tile=tile)
+    with only(2 * tiles - 1):
+        y = int_linear.launch(x, words, scales, None, None, bits, 128, 128 * tiles, tile=tile)
+    return y[:, -64:], int_linear.launch(x, near.words, near.scale, None, None, bits, 128, 128, tile=tile)[:, -64:]
 
 
 def integers_made_dense(bits: int) -> tuple[Tensor, Tensor]:
     """Words and the dense matrix both past 2^31: the last chunk of the second 64 rows."""
     half, how = 1 << (bits - 1), int_linear.layout(bits, 128)
-    codes = torch.randint(-half, half, (64, how.chunk), generator=made(), dtype=torch.int8)
-    near = int_linear.pack(codes, torch.rand(64, how.chunk // 128, generator=made(1)) + 0.1, None, bits=bits,
+    codes = torch.randint(-half, half, (128, how.chunk), generator=made(), dtype=torch.int8)
+    near = int_linear.pack(codes, torch.rand(128, how.chunk // 128, generator=made(1)) + 0.1, None, bits=bits,
                            group_size=128)
-    chunks = FAR // (2 * near.words[0, 0].numel()) + 1
-    words = room(2, chunks, *near.words.shape[2:], dtype=torch.int16)
-    words[1, -1] = near.words[0, 0]
-    scale = room(chunks * how.groups, 128, dtype=torch.float32)
-    scale[-how.groups:, 64:] = near.scale[:, :64]
+    chunks = FAR // near.words[0, 0].numel() + 1
+    words = room(1, chunks, *near.words.shape[2:], dtype=torch.int16)
+    words[0, -1] = near.words[0, 0]
+    a_chunk = near.scale.shape[1]
+    scale = room(1, chunks * a_chunk, *near.scale.shape[2:], dtype=torch.float32)
+    scale[0, -a_chunk:] = near.scale[0]
     dense = room(128, chunks * how.chunk, dtype=HALF)
-    known = int_linear.constants(bits, 128, False, False, False)
-    kept = {name: known[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "ZERO", "PROGRAMS", "TILE")}
+    known = int_linear.constants(bits, 128, False, False, False, True)
+    kept = {name: known[name] for name in ("BITS", "RUN", "FIELDS", "GROUPS", "NEAR", "ZERO", "PROGRAMS", "TILE")}
     with only(chunks - 1, 1):
-        dequantize_integers_kernel[(chunks, 2)](words, scale, scale, dense, 128, dense.shape[1], 128, chunks, **kept)
-    return dense[64:, -how.chunk:], dense_integers(near.words, near.scale, None, 64, how.chunk, HALF, known)
+        dequantize_integers_kernel[(chunks, 2)](words, scale, scale, dense, 128, dense.shape[1], chunks, **kept)
+    near_dense = dense_integers(near.words, near.scale, None, 128, how.chunk, HALF, known)
+    return dense[64:, -how.chunk:], near_dense[64:]
 
 
 def general(bits: int) -> tuple[Tensor, Tensor]:

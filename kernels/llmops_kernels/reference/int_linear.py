@@ -1,25 +1,27 @@
 """y = x @ ((codes - zero) * scale).T + bias for 2-, 3-, 4- and 8-bit weights, in PyTorch; and the layout of the kernel.
 
-The layout. A weight is cut into tiles of 64 rows and one *chunk* of columns; a tile is contiguous, so a program
-streams. Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds the code of column `i * RUN + j` of
-the chunk (planar): the kernel extracts field i of all words with one mask and has the codes of RUN neighbouring
-columns, ready to be multiplied with RUN neighbouring elements of x. Two words share a register, which makes every mask
-work on two codes.
+The layout. A weight is cut into tiles of 128 rows and one *chunk* of columns; a tile is contiguous, so a program
+streams (one of 64 rows reads half a tile). Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds
+the code of column `i * RUN + j` of the chunk (planar): the kernel extracts field i of all words with one mask and has
+the codes of RUN neighbouring columns, ready to be multiplied with RUN neighbouring elements of x. Two words share a
+register, which makes every mask work on two codes. Codes are stored unsigned, by half their range too large.
 
-    bits   words of a row and chunk   fields                                   columns in a chunk
-    8      RUN                        2, two's complement                      2 * RUN
-    4      RUN                        4, code + 8                              4 * RUN
-    2      RUN                        8, code + 2                              8 * RUN
-    3      3 * RUN                    16: words 0, 1 hold the low two bits     16 * RUN
-                                      (8 fields each), word 2 the high bits
+    bits   RUN                            words of a row and chunk   fields                    columns in a chunk
+    8      128, groups of 32 or 64: 64    RUN; 2 * RUN               2 a word                  256
+    4      64                             RUN                        4                         256
+    2      32                             RUN                        8                         256
+    3      32                             3 * RUN                    16: words 0, 1 the low    512
+                                                                     two bits (8 fields
+                                                                     each), word 2 the high
 
-RUN is 64; 128 for 8 bits in groups that are a whole number of such runs; 32 for groups of 32, and for 2 and 3 bits.
-Codes of 5 to 7 bits are stored as 8. Scales (and zero points) are transposed to (groups, rows), so that neighbouring
-rows are read together; zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
+Of groups of 32 a run of 64 has two. Codes of 5 to 7 bits are stored as 8. Scales and zero points lie by tile, four (or
+two) groups of a row next to each other, then the rows: what a program needs for a chunk is contiguous, and a row's
+scales are one read. Zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
 number that it sees. Rows are padded to 128, columns to whole chunks; padding multiplies zeros.
 
-Shapes: N rows (outputs), K columns (inputs); T = ceil(N / 128) * 2 tiles of rows, C = ceil(K / chunk); x (M, K);
-words int16 (T, C, W, 64, RUN), W = 3 for 3 bits, else 1; scale (C * groups a chunk or 1, T * 64); zero int16, the same.
+Shapes: N rows (outputs), K columns (inputs); T = ceil(N / 128) tiles of rows, C = ceil(K / chunk); x (M, K); words
+int16 (T, C, W, 128, RUN), W: words of a row and chunk / RUN; scale (T, C * groups a chunk / near, 128, near), (T, 1,
+128, 1) for one a row; zero int16, the same.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class Layout:
 
     bits: int  # 2, 3, 4 or 8: the width of a field
     run: int  # columns that are neighbours in a tile's row
-    fields: int  # codes of a row and chunk that share word j
-    words: int  # words that hold them: 3 for 3 bits, else 1
+    fields: int  # codes of a row and chunk in words j, j + run, ...
+    words: int  # words that hold them: 3 for 3 bits, 1 or 2 for 8, else 1
     group: int  # columns of a scale; -1: the whole row
 
     @property

@@ -49,7 +49,7 @@ class Grid:
             if len(self.zones) == 1:
                 return next(iter(self.zones))
             raise LlmopsError(f"{self.name} holds {len(self.zones)} zones: {', '.join(self.zones)}; expected one to be "
-                              "chosen: set measure.zone in the recipe")
+                              "chosen: set measure.zone in the recipe, or --zone beside --forecast")
         if wanted not in self.zones:
             raise LlmopsError(f"{self.name}: {unknown('zone', wanted, self.zones)}; another zone is not taken instead")
         return wanted

@@ -21,7 +21,7 @@ from llmops.report.groups import gaps
 from llmops.report.pareto import mark
 from llmops.report.reading import COSTS, Row, batch_of, cost, group, name_of, quantity, rising, score, state_of, versus
 
-__all__ = ["judge", "value_of"]
+__all__ = ["drop_words", "judge", "value_of"]
 
 KINDS = ("max_drop", "noninferior", "max_gap", "max_ratio", "min", "max")
 
@@ -43,6 +43,16 @@ def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def value_of(row: Row, name: str, batch: str = "1") -> float | None:
     """A score (`exact_match:test`) or a cost (`disk_bytes`) as a number, None where there is none."""
     return (cost(row, name, batch) if name in COSTS else score(row, name)).value
+
+
+def drop_words(drop: float, worst: float | None) -> str:
+    """What was lost, and what at most: "drop 0.027; at most 0.043 with 95% confidence", or a gain, or neither."""
+    what = f"drop {drop:.4g}" if drop > 1e-12 else f"gain {-drop:.4g}" if drop < -1e-12 else "no drop"
+    if worst is None:
+        return what
+    more = "" if drop > 1e-12 else "a drop of "
+    known = f"{more}at most {worst:.4g}" if worst >= 0 else f"a gain of at least {-worst:.4g}"
+    return f"{what}; {known} with 95% confidence"
 
 
 def _goals(row: Row, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -69,8 +79,9 @@ def _judged(row: Row, rows: Sequence[Row], metric: str, kind: str, bounds: Mappi
         ratio = value / other if other else math.inf
         return {**goal, "met": ratio <= limit, "detail": f"ratio {ratio:.4g} ({value:.4g} / {other:.4g})"}
     drop = other - value if _more_is_better(row, metric) else value - other
+    worst = _worst(row, metric, against)
     return {**goal, "met": drop <= limit + 1e-12,
-            "detail": f"drop {drop:.4g}{_interval(row, metric, against, limit)}"}
+            "detail": f"{drop_words(drop, worst)}{', which is more than the margin' if (worst or 0) > limit else ''}"}
 
 
 def _compared(row: Row, rows: Sequence[Row], metric: str, kind: str, limit: float, against: str) -> dict[str, Any]:
@@ -99,9 +110,8 @@ def _noninferior(row: Row, rows: Sequence[Row], metric: str, margin: float, agai
         return {"met": None, "detail": "unknown: " + quantity(
             body.get("delta"), "the comparison holds no standard error").method}
     adjusted = holm(family | {name_of(row): p})[name_of(row)]
-    words = [f"drop {drop:.4g}", f"at most {worst:.4g} with 95% confidence" if worst is not None else "",
-             f"p = {number(p)}" + (f", {number(adjusted)} by Holm over {len(family)} variants" if len(family) > 1
-                                   else "")]
+    family_wide = f", {number(adjusted)} by Holm over {len(family)} variants" if len(family) > 1 else ""
+    words = [drop_words(drop, worst), f"p = {number(p)}{family_wide}"]
     met = adjusted <= LEVEL
     if not met and drop < margin and body.get("delta_stderr"):
         items = needed(margin, float(body["delta_stderr"]) * math.sqrt(body["n"]), max(drop, 0.0),
@@ -113,7 +123,9 @@ def _noninferior(row: Row, rows: Sequence[Row], metric: str, margin: float, agai
 def _gap(row: Row, metric: str, limit: float, against: str) -> dict[str, Any]:
     found = gaps(row, metric, against)
     if not found:
-        return {"met": None, "detail": f"unknown: no group of {metric} has items enough to be judged"}
+        why = (f"no group of {metric} has items enough to be judged" if group(row, "quality", metric, "slices") else
+               f"{metric} was scored without groups; `slices: [COLUMN]` in its entry of evaluate makes them")
+        return {"met": None, "detail": f"unknown: {why}"}
     column, name, excess = found[0]
     assert excess.value is not None
     more = f" [{excess.ci95[0]:.4g}, {excess.ci95[1]:.4g}]" if excess.ci95 else ""
@@ -127,13 +139,12 @@ def _shown(excess: Quantity, limit: float) -> str:
     return "; shown" if excess.ci95[0] > limit else "; its interval reaches the limit, so this may be chance"
 
 
-def _interval(row: Row, metric: str, against: str, limit: float) -> str:
-    """Whether the paired interval of the drop lies within the margin as well."""
+def _worst(row: Row, metric: str, against: str) -> float | None:
+    """The end of the paired interval at which most was lost; None without one."""
     ci95 = group(versus(row, metric, against), "delta").get("ci95")
     if not ci95:
-        return ""
-    worst = -ci95[0] if _more_is_better(row, metric) else ci95[1]
-    return f", at most {worst:.4g} with 95% confidence" + ("" if worst <= limit else ", which is more than the margin")
+        return None
+    return float(-ci95[0] if _more_is_better(row, metric) else ci95[1])
 
 
 def _more_is_better(row: Row, metric: str) -> bool:

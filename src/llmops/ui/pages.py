@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmops.compare import rows_of
+from llmops.compare import labelled, rows_of
 from llmops.errors import LlmopsError, unknown
 from llmops.explain import explained
 from llmops.pairing import pair_rows
@@ -107,7 +107,7 @@ def runs(store: Store) -> list[str]:
 
 def run_page(store: Store, name: str) -> str:
     """The report of a run, from the ledger as it is now. Raises LlmopsError when there is none of that name."""
-    rows = rows_of(str(store.runs), name)
+    rows = labelled(rows_of(str(store.runs), name), store.ledger())
     return page(rows, title=name, explained=explained(store.folder(name)), home="/")
 
 
