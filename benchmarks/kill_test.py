@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import yaml
 
 from llmops.ledger import Ledger
 
-__all__ = ["RECIPE", "Round", "differences", "kill_test", "quiet_run"]
+__all__ = ["RECIPE", "Round", "builds_differ", "differences", "kill_test", "left_over", "quiet_run", "rows_differ"]
 
 RECIPE: dict[str, Any] = {
     "version": 1, "name": "killed", "model": "builtin:tiny",
@@ -51,7 +51,8 @@ RECIPE: dict[str, Any] = {
 WATTS = RECIPE["measure"]["watts"]
 #: groups of a row that hold times, energies and what is worked out from them
 TIMED = ("environment", "latency", "energy", "carbon", "workload", "verdict")
-TIMED_BUILDING = ("wall_s", "energy_j", "chain_energy_j", "evaluate_energy_j", "evaluate_wall_s", "attempts", "trace",
+TIMED_BUILDING = ("wall_s", "energy_j", "chain_energy_j", "evaluate_energy_j", "evaluate_wall_s", "measure_energy_j",
+                  "measure_wall_s", "attempts", "trace",
                   "break_even_tokens")
 TIMED_SIZE = ("peak_memory_bytes", "disk_bytes")
 
@@ -150,11 +151,12 @@ def _notes(store: Path) -> dict[str, dict[str, Any]]:
 
 def differences(quiet: Path, here: Round) -> list[str]:
     """Every way in which the end of a disturbed run is not that of the quiet one."""
-    return [*_rows_differ(quiet, here.runs), *_builds_differ(quiet, here.runs), *_energy_lost(here),
-            *(f"left over: {path.relative_to(here.runs)}" for path in _left_over(here.runs))]
+    return [*rows_differ(quiet, here.runs), *builds_differ(quiet, here.runs), *_energy_lost(here),
+            *(f"left over: {path.relative_to(here.runs)}" for path in left_over(here.runs))]
 
 
-def _rows_differ(quiet: Path, runs: Path) -> Iterator[str]:
+def rows_differ(quiet: Path, runs: Path, timed: Sequence[str] = ()) -> Iterator[str]:
+    """timed: more parts of `building` that are others each time."""
     expected, found = (Ledger(each / "ledger.db").history() for each in (quiet, runs))
     names = [row["identity"]["variant"] for row in found]
     if sorted(names) != sorted(row["identity"]["variant"] for row in expected):
@@ -163,24 +165,25 @@ def _rows_differ(quiet: Path, runs: Path) -> Iterator[str]:
     by_name = {row["identity"]["variant"]: row for row in found}
     for row in expected:
         name = row["identity"]["variant"]
-        one, other = _timeless(row), _timeless(by_name[name])
+        one, other = _timeless(row, timed), _timeless(by_name[name], timed)
         for group in one:
             if one[group] != other[group]:
                 yield f"{name}: {group} differs: {one[group]} / {other[group]}"[:400]
 
 
-def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+def _timeless(row: dict[str, Any], timed: Sequence[str]) -> dict[str, Any]:
     row = {group: body for group, body in row.items() if group not in (*TIMED, "row_id")}
     row["identity"] = {name: value for name, value in row["identity"].items() if name not in ("run_id", "utc")}
-    row["building"] = {name: value for name, value in row["building"].items() if name not in TIMED_BUILDING}
+    row["building"] = {name: value for name, value in row["building"].items()
+                       if name not in (*TIMED_BUILDING, *timed)}
     row["size"] = {name: value for name, value in row["size"].items() if name not in TIMED_SIZE}
     events = (row.get("log") or {}).get("events") or []  # one that failed has none
-    row["log"] = [event for event in events if not event.startswith("went on") and " s" not in event
-                  and "% of the time" not in event]
+    row["log"] = [event for event in events if not event.startswith(("went on", "signals of")) and " s" not in event
+                  and "% of the time" not in event and "there already" not in event]
     return row
 
 
-def _builds_differ(quiet: Path, runs: Path) -> Iterator[str]:
+def builds_differ(quiet: Path, runs: Path) -> Iterator[str]:
     for manifest in sorted((quiet / "store").glob("[!.]*/llmops.json")):
         other = runs / "store" / manifest.parent.name
         if not other.exists():
@@ -209,7 +212,7 @@ def _energy_lost(here: Round) -> Iterator[str]:
             yield f"{name}: an attempt of {killed} is not among {parts}"
 
 
-def _left_over(runs: Path) -> list[Path]:
+def left_over(runs: Path) -> list[Path]:
     return [path for path in runs.rglob("*") if path.name.startswith(".") or path.suffix in (".work", ".lock", ".beat")]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, StepError
-from llmops.ops.float32 import WideLinear
+from llmops.ops.float32 import linear
 from llmops.shelf import give_back, shelved
 
 __all__ = ["SHELVED_FROM", "Call", "Stream", "computing", "finite", "instead", "lent", "passing"]
@@ -77,7 +77,7 @@ class Stream:
         hidden = self.hidden[batch] if hidden is None else hidden
         args, kwargs = _to(_put(self.calls[batch][index], hidden), self.device, self.compute)
         block = self.blocks[index]
-        with WideLinear():
+        with _wide(block):
             out = block(*args, **kwargs) if weights is None else torch.func.functional_call(block, dict(weights), args,
                                                                                             kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -115,6 +115,19 @@ def computing(layer: nn.Linear, product: Callable[[Tensor], Tensor]) -> Iterator
         del layer.forward
         if saved is not None:
             layer.forward = saved  # type: ignore[method-assign]
+
+
+@contextmanager
+def _wide(block: nn.Module) -> Iterator[None]:
+    """Within, linear layers whose forward nobody has replaced multiply as `ops/float32.py` does."""
+    layers = [layer for layer in block.modules() if type(layer) is nn.Linear and "forward" not in layer.__dict__]
+    for layer in layers:
+        layer.forward = lambda x, _of=layer: linear(x, _of.weight, _of.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager

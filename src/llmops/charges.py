@@ -55,7 +55,7 @@ class Charges:
     def _users(self, key: str) -> int:
         """How many builds share what lies under that key: those of the plan, and others that have used it."""
         users = {stage.key for stage in self.plan.stages if key in stage.shares}
-        for folder in (self.store.signals(key), self.store.written(key)):
+        for folder in (self.store.signals(key), self.store.written(key), self.store.answers(key)):
             users |= {path.name for path in (folder / "users").glob("*")}
         return len(users)
 

@@ -60,6 +60,10 @@ class Store:
         """A teacher's signals, which any student may read."""
         return self.runs / "signals" / key
 
+    def answers(self, key: str) -> Path:
+        """A teacher's answers to the prompts of some data, which any student may read."""
+        return self.runs / "answers" / key
+
     def written(self, key: str) -> Path:
         """Data that a teacher wrote."""
         return self.runs / "written" / key

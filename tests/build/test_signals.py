@@ -16,7 +16,7 @@ from llmops.build.signals import digest, open_signals, write_signals
 from llmops.build.teaching import Stopwatch, live_loss, offline_loss
 from llmops.data.options import DataSource
 from llmops.data.sources import rows_from
-from llmops.errors import StepError, StoreError
+from llmops.errors import RecipeError, StepError, StoreError
 from llmops.methods.distill.options import Logits
 from llmops.models.packed_rows import use_packed_attention
 from llmops.recipe import parse_recipe
@@ -110,8 +110,8 @@ def test_the_digest_is_of_the_tokens_whatever_their_layout():
 
 
 @pytest.mark.parametrize(("part", "said"), [
-    ("teacher", "the teacher"), ("template", "the chat template"), ("data", "the data"), ("k", "k"),
-    ("temperature", "the temperature")])
+    ("teacher", "teacher"), ("template", "chat template"), ("data", "data"), ("k", "k"),
+    ("temperature", "temperature")])
 def test_signals_of_another_are_refused_with_what_differs(tmp_path, part, said):
     written(tmp_path / "key", [rows()])
     mine = Shared(tmp_path / "key", {**PARTS, part: "another"})
@@ -173,9 +173,14 @@ def _refuses_foreign(place, tmp_path, folder):
     """The same signals named by hand: taken by who they belong to, refused for another k, teacher or data."""
     cache = {"k": 8, "cache": str(folder)}
 
-    wrong = {"k": ({"offline": {**cache, "k": 9}}, "k (8, here 9)"), "teacher": ({"teacher": "base"}, "the teacher ("),
-             "rows": ({"data": ["train", "more"]}, "the data ("),
-             "heat": ({"temperature": 2.0}, "the temperature (1, here 2)")}
+    for change, said in (({"offline": {**cache, "k": 9}}, "k 9 with signals made at 8"),
+                         ({"temperature": 2.0}, "temperature 2 with signals made at 1"),
+                         ({"max_length": 64}, "max_length 64 with signals made at 1024")):
+        with pytest.raises(RecipeError, match=said):  # before anything is built
+            parse_recipe(recipe({"tuned": TUNED, "half": HALF, "bad": {
+                "from": "half", "distill": {**STEP, "offline": cache, **change}}}), base_dir=place)
+    wrong = {"teacher": ({"teacher": "base"}, "another teacher ("),
+             "rows": ({"data": ["train", "more"]}, "another data (")}
     changed = {"right": {"loss": "reverse_kl"}, **{name: change for name, (change, _) in wrong.items()}}
     body = recipe({"tuned": TUNED, "half": HALF, **{
         name: {"from": "half", "score": False, "distill": {**STEP, "offline": cache, **change}}

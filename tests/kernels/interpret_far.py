@@ -61,7 +61,8 @@ def integers(bits: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(3, k, generator=made(2)).to(HALF)
     near = int_linear.pack(codes, scale, None, bits=bits, group_size=128)
     tiles = FAR // near.words[0].numel() + 2
-    words, scales = room(tiles, *near.words.shape[1:], dtype=torch.int16), room(tiles, *near.scale.shape[1:], dtype=HALF)
+    words = room(tiles, *near.words.shape[1:], dtype=torch.int16)
+    scales = room(tiles, *near.scale.shape[1:], dtype=HALF)
     words[-1], scales[-1] = near.words[0], near.scale[0]
     assert words[:-1].numel() >= FAR
     tile = {"BLOCK_M": 16, "BLOCK_N": 64, "PARTS": 1, "num_warps": 4, "num_stages": 2}

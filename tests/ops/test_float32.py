@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmops.ops import float32
-from llmops.ops.float32 import EXACT, Products, WideLinear, wider
+from llmops.ops.float32 import EXACT, Products, linear, narrower, wider
 
 
 def setting() -> str:
@@ -56,21 +57,25 @@ def test_a_linear_layer_and_its_gradients_are_those_of_torch(bias: bool, monkeyp
     layer, x, g = nn.Linear(64, 48, bias=bias), torch.randn(2, 9, 64, requires_grad=True), torch.randn(2, 9, 48)
     leaves = [x, *layer.parameters()]
     exact = torch.autograd.grad(layer(x), leaves, g)
-    with WideLinear():
-        y = layer(x)
-        alone = torch.autograd.grad(F.linear(x.detach(), layer.weight), [layer.weight], g)
+    y = linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(y, layer(x))
     for mine, theirs in zip(torch.autograd.grad(y, leaves, g), exact, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    alone = torch.autograd.grad(linear(x.detach(), layer.weight), [layer.weight], g)
     torch.testing.assert_close(alone[0], exact[1], atol=1e-5, rtol=1e-5)
-    with torch.no_grad(), WideLinear():
-        torch.testing.assert_close(layer(x), y)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, layer.weight, layer.bias), y)
 
 
-def test_other_types_and_shapes_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_types_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float32, "wider", lambda: True)
     x, W = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
-    with WideLinear():
-        assert type(F.linear(x.bfloat16(), W.bfloat16()).grad_fn).__name__ != "_LinearBackward"
-        assert type(F.linear(x, W[0]).grad_fn).__name__ != "_LinearBackward"
-        assert type(F.linear(x, W).grad_fn).__name__ == "_LinearBackward"
+    assert type(linear(x.bfloat16(), W.bfloat16()).grad_fn).__name__ != "_LinearBackward"
+    assert type(linear(x, W).grad_fn).__name__ == "_LinearBackward"
+
+
+def test_bfloat16_is_taken_only_where_the_cpu_has_it() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        pytest.skip("needs Linux to see what the CPU has")
+    assert not narrower() or "avx512_bf16" in flags.read_text()

@@ -29,6 +29,7 @@ BEYOND = frozenset((
     "targets misspelt", "training data", "pattern and sparsity", "depth too many", "depth zero",
     "depth twice as many", "depth out of range", "depth duplicate", "depth order", "influence without data",
     "data without influence", "pattern and scope", "pattern and ratios", "reach without ratios", "no size", "two sizes",
+    "share that no shape has", "share that no layer has", "every weight of a row",
     "contiguous and even", "wider than it is", "fewer heads than groups", "heads and groups", "too many heads a group",
     "axes of a shape", "groups after a narrow parent", "more layers than a short parent has", "sparsegpt on integers",
     "group size", "group size 0", "ignore misspelt",

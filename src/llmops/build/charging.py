@@ -18,7 +18,8 @@ from llmops.quantity import Quantity, weakest
 __all__ = ["cost_of"]
 
 #: What a row is told of a folder's manifest.
-TOLD = ("k", "vocabulary", "temperature", "dtype", "bytes_per_token", "tokens", "rows", "counts", "rows_sha256")
+TOLD = ("k", "vocabulary", "temperature", "dtype", "bytes_per_token", "tokens", "rows", "counts", "rows_sha256",
+        "answers")
 
 
 def cost_of(spent: Spent, wall_s: float, work: Work, written: Mapping[str, Shared], key: str) -> dict[str, Any]:

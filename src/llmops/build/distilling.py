@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from llmops.build.answers import Answered
 from llmops.build.job import Job, Work, bar
 from llmops.build.on_policy import Drawn, drawer
 from llmops.build.shared import Shared
@@ -17,8 +18,6 @@ from llmops.build.signals import Signals, open_signals, write_signals
 from llmops.build.teaching import Stopwatch, check_columns, live_loss, offline_loss
 from llmops.build.training import Rows as TrainingRows
 from llmops.build.training import train_all, trainable, training_rows
-from llmops.data.render import prompts_and_answers, with_answers
-from llmops.data.sources import Rows
 from llmops.errors import StepError
 from llmops.evaluate.exact_match import ended_answers
 from llmops.methods.distill.options import Logits, Student
@@ -41,11 +40,12 @@ def logits_step(job: Job, options: Logits, train: Callable[..., Work] = train_al
     lesson = _Lesson(job, options)
     if options.student is not None:
         lesson.job = job = replace(job, model=_student(job, options.student, lesson))
-    taught = job if options.answers == "data" else replace(job, rows=_answered(lesson))
-    rows = training_rows(taught, options)
+    answered = _answered(lesson) if options.answers == "teacher" else None
+    rows = training_rows(job if answered is None else replace(job, rows=answered.rows), options)
     with _loss(lesson, rows) as (loss, rows):
         work = train(job, options, loss, rows)
     _charge(work, lesson)
+    work.shared += answered.shared if answered is not None else []
     return work
 
 
@@ -179,53 +179,18 @@ def _place(job: Job) -> Shared:
     return job.signals
 
 
-def _answered(lesson: _Lesson) -> Callable[[str], Rows]:
-    """The data by name with the teacher's answers in place of its own; what became of them is told.
+def _answered(lesson: _Lesson) -> Answered:
+    """The data with the teacher's answers. Where they are kept for others, their cost is, too, and not the watch's."""
+    def write(prompts: Sequence[Any]) -> list[str | None]:
+        apart = lesson.job.answers is not None or lesson.options.offline is not None
+        with nullcontext() if apart else lesson.watch:
+            return ended_answers(lesson.teacher, lesson.job.tokenizer, prompts,
+                                 max_new_tokens=lesson.options.max_new_tokens, progress=bar(lesson.job))
 
-    Answered once, in the first attempt of a build, or where signals are shared, once for all who share them. Answers
-    that do not end within `max_new_tokens` would teach to break off, empty ones to say nothing: both are left out.
-    Raises StepError when no answer is left.
-    """
-    kept: dict[str, Rows] = {}
-    job, options = lesson.job, lesson.options
+    def count(tokens: int) -> None:
+        lesson.reads += tokens
 
-    def rows(name: str) -> Rows:
-        if name not in kept:
-            source = job.rows(name)
-            prompts = prompts_and_answers(source, job.tokenizer)
-
-            def write() -> list[str | None]:
-                with nullcontext() if options.offline is not None else lesson.watch:
-                    said = ended_answers(lesson.teacher, job.tokenizer, [prompt.input_ids for prompt in prompts],
-                                         max_new_tokens=options.max_new_tokens, progress=bar(job))
-                lesson.reads += sum(len(prompt.input_ids) for prompt in prompts)
-                lesson.reads += sum(len(ids) for ids in job.tokenizer([text for text in said if text] or [""],
-                                                                      verbose=False)["input_ids"])
-                return said
-
-            answers = _remembered(job, options, source, write)
-            good = {row: str(answer) for row, answer in enumerate(answers) if answer and answer.strip()}
-            lost = len(answers) - len(good)
-            lesson.events.append(f"{options.teacher} answered {len(good):,} of the {len(answers):,} prompts of {name}"
-                                 + (f"; {lost:,} answers were empty or not done after {options.max_new_tokens} tokens, "
-                                    "and are left out" if lost else ""))
-            if not good:
-                raise StepError(f'data "{name}": {options.teacher} ended none of its {len(answers)} answers within '
-                                f"{options.max_new_tokens} tokens; expected a teacher that answers such prompts, or a "
-                                "larger max_new_tokens")
-            kept[name] = with_answers(source, good, job.tokenizer)
-        return kept[name]
-
-    return rows
-
-
-def _remembered(job: Job, options: Logits, rows: Rows, write: Callable[[], list[str | None]]) -> list[str | None]:
-    """What `write` gives, or gave before: to this build, or to whoever shares the signals."""
-    shared = f"answers-{rows.sha256[:16]}"
-    if options.offline is not None and (options.offline.cache is None
-                                        or (_place(job).folder / f"{shared}.json").exists()):
-        return _place(job).remembered(shared, write)  # type: ignore[no-any-return]
-    return job.checkpoints.remember(f"answers-{rows.name}", write) if job.checkpoints is not None else write()
+    return Answered(lesson.job, lesson.options, write, count, lesson.events)
 
 
 # -------------------------------------------------------------------------------------------------------------- costs

@@ -36,7 +36,8 @@ class Job:
     in the type it is stored in, for steps that change the one in memory and need both. unrounded: of a quantized
     parent, opens the variant that was quantized likewise; gives None where it is not there. memory: a file for what a
     step measures of its parent and builds with another budget can use again; open: (model, tokenizer) of a source by
-    its name and revision; signals: where a teacher's signals are kept, None outside of a run; notes: what a step had to
+    its name and revision; signals: where a teacher's signals are kept, None outside of a run, answers: likewise its
+    answers to the prompts of data, by name; notes: what a step had to
     do with less than was asked, told in the row.
     """
 
@@ -62,6 +63,7 @@ class Job:
     open: Callable[[str, str | None], tuple[Any, Any]] = lambda source, revision: load(source, revision=revision,
                                                                                         dtype="stored")
     signals: Shared | None = None
+    answers: Callable[[str], Shared] | None = None
     meter: Meter | None = None
     zeros: Mapping[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)

@@ -41,6 +41,11 @@ class Shares:
         folder = self.store.signals(key_of(parts)) if cache is None else self.recipe.base_dir / cache
         return Shared(folder, parts, self.stage.key if cache is None else "", self.reading)
 
+    def answers(self, name: str) -> Shared:
+        """Where the teacher's answers to the prompts of the data `name` lie, or are to lie."""
+        parts = self.stage.answers[name]
+        return Shared(self.store.answers(key_of(parts)), parts, self.stage.key, self.reading)
+
     def rows(self, name: str, open_teacher: Callable[[str], Any], tokenizer: Any, progress: Progress | None) -> Rows:
         """The rows called `name`. Where a variant writes them, they are written if they are not there yet."""
         how = writer_of(name, self.recipe.data)

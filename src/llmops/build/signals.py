@@ -34,9 +34,9 @@ __all__ = ["PARTS", "Signals", "digest", "open_signals", "write_signals"]
 SHARD_TOKENS = 32_768  # trained tokens of a shard: what a kill can lose
 PASS_TOKENS = 4_096  # tokens that the teacher reads at once
 #: Parts of the key, as messages call them.
-PARTS = {"teacher": "the teacher", "data": "the data", "template": "the chat template", "tokenizer": "the tokenizer",
-         "held_out": "the held-out rows", "answers": "whose answers are learned", "max_length": "max_length", "k": "k",
-         "temperature": "the temperature", "version": "the format"}
+PARTS = {"teacher": "teacher", "data": "data", "template": "chat template", "tokenizer": "tokenizer",
+         "held_out": "choice of held-out rows", "answers": "source of answers", "max_length": "max_length", "k": "k",
+         "temperature": "temperature", "version": "format"}
 
 
 @dataclass(frozen=True)

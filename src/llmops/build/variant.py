@@ -223,6 +223,7 @@ def _take(stage: Stage, recipe: Recipe, store: Store, shares: Shares, progress: 
     variant = recipe.variants[stage.variant]
     job = _job(stage, recipe, store, shares, progress)
     job.spent, job.log, job.meter, job.signals = spent, log, meter, shares.signals()
+    job.answers = shares.answers if stage.answers else None
     job.memory = store.measured(key_of({name: part for name, part in stage.key_parts.items()
                                         if name not in ("option.bits", "option.bytes")}))
     job.checkpoints = Checkpoints(store.work(stage.key) / "checkpoints", recipe.runtime.checkpoint_s)

@@ -14,16 +14,14 @@ same every time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["Products", "WideLinear", "wider"]
+__all__ = ["Products", "linear", "narrower", "wider"]
 
 #: What a relative error of float32 products of 256 terms stays below, by the norm; with bfloat16 inside it is 2e-3.
 EXACT = 2e-6
@@ -44,6 +42,13 @@ def wider() -> bool:
         return bool((a @ b - exact).norm() < EXACT * exact.norm())
 
 
+@cache
+def narrower() -> bool:
+    """Whether this CPU multiplies bfloat16, summed in float32, faster than float32: it has instructions for that."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 class Products:
     """Within, products of large float32 matrices are those of `wider`, where it is true. Two microseconds."""
 
@@ -60,25 +65,15 @@ class Products:
             torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
-class WideLinear(TorchFunctionMode):  # type: ignore[misc]
-    """Within, `F.linear` of float32 on a CPU runs in `Products`, forward and backward; everything else as always."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.linear or kwargs or not _plain(args) or not wider():
-            return func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args):
-            y = _Linear.apply(*args[:2])
-            return y if len(args) < 3 or args[2] is None else y + args[2]
-        with Products():
-            return func(*args)
-
-
-def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether x and W are ordinary matrices of float32 on a CPU."""
-    return (len(args) > 1 and all(isinstance(each, Tensor) and each.dtype == torch.float32 and each.device.type == "cpu"
-                                  for each in args[:2])
-            and args[1].dim() == 2)
+def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias as `F.linear`; its products, backward ones too, in `Products` where all is float32 on a CPU."""
+    if not wider() or any(each.dtype != torch.float32 or each.device.type != "cpu" for each in (x, W)):
+        return F.linear(x, W, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or W.requires_grad):
+        y: Tensor = _Linear.apply(x, W)
+        return y if bias is None else y + bias
+    with Products():
+        return F.linear(x, W, bias)
 
 
 class _Linear(torch.autograd.Function):  # type: ignore[misc]

@@ -117,7 +117,7 @@ def check_steps(problems: Problems, variants: Mapping[str, Variant], data: Mappi
 
 def _check_pruning(problems: Problems, trail: Trail, variant: Variant, dims: Dims | None, layers: int | None) -> None:
     if variant.method == "depth":
-        check_depth(problems, trail, variant.options, layers)
+        check_depth(problems, trail, variant.options, layers, dims)
     elif variant.method == "width":
         check_width(problems, trail, variant.options, dims)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from llmops.errors import nearest
@@ -40,6 +41,27 @@ def check_distill(problems: Problems, variant: Variant, dims: Dims | None, base_
                          f"given {shown(options.offline.cache)}, which holds no finished signals ({folder})"
                          f"{near_files(folder)}; expected a folder as runs/signals/KEY of a run that made them, or no "
                          "`cache`: they are then made")
+        else:
+            _check_cache(problems, trail, options, folder)
+
+
+def _check_cache(problems: Problems, trail: Trail, options: Logits, folder: Path) -> None:
+    """What of the parts of signals is in the recipe; teacher, data and template are compared when they are read."""
+    try:
+        parts = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("parts") or {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        problems.add((*trail, "offline", "cache"), f"given {shown(str(folder))}, whose manifest.json cannot be read; "
+                     "expected finished signals, or no `cache`: they are then made")
+        return
+    assert options.offline is not None
+    places: dict[str, tuple[Trail, str]] = {
+        "k": ((*trail, "offline", "k"), str(options.offline.k)),
+        "temperature": ((*trail, "temperature"), f"{options.temperature:g}"),
+        "max_length": ((*trail, "max_length"), str(options.max_length))}
+    for part, (place, value) in places.items():
+        if part in parts and parts[part] != value:
+            problems.add(place, f"given {part} {value} with signals made at {parts[part]} ({folder}); expected the "
+                                "same, or no `cache`: they are then made")
 
 
 def _check_config(problems: Problems, trail: Trail, options: Logits, dims: Dims | None) -> None:

@@ -18,7 +18,14 @@ from llmops.recipe.hashing import FileHashes
 from llmops.recipe.healing_checks import quantized_by
 from llmops.recipe.model import read_dims
 from llmops.recipe.schema import BASE, Recipe
-from llmops.recipe.shared_keys import signal_parts, writer_of, written_names, written_parts, written_print
+from llmops.recipe.shared_keys import (
+    answer_parts,
+    signal_parts,
+    writer_of,
+    written_names,
+    written_parts,
+    written_print,
+)
 
 __all__ = ["Plan", "Stage", "make_plan"]
 
@@ -31,7 +38,8 @@ class Stage:
 
     parents: names, the parent first, then a teacher, then who writes data; parent_keys in the same order. scored_here:
     whether the recipe wants it scored. built, scored: whether that is done already. signals: parts of the key of the
-    teacher's signals that it reads from the disk; written: the same of data that a teacher writes, by name.
+    teacher's signals that it reads from the disk; written: the same of data that a teacher writes, answers: of a
+    teacher's answers to data, by name.
     """
 
     variant: str
@@ -50,11 +58,13 @@ class Stage:
     teacher: str | None = None
     signals: dict[str, str] | None = None
     written: dict[str, dict[str, str]] = field(default_factory=dict)
+    answers: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def shares(self) -> list[str]:
         """Keys of what it uses that other builds may use, too."""
-        return [k.key_of(parts) for parts in (*([self.signals] if self.signals else []), *self.written.values())]
+        return [k.key_of(parts) for parts in (*([self.signals] if self.signals else []), *self.written.values(),
+                                              *self.answers.values())]
 
     def describe(self) -> str:
         """One line: "quantize rtn w4a16 from tuned"."""
@@ -133,7 +143,8 @@ def make_plan(recipe: Recipe, store: Path | str, ledger_rows: Iterable[Mapping[s
         keys[name] = k.key_of(parts)
         stages.append(replace(
             _stage(recipe, name, keys, parts, prints, store, scored, estimate(recipe, name, dims, reason)),
-            signals=signal_parts(recipe, variant, keys, prints, base), written=texts))
+            signals=signal_parts(recipe, variant, keys, prints, base), written=texts,
+            answers=answer_parts(recipe, variant, keys, prints, base)))
     return Plan(stages, recipe, store, _advice(recipe, known))
 
 
@@ -181,7 +192,7 @@ def _summary(recipe: Recipe, name: str) -> str:
     if getattr(options, "kv_cache", None):
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
-        words += [f"{options.sparsity:.0%}", *([options.pattern] if options.pattern != "unstructured" else [])]
+        words += [f"{100 * options.sparsity:.4g}%", *([options.pattern] if options.pattern != "unstructured" else [])]
     if variant.method in ("depth", "width"):
         words += _size_words(options)
     if hasattr(options, "rank"):

@@ -71,6 +71,11 @@ def check_masks(problems: Problems, trail: Trail, options: Masks, widths: Mappin
             if key in options.model_fields_set and needed:
                 problems.add((*trail, key), f"given {key} with ratios: {ratios}, which has no use for it; expected "
                              f"ratios: {'owl' if key == 'outliers' else 'owl or sensitivity'}, or no {key}", key=True)
+        least = min(widths.values(), default=0)
+        by_row = getattr(options, "method", "") == "wanda"
+        if by_row and least and round(options.sparsity * least) == least:
+            problems.add((*trail, "sparsity"), f"given {options.sparsity:g}, which of the {least} inputs of a row is "
+                         f"all of them: every output would be silent; expected at most {1 - 1 / least:.3g}")
         return
     zeros, group = (int(part) for part in options.pattern.split(":"))
     if abs(options.sparsity - zeros / group) > 1e-9:
@@ -88,10 +93,13 @@ def check_masks(problems: Problems, trail: Trail, options: Masks, widths: Mappin
                                         f"every layer; expected pattern: unstructured, or {key}: {plain}")
 
 
-def check_depth(problems: Problems, trail: Trail, options: Depth, available: int | None) -> None:
-    """available: layers of the parent, None where that is not known."""
+def check_depth(problems: Problems, trail: Trail, options: Depth, available: int | None, dims: Dims | None) -> None:
+    """available: layers of the parent, dims: of the same; None where that is not known."""
     if not _one_target(problems, trail, options, ("layers",)):
         return
+    if dims is not None and available is not None and dims.family in LLAMA_LIKE:
+        _check_share(problems, trail, options, dims.parameters(1) / dims.parameters(available),
+                     "one layer and what is around it")
     scored = options.choose != "even"
     if scored and options.data is None:
         problems.add(trail, f"given choose: {options.choose} without data; expected the calibration data beside it, as "
@@ -157,8 +165,29 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
         if asked is not None and asked > size:
             problems.add((*trail, name), f"given {asked}; expected 1 to {size}, what there is to keep")
             fits = False
+    _check_share(problems, trail, options, _narrowest(options, dims), "the smallest shape that is searched")
     if fits:
         (_check_tied if dims.family in TIED else _check_heads)(problems, trail, options, dims)
+
+
+def _check_share(problems: Problems, trail: Trail, options: Any, least: float, what: str) -> None:
+    """A share of the parameters that nothing meets. least: of what is left at the most, as far as dimensions tell."""
+    if options.parameters is not None and options.parameters < 0.97 * least:
+        problems.add((*trail, "parameters"), f"given {options.parameters:g}; {what} has about {least:.2g} of the "
+                                             "parameters: expected a larger share")
+
+
+def _narrowest(options: Width, dims: Dims) -> float:
+    """Share of the parameters that the deepest cut of all `axes` leaves (`build/shape_search.py`)."""
+    unit = options.multiple
+    sizes: dict[str, int] = {axis: max(unit, getattr(dims, axis) // 8 // unit * unit)
+                             for axis in ("hidden", "intermediate") if axis in options.axes}
+    if "heads" in options.axes or (dims.family in TIED and "hidden" in options.axes):
+        groups = max(1, dims.kv_heads // 8)
+        sizes |= {"kv_heads": groups, "heads": groups * (dims.heads // dims.kv_heads)}
+    return replace(dims, hidden=sizes.get("hidden", dims.hidden), heads=sizes.get("heads", dims.heads),
+                   intermediate=sizes.get("intermediate", dims.intermediate),
+                   kv_heads=sizes.get("kv_heads", dims.kv_heads)).parameters() / dims.parameters()
 
 
 def _check_tied(problems: Problems, trail: Trail, options: Width, dims: Dims) -> None:

@@ -1,6 +1,6 @@
-"""Keys of what several builds share: a teacher's signals on disk, and data that a teacher writes.
+"""Keys of what several builds share: a teacher's signals on disk, its answers, and data that a teacher writes.
 
-Both are known before anything is built, as every key is: they follow from the teacher's key, the data behind them and
+All are known before anything is built, as every key is: they follow from the teacher's key, the data behind them and
 the options that change them. So the plan knows which students share one pass of their teacher, and what it cost can be
 split among them.
 """
@@ -20,9 +20,10 @@ from llmops.recipe.schema import Recipe, Variant
 if TYPE_CHECKING:
     from llmops.data.options import Synthesize
 
-__all__ = ["signal_parts", "writer_of", "writers_of", "written_names", "written_parts", "written_print"]
+__all__ = ["answer_parts", "signal_parts", "writer_of", "writers_of", "written_names", "written_parts", "written_print"]
 
 SIGNALS_VERSION = 1  # raise it when the same teacher would leave other signals
+ANSWERS_VERSION = 1  # raise it when the same teacher would give other answers
 WRITTEN_VERSION = 1  # raise it when the same teacher would write other data
 
 
@@ -44,6 +45,20 @@ def signal_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prin
             "template": base.get("template", base["model"]), "tokenizer": base.get("tokenizer", base["model"]),
             "held_out": held, "answers": answers, "max_length": str(options.max_length), "k": str(options.offline.k),
             "temperature": f"{options.temperature:g}", "version": str(SIGNALS_VERSION)}
+
+
+def answer_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prints: Mapping[str, str],
+                 base: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The parts of the teacher's answers that a variant learns, by the name of the data that asks; empty for none."""
+    options: Any = variant.options
+    if getattr(options, "answers", "data") != "teacher":
+        return {}
+    held = options.stop.data if options.stop is not None else None
+    return {name: {"teacher": keys[options.teacher], "prompts": prints[name],
+                   "template": base.get("template", base["model"]),
+                   "tokenizer": base.get("tokenizer", base["model"]), "max_new_tokens": str(options.max_new_tokens),
+                   "seed": str(recipe.seed), "version": str(ANSWERS_VERSION)}
+            for name in dict.fromkeys([*options.mixed, *([held] if held is not None else [])])}
 
 
 def writer_of(name: str, data: Mapping[str, DataSource]) -> Synthesize | None:

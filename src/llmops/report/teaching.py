@@ -65,4 +65,6 @@ def shared_words(entry: dict[str, Any]) -> str:
         counts = entry["counts"]
         words.append(f"{counts['kept']:,} rows kept of {counts['written']:,} answers to {counts['prompts']:,} "
                      "prompts, ")
+    if "answers" in entry:
+        words.append(f"{entry['answers']:,} answers, ")
     return "".join([*words, f"{entry['bytes']:,} bytes"])

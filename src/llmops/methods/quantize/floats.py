@@ -181,9 +181,9 @@ class FloatGrid:
     def joined(self, parts: list[FloatGrid]) -> FloatGrid:
         return replace(self, stored=torch.cat([part.stored for part in parts], 1))
 
-    def rounder(self) -> Callable[[Tensor], Tensor]:
-        """What takes W_:j / scale (out,) of a column to its steps, in place; of a grid of one group."""
-        return lambda ratio: ratio.copy_(self.format.round(ratio))
+    def rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What writes the steps of W_:j / scale (out,) of a column into a second tensor; of a grid of one group."""
+        return lambda ratio, steps: steps.copy_(self.format.round(ratio))
 
     def weight(self, steps: Tensor, group_size: int) -> FloatWeight:
         """The quantized weight of `steps` (out, groups, group); the format knows its group size itself."""

@@ -51,6 +51,7 @@ from llmops.errors import LlmopsError, StepError, unknown
 from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
 from llmops.methods.quantize.grid import AnyGrid, Kind, check, fit, group_of, grouped
 from llmops.methods.quantize.weight import QuantizedWeight
+from llmops.ops.float32 import Products
 
 __all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "inverse_factor"]
 
@@ -145,7 +146,7 @@ def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, sym
 
     fresh = factor.order != "activation" and groups > 1  # each group's grid is made when it is reached
     columns = torch.arange(groups * size, device=W.device)
-    grid = fit(G, kind, symmetric, dtype or W.dtype) if fresh else fitted(G, columns)
+    grid = fit(G, kind, symmetric, dtype or W.dtype, "absmax") if fresh else fitted(G, columns)
     work = _Pass(G.flatten(1), factor, grid, size, fitted if fresh else None)
     loss = work.solve(block)
     return work.weight(group_size), Solved(factor.damping, factor.failed, factor.dead, loss)
@@ -173,7 +174,9 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             usable = overwrite and H.dtype == L.dtype and H.is_contiguous()
             spare = H.view(-1) if usable else L.new_empty((len(L) + 1)**2 // 4)
-            return _turned(_inverted(L.tril_(), spare)), damping, tuple(failed)
+            with Products():
+                inverse = _inverted(L.tril_(), spare)
+            return _turned(inverse), damping, tuple(failed)
         failed.append(damping)
         damping *= 10
     raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
@@ -245,19 +248,30 @@ class _Pass:
         return float(loss)
 
     def _columns(self, first: int, last: int, E: Tensor) -> None:
-        """Round columns first..last one by one; E (last - first, out) takes their errors."""
+        """Round columns first..last one by one; E (last - first, out) takes their errors.
+
+        Where all are of one group they are counted in its steps meanwhile: a division for all in place of one for each.
+        """
         part, W = self.factor.U[first:last, first:last], self.w_t[first:last]
         group_of = (self.factor.perm[first:last] // self.size).tolist()
         grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(group_of)}
+        alone = grids[group_of[0]][0] if len(grids) == 1 else None
+        if alone is not None:
+            W.div_(alone)
         every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), strict=True)
         for i, (g, w, steps, error) in enumerate(every):
             scale, rounded = grids[g]
-            rounded(torch.div(w, scale, out=steps))
+            rounded(w if alone is not None else w / scale, steps)
             if self.keep_t is not None:
                 steps *= self.keep_t[first + i]
-            torch.addcmul(w, steps, scale, value=-1, out=error)
+            if alone is not None:
+                torch.sub(w, steps, out=error)
+            else:
+                torch.addcmul(w, steps, scale, value=-1, out=error)
             if i + 1 < len(W):
                 W[i + 1:].addr_(part[i, i + 1:], error, alpha=-1)
+        if alone is not None:
+            E.mul_(alone)
 
     def weight(self, group_size: int) -> QuantizedWeight | FloatWeight:
         """The result, its columns in their own order."""

@@ -84,10 +84,10 @@ class Grid:
         zeros = [part.zero for part in parts if part.zero is not None]
         return Grid(torch.cat([part.scale for part in parts], 1), torch.cat(zeros, 1) if zeros else None, self.bits)
 
-    def rounder(self) -> Callable[[Tensor], Tensor]:
-        """What takes W_:j / scale (out,) of a column to its steps, in place; of a grid of one group."""
+    def rounder(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What writes the steps of W_:j / scale (out,) of a column into a second tensor; of a grid of one group."""
         low, high = (bound[:, 0] if isinstance(bound, Tensor) else bound for bound in self.bounds())
-        return lambda ratio: ratio.round_().clamp_(low, high)  # type: ignore[arg-type]
+        return lambda ratio, steps: torch.round(ratio, out=steps).clamp_(low, high)  # type: ignore[arg-type]
 
     def weight(self, steps: Tensor, group_size: int) -> QuantizedWeight:
         """The quantized weight of `steps` (out, groups, group), as `steps()` gives them."""
@@ -190,6 +190,7 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
     """
     rows = max(1, 4 * AT_ONCE // max(1, G[:1].numel()))
     if isinstance(bits, int) and len(G) > rows:  # no row hangs on another; what a pass leaves lies in a cache
+        rows = -(-len(G) // -(-len(G) // rows))  # all parts alike
         parts: list[Any] = [searched(part, bits, symmetric, dtype, importance, ranges) for part in G.split(rows)]
         zeros = [part.zero for part in parts if part.zero is not None]
         return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None, bits)
@@ -197,39 +198,40 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
     low, high = G.amin(-1), G.amax(-1)
     if isinstance(bits, FloatFormat):
         return _searched_floats(G, low, high, bits, dtype, importance)
-    best: Any = grid_between(low, high, bits, symmetric, dtype)
-    least = _error(G, best, importance)
-    fewer, ranges = max(1, AT_ONCE // G.numel()), (*_whole(bits, symmetric), *ranges)
-    for first in range(0, len(ranges), fewer):  # several ranges in one pass where G is small
-        p = torch.tensor(ranges[first:first + fewer], device=G.device).view(-1, 1, 1)
-        least, best = _better(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance, least, best)
-    return best  # type: ignore[no-any-return]
+    p = torch.tensor((*_whole(bits, symmetric), *ranges), device=G.device).view(-1, 1, 1)
+    return _best(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance)
 
 
 AT_ONCE = 1 << 16  # numbers that `searched` tries at once
 
 
-def _better(G: Tensor, tried: Grid, importance: Tensor | None, least: Tensor, best: Grid) -> tuple[Tensor, Grid]:
-    """(least error, its grid) of `best` and all `tried`, whose scales are (ranges, out, groups), either way round.
+def _best(G: Tensor, tried: Grid, importance: Tensor | None) -> Grid:
+    """For each group the first of the grids `tried`, whose scales are (ranges, out, groups), with the least error.
 
-    A grid and the one turned round have the same ratios G / s, and differ in where they are clamped.
+    Each either way round, where that makes a difference: a grid and the one turned round have the same ratios G / s,
+    and differ in where they are clamped. G: (out, groups, group).
     """
     scale = tried.scale.float()
-    ratio = G / scale.unsqueeze(-1)
-    rounded = ratio.round()
     low, high = (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound for bound in tried.bounds())
-    ends = [(1, low, high)]
+    ends = [(low, high)]
     if tried.zero is None and tried.bits <= TURNED:
-        ends.append((-1, -high, -low))
-    for way, bottom, top in ends:
-        squared = rounded.clamp(bottom, top).sub_(ratio).square_()
-        error = _summed(squared, importance).mul_(scale.square())
-        lowest, which = error.min(0)
-        better = lowest < least
-        zero = None if tried.zero is None else tried.zero.gather(0, which.unsqueeze(0))[0]
-        taken = Grid(tried.scale.gather(0, which.unsqueeze(0))[0] * way, zero, tried.bits)
-        least, best = torch.where(better, lowest, least), taken.where(better, best)
-    return least, best
+        ends.append((-high, -low))
+    error = torch.empty(len(scale), len(ends), *scale.shape[1:], device=G.device)
+    fewer = max(1, AT_ONCE // G.numel())  # several ranges in one pass where G is small
+    for first in range(0, len(scale), fewer):
+        here = slice(first, first + fewer)
+        ratio = G / scale[here].unsqueeze(-1)
+        rounded, squared = ratio.round(), torch.empty_like(ratio)
+        for way, end in enumerate(ends):
+            bottom, top = (each[here] if isinstance(each, Tensor) else each for each in end)
+            torch.clamp(rounded, bottom, top, out=squared).sub_(ratio).square_()
+            error[here, way] = _summed(squared, importance)
+    which = error.mul_(scale.square().unsqueeze(1)).flatten(0, 1).argmin(0, keepdim=True)
+    at = which.div(len(ends), rounding_mode="floor")
+    chosen = tried.scale.gather(0, at)[0]
+    if len(ends) > 1:
+        chosen = torch.where(which[0] % 2 == 1, -chosen, chosen)
+    return Grid(chosen, None if tried.zero is None else tried.zero.gather(0, at)[0], tried.bits)
 
 
 def _searched_floats(G: Tensor, low: Tensor, high: Tensor, kind: FloatFormat, dtype: torch.dtype,
