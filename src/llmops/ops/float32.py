@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 __all__ = ["Products", "linear", "narrower", "wider"]
 
-#: What a relative error of float32 products of hundreds of terms stays below, by the norm; with bfloat16 inside it is 2e-3.
+#: What a relative error of float32 products stays below, by the norm; with bfloat16 inside it is 2e-3.
 EXACT = 2e-6
 
 

@@ -21,8 +21,8 @@ def section(page: Page) -> Markup:
     if not tables:
         return NOTHING
     note = ("Score of every group, and beneath it the paired difference from the parent with its 95% interval; bold: "
-            f"the group that lost most (of those with at least {SMALL} items). A group's p is corrected by Holm over "
-            "its column.")
+            f"the group that lost most (of those with at least {SMALL} items or clusters). A group's p is corrected by "
+            "Holm over its column.")
     return tag("section", tag("h2", "Groups", id="slices"), tag("p", note, class_="dim"), tables,
                aria_labelledby="slices")
 
