@@ -116,7 +116,7 @@ def test_experts_of_a_pruned_mixture_keep_their_zeros_through_full_training() ->
     assert any(not torch.equal(after[name], weight) for name, weight in before.items() if ".experts." in name)
 
 
-def test_layers_of_a_gpt2_can_go_and_its_masks_and_width_are_refused_by_name() -> None:
+def test_layers_of_a_gpt2_can_go_and_its_masks_are_refused_by_name() -> None:
     from transformers import AutoModelForCausalLM, GPT2Config
 
     _, tokenizer = twin("llama")
@@ -125,7 +125,5 @@ def test_layers_of_a_gpt2_can_go_and_its_masks_and_width_are_refused_by_name() -
     short = llmops.apply(copy.deepcopy(model), tokenizer, {"prune": {
         "method": "depth", "layers": 2, "choose": "perplexity", "data": "c", "length": 32}}, ROWS)
     assert short.config.n_layer == 2 and len(short.transformer.h) == 2
-    for step, said in (({"method": "magnitude"}, "GPT2LMHeadModel: their weights are in Conv1D, and only torch"),
-                       ({"method": "width", "hidden": 16, "data": "c", "length": 32}, "GPT2Config says neither")):
-        with pytest.raises(LlmopsError, match=said):
-            llmops.apply(copy.deepcopy(model), tokenizer, {"prune": step}, ROWS)
+    with pytest.raises(LlmopsError, match="GPT2LMHeadModel: their weights are in Conv1D, and only torch"):
+        llmops.apply(copy.deepcopy(model), tokenizer, {"prune": {"method": "magnitude"}}, ROWS)

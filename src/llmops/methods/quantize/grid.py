@@ -194,7 +194,7 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
         parts: list[Any] = [searched(part, bits, symmetric, dtype, importance, ranges) for part in G.split(rows)]
         zeros = [part.zero for part in parts if part.zero is not None]
         return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None, bits)
-    G = G.contiguous()  # a transposed one would make every pass several times slower
+    G = G.detach().contiguous()  # a transposed one would make every pass several times slower
     low, high = G.amin(-1), G.amax(-1)
     if isinstance(bits, FloatFormat):
         return _searched_floats(G, low, high, bits, dtype, importance)
