@@ -12,6 +12,7 @@ of 3.7 M parameters, briefly trained, grows none.
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,12 @@ def given_model(source: Path, cache: Path) -> Path:
     where, more = (source.parent, {"gguf_file": source.name}) if source.suffix == ".gguf" else (source, {})
     model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **more)
     tokenizer = AutoTokenizer.from_pretrained(where, **more)
-    if more:  # what its reader leaves behind would make a loader look for the packed weights
-        del model.config.quantization_config
+    if more:  # a model that was read from packed weights remembers them, and is not written as a dense one
+        config = copy.copy(model.config)
+        del config.quantization_config
+        dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        dense.load_state_dict(model.state_dict())
+        model = dense.eval()
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     save(model, tokenizer, folder)
