@@ -1,8 +1,8 @@
 """Two models of bench_prune.py beside those of _quantize_models.py: inputs as uneven as a large model's.
 
 Magnitude and Wanda rank weights alike where the inputs of a layer are of one size. Large models have *outlier
-features*, a few channels far larger than the others (Dettmers et al. 2022, arXiv 2208.07339: up to 20 times). A model
-of 3.7 M parameters, briefly trained, grows none.
+features*, a few channels far larger than the others (Dettmers et al. 2022, arXiv 2208.07339). A model of 3.7 M
+parameters, briefly trained, grows none.
 
 `given`          any causal language model: `--model`, a folder of transformers or one GGUF file, which is made dense.
 `text-outliers`  the model `text` with outliers put in by hand: **constructed, not grown**. Gains of norms and rows of
@@ -25,7 +25,7 @@ from llmops.block_stream import Stream
 from llmops.models.arch import decoder_layers
 from llmops.models.fold import Link, find_links, fold
 
-SHARE = 0.02  # of the channels
+SHARE = 0.02  # of the channels, and how many times larger they become: about as in SmolLM2-135M (docs/pruning.md)
 FACTORS = (8.0, 16.0, 32.0)
 
 

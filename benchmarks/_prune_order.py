@@ -35,7 +35,7 @@ def uneven(model: Any, tokens: Tensor) -> dict[str, dict[str, float]]:
     """How uneven the inputs of the layers in the blocks are, by the name of the layer, medians over the blocks.
 
     Of the L2 norms of a layer's inputs over all tokens: largest over median; share over three medians; kurtosis, the
-    mean fourth power over the squared mean square (He et al. 2024, arXiv 2405.19279, eq. 1; 1: all alike).
+    mean fourth power over the squared mean square (as He et al. 2024 measure it, arXiv 2405.19279; 1: all alike).
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
 
