@@ -112,7 +112,7 @@
 
   // Printing opens the folds, unless they would be a book; what was closed is closed again.
   const MOST_PRINTED = 24;
-  const MOST_LINES = 900;
+  const MOST_LINES = 600;
   let opened = [];
   addEventListener("beforeprint", () => {
     const folds = all("details:not([open])");
