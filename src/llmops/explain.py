@@ -202,7 +202,7 @@ def _known(entry: Any, source: Mapping[str, Any], reference: Any, tokenizer: Any
 
 def _unasked(lost: int, of: int, some: bool) -> str:
     return (f"lm-eval makes other prompts now ({lost} of {of} items are not among them): its version, or the task's "
-            "data, changed" if some else "its answers are written, and end by lm-eval's own rules")
+            "data, changed" if some else "its answers are drawn at random or searched for, and cannot be written again")
 
 
 def _replayed(counts: dict[str, Any], pairs: Sequence[tuple[Item, Item]], known: Mapping[str, Any], options: Any,

@@ -78,7 +78,7 @@ def _chart(page: Page, front: Front, found: Sequence[Point], shown: bool) -> Mar
     picture = charts.scatter(dots, label=f"{name}, {len(dots)} variants", x_title=x_title, y_title=y_title, y_less=less)
     absent = [f"{name_of(row)} ({_absence(row, front)})" for row in page.rows if name_of(row) not in placed]
     line = (f"Pareto line: {', '.join(sorted(best))}. Further left is cheaper, further up is better. Bars are 95% "
-            "intervals.")
+            "intervals; one without an end goes on beyond the picture.")
     caption = tag("figcaption", _key(dots), tag("p", line),
                   tag("p", "Not shown: ", "; ".join(absent), class_="dim") if absent else None)
     return tag("figure", scrolled(f"Chart of {name}", picture), caption,

@@ -181,7 +181,8 @@ def _nulls(shown: Sequence[Column], rows: Sequence[Row]) -> list[str]:
             continue
         cells = [column.cell(row) for row in whole]
         if cells and all(cell.value is None for cell in cells):
-            found.append(_short(f"- {column.title}: {cells[0].tip}"))
+            made = [cell for row, cell in zip(whole, cells, strict=True) if group(row, "transform").get("kind")]
+            found.append(_short(f"- {column.title}: {(made or cells)[0].tip}"))  # nobody built the base
     if any(column.id == "energy" for column in shown) and "J/token" not in "".join(found):
         missing = sorted({figure(row, "energy", batch_of(rows), "joules_per_token").method for row in whole
                           if figure(row, "energy", batch_of(rows), "joules_per_token").value is None})
