@@ -61,6 +61,7 @@ def test_the_list_has_every_variant_of_every_run_and_its_filters(store):
     assert "demo/tuned-w4" in boxes and "other/base" in boxes
     assert {"by-run", "by-state", "won", "filter"} <= {each["id"] for _, each in reader.elements if "id" in each}
     assert sum(each["data-won"] == "1" for each in lines) >= 1
+    assert ("wanda 50% †" in listing(store)) == ("no time saved" in listing(store)) == ("demo/wanda" in boxes)
 
 
 def test_a_run_is_its_report_and_names_the_way_back(store):

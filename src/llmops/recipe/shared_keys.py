@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_parts", "signal_parts", "writer_of", "writers_of", "written_names", "written_parts", "written_print"]
 
-SIGNALS_VERSION = 1  # raise it when the same teacher would leave other signals
+SIGNALS_VERSION = 2  # raise it when the same teacher would leave other signals
 ANSWERS_VERSION = 1  # raise it when the same teacher would give other answers
 WRITTEN_VERSION = 1  # raise it when the same teacher would write other data
 

@@ -25,6 +25,7 @@ from llmops.report.reading import (
     status_text,
     tree,
 )
+from llmops.report.words import zeros_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,9 +100,7 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
         found.append("J/base: energy per token against base, ↓ saves, ↑ costs more, = no saving shown")
     if {"speed", "energy"} & ids:
         found.append(f"speed and energy at batch {batch_of(rows)}")
-    if any("†" in cell.text for _, _, cell in cells):
-        found.append("† zeros in dense tensors: no time saved (N:M only where a kernel for it runs), bytes only when "
-                     "compressed on disk")
+    found += zeros_note(rows)
     if any(group(row, "transform").get("simulated") for row in rows):
         found.append("simulated: compression is imitated in full precision; its size, speed and energy are not those "
                      "of the real thing")
