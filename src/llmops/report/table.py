@@ -108,8 +108,8 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """`tuned-w2 broken: why`, for every row that is not ok."""
-    return [f"{name_of(row)} {_short(status_text(row))}" for row in rows if state_of(row) != "ok"]
+    """`tuned-w2 broken: why`, for every row that is not ok, with what to do about it, which is said last."""
+    return [f"{name_of(row)} {_short(status_text(row), 3 * REASON)}" for row in rows if state_of(row) != "ok"]
 
 
 def goal_lines(rows: Sequence[Row]) -> list[str]:
