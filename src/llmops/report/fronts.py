@@ -27,7 +27,7 @@ from llmops.report.reading import (
     state_of,
 )
 from llmops.report.sections import NOTHING, Page, scrolled, sign
-from llmops.report.words import what
+from llmops.report.words import marked
 
 __all__ = ["CHARTED", "charted"]
 
@@ -96,7 +96,7 @@ def _absence(row: Row, front: Front) -> str:
 def _tip(row: Row, front: Front) -> str:
     score_id, by, batch = front
     worth, price = score(row, score_id), cost(row, by, batch or "1")
-    return (f"{name_of(row)} ({what(row)}): {score_id} {show(worth, with_interval=True)}; {COSTS[by].title}"
+    return (f"{name_of(row)} ({marked(row)}): {score_id} {show(worth, with_interval=True)}; {COSTS[by].title}"
             f"{f' at batch {batch}' if batch else ''} {show(price, with_interval=True)}, {price.provenance}")
 
 

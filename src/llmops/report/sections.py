@@ -35,7 +35,7 @@ from llmops.report.reading import (
     versus,
 )
 from llmops.report.table import legend, marks
-from llmops.report.words import what
+from llmops.report.words import ZEROS_NOTE, what
 
 __all__ = ["NOTHING", "Page", "alike", "family", "outcome", "scrolled", "sign", "tabled"]
 
@@ -79,8 +79,7 @@ class Page:
             found.append(tag("span", "simulated", class_="badge bad", title="imitated in full precision"))
         if group(row, "transform").get("sparsity_saves"):
             found.append(tag("span", "zeros save no time", class_="badge dim",
-                             title="zeros in dense tensors: no time saved (N:M only where a kernel for it "
-                                   "runs), bytes only when compressed on disk"))
+                             title=ZEROS_NOTE.removeprefix("† ")))
         return found
 
 
