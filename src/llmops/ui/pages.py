@@ -37,6 +37,7 @@ __all__ = ["comparison", "listing", "missing", "run_page"]
 
 COLUMNS = ("run", "variant", "made by", "state", "score", "value", "energy per token", "time per token", "on disk",
            "verdict", "when")
+NUMBERS = ("value", "energy per token", "time per token", "on disk")
 STATES = ("ok", "broken", "failed", "skipped")
 
 
@@ -45,8 +46,8 @@ def listing(store: Store) -> str:
     names = runs(store)
     found = [(name, row) for name in names for row in rows_of(str(store.runs), name)]
     states = [state for state in STATES if any(state_of(row) == state for _, row in found)]
-    titles = [tag("th", tag("button", title, type="button", aria_label=f"sort by {title}"), scope="col")
-              for title in COLUMNS]
+    titles = [tag("th", tag("button", title, type="button", aria_label=f"sort by {title}"), scope="col",
+                  class_="num" if title in NUMBERS else None) for title in COLUMNS]
     head = tag("tr", tag("th", tag("span", "compare", class_="unseen"), scope="col"), titles)
     lines = [_line(name, row, place) for place, (name, row) in enumerate(found)]
     table = tag("table", tag("caption", "All variants of all runs", class_="unseen"), tag("thead", head),
@@ -88,7 +89,7 @@ def _line(name: str, row: Row, place: int) -> Markup:
                   data_v=None if each.value is None else f"{each.value:.9g}") if each else tag("td", "")
               for place_, each in enumerate(figures)]
     utc = str(group(row, "identity").get("utc") or "")
-    cells += [tag("td", ", ".join(marks)), tag("td", utc, data_v=utc)]
+    cells += [tag("td", "".join(marks[:1]), title=", ".join(marks) or None), tag("td", utc, data_v=utc)]
     box = tag("input", type="checkbox", name="v", value=f"{name}/{name_of(row)}",
               aria_label=f"compare {name}/{name_of(row)}")
     return tag("tr", tag("td", box), cells, data_place=place, data_run=name, data_state=state_of(row),
