@@ -54,10 +54,10 @@ def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
 def _case(dtype: str, bits: int, group: int, zero: bool, m: int, n: int, warps: int, stages: int, parts: int,
           swap: bool) -> Compiled:
     scaled = m > 16 and group in (32, 64)
-    known = constants(bits, group, zero, False, dtype == "bf16", scaled)
+    known = constants(bits, group, zero, False, dtype == "bf16", scaled, m <= 16)
     types = {"x_ptr": f"*{dtype}", "q_ptr": "*i16", "scale_ptr": f"*{dtype}",
              "y_ptr": "*fp32" if parts > 1 else f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",
-             "bias_ptr": f"*{dtype}"}
+             "bias_ptr": f"*{dtype}", "sums_ptr": "*fp32"}
     name = f"int_linear {dtype} {bits} bits, group {group}{', zeros' if zero else ''}, {m}x{n}, {warps} warps"
     return Compiled(name, int_linear_kernel, types,
                     known | {"PARTS": parts, "EVEN_K": True, "SWAP": swap, "BLOCK_M": m, "BLOCK_N": n}, warps, stages,
