@@ -12,10 +12,6 @@ from llmops_kernels.reference.int_linear import layout
 __all__ = ["cases", "checks", "compiled"]
 
 LIMITS = {("fp16", 4): 3.2, ("bf16", 4): 3.6, ("fp16", 8): 2.5, ("bf16", 8): 2.5}  # thread-instructions a weight
-# What stays above it, and docs/kernels.md says why: dtype, bits, group, zero point -> its own limit
-ABOVE = {("fp16", 8, 32, True): 2.9, ("bf16", 8, 32, False): 3.0, ("bf16", 8, 128, True): 2.9,
-         ("bf16", 8, 64, True): 3.3, ("bf16", 8, 32, True): 3.9}
-
 #          dtype, bits, group, zero point, BLOCK_M, BLOCK_N, warps, stages, parts, swapped
 TILES = [("fp16", 4, 128, False, 16, 64, 4, 4, 4, False), ("bf16", 4, 128, False, 16, 64, 4, 4, 4, False),
          ("fp16", 4, 128, True, 16, 64, 4, 4, 4, False), ("bf16", 4, 128, True, 16, 64, 4, 4, 4, False),
@@ -68,4 +64,4 @@ def _case(dtype: str, bits: int, group: int, zero: bool, m: int, n: int, warps: 
 def _limit(dtype: str, bits: int, group: int, zero: bool, m: int) -> float:
     if m > 16 and (bits == 8 or group in (32, 64)):
         return 0.0  # more work than decoding a tile of 16: docs/kernels.md has the arithmetic
-    return ABOVE.get((dtype, bits, group, zero), LIMITS.get((dtype, bits), 0.0))
+    return LIMITS.get((dtype, bits), 0.0)

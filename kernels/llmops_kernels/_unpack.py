@@ -178,35 +178,39 @@ def scales(at, rows, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def spread(r, rows: tl.constexpr, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of `rows` (64 or 128) rows of a tile a program has as its row r.
+def spread(r, rows: tl.constexpr, ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of `rows` (64 or 128) rows of a tile a program has as its row r; ONCE is 0: the same.
 
-    Four warps copy 256 / RUN rows each at a time. Here a thread's next piece is the next row of the tile, near enough to
-    be a constant beside the address of its first one; in order every other piece would take an addition of 64 bits.
+    Each of four warps copies ONCE rows at a time. A thread's next piece is the next row of the tile, near enough to be a
+    constant beside the address of its first one; in order every other piece would take an addition of 64 bits.
     """
-    ONCE: tl.constexpr = 256 // RUN  # rows that a warp copies at a time
-    nth = r % 64 // (4 * ONCE) + r // 64 * (16 // ONCE)
-    return r // ONCE % 4 * (rows // 4) + r % ONCE * (rows // (4 * ONCE)) + nth
+    if ONCE == 0:
+        return r
+    else:
+        nth = r % 64 // (4 * ONCE) + r // 64 * (16 // ONCE)
+        return r // ONCE % 4 * (rows // 4) + r % ONCE * (rows // (4 * ONCE)) + nth
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def in_order(sums, RUN: tl.constexpr):  # type: ignore[no-untyped-def]
+def in_order(sums, ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
     """(M, rows) with columns as `spread` has them -> with columns in order."""
-    ONCE: tl.constexpr = 256 // RUN
-    rows: tl.constexpr = sums.shape[1]
-    apart = sums.reshape(sums.shape[0], rows // (4 * ONCE), 4, ONCE)
-    return apart.permute(0, 2, 3, 1).reshape(sums.shape[0], rows)
+    if ONCE == 0:
+        return sums
+    else:
+        apart = sums.reshape(sums.shape[0], sums.shape[1] // (4 * ONCE), 4, ONCE)
+        return apart.permute(0, 2, 3, 1).reshape(sums.shape[0], sums.shape[1])
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def points_at(at, rows: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def points_at(at, rows: tl.constexpr, ONCE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Zero points of rows, which lie STEP numbers apart from scalar `at` on, as `spread` has them: int16 (rows,).
 
     One by one and 64 at a time: the pipeliner would copy wider ones 4 bytes at a time, and more through shared memory.
     """
-    few = at + STEP * spread(tl.arange(0, 64), rows, RUN)
+    few = at + STEP * spread(tl.arange(0, 64), rows, ONCE)
     if rows == 128:
-        return tl.join(tl.load(few), tl.load(few + STEP * (RUN // 16))).permute(1, 0).reshape(rows)
+        more = few + STEP * (64 if ONCE == 0 else 16 // ONCE)
+        return tl.join(tl.load(few), tl.load(more)).permute(1, 0).reshape(rows)
     else:
         return tl.load(few)
 

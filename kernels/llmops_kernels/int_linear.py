@@ -69,6 +69,8 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
     SIDES: tl.constexpr = 2 if GROUPS > FIELDS else 1  # groups of a run
     FEW: tl.constexpr = FIELDS * SIDES // GROUPS if GROUPS > 0 else FIELDS  # fields of a group
     TIMES: tl.constexpr = SIDES if SUMS else 1  # how often a token stands in a tile
+    MOVE: tl.constexpr = BITS == 8 and not SCALED  # scalars move along the scales, too: 8 instructions less there
+    ONCE: tl.constexpr = 256 // RUN if BITS == 8 else 0  # rows that a warp copies at a time
     pid_m, pid_n = _place(M, N, BLOCK_M, BLOCK_N)
     part = tl.program_id(1)
     first = part * per_part
@@ -77,7 +79,7 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
     rk = tl.arange(0, RUN)
     side = tl.arange(0, TIMES * BLOCK_M) // BLOCK_M
     rm = pid_m * BLOCK_M + tl.arange(0, TIMES * BLOCK_M) % BLOCK_M
-    order = spread(tl.arange(0, BLOCK_N), BLOCK_N, RUN)
+    order = spread(tl.arange(0, BLOCK_N), BLOCK_N, ONCE)
     row = pid_n * BLOCK_N  # a block lies in one tile: a scalar moves along K, offsets within it are constant
     tile = (row // TILE).to(tl.int64) * chunks + first
     q = q_ptr + tile * SPAN + (row % TILE) * (WORDS * RUN)
@@ -92,15 +94,14 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
     if ZERO and GROUPS == 0:
         points = tl.load(zero_ptr + row + order)
         next_points = points
-    moved = 0
     for chunk in tl.range(0, last - first):  # counted from 0: two instructions less
         if BITS == 3:
-            high = tl.load(q + moved + inside + 2 * RUN, eviction_policy="evict_first")
+            high = tl.load(q + inside + 2 * RUN, eviction_policy="evict_first")
         if not SUMS:  # with wgmma a sum of its own for every chunk: one over all of them makes ptxas wait after each
             total = tl.zeros_like(acc) if SWAP else acc
         for i in tl.static_range(FIELDS):
             if i % PER == 0:
-                word = tl.load(q + moved + inside + (i // PER) * RUN, eviction_policy="evict_first")
+                word = tl.load(q + inside + (i // PER) * RUN, eviction_policy="evict_first")
                 if BITS != 3:
                     high = word
             if EVEN_K:
@@ -110,13 +111,13 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
                 a = tl.load(x + i * RUN, mask=alive & here[None, :], other=0.0)
             group = i * SIDES // FEW  # of the chunk; the run's first one
             if GROUPS > 0 and (SIDES > 1 or i % FEW == 0):
-                at = chunk * (GROUPS * TILE) + group // NEAR * NEAR * TILE + group % NEAR
+                at = (0 if MOVE else chunk * (GROUPS * TILE)) + group // NEAR * NEAR * TILE + group % NEAR
                 if ZERO:
-                    points = points_at(zero + at, BLOCK_N, RUN, NEAR)
-                    next_points = points_at(zero + at + (SIDES - 1), BLOCK_N, RUN, NEAR)
+                    points = points_at(zero + at, BLOCK_N, ONCE, NEAR)
+                    next_points = points_at(zero + at + (SIDES - 1), BLOCK_N, ONCE, NEAR)
                 if SCALED:
-                    factor = points_at(scale + at, BLOCK_N, RUN, NEAR)
-                    next_factor = points_at(scale + at + (SIDES - 1), BLOCK_N, RUN, NEAR)
+                    factor = points_at(scale + at, BLOCK_N, ONCE, NEAR)
+                    next_factor = points_at(scale + at + (SIDES - 1), BLOCK_N, ONCE, NEAR)
                 elif i * SIDES // FEW % NEAR == 0:
                     s = scales(scale + at, order, NEAR)
             add = word
@@ -134,15 +135,18 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
                 acc += total * _beside(s[i * SIDES // FEW % NEAR], s[(i * SIDES // FEW + SIDES - 1) % NEAR], side, SIDES, SWAP)
         if not SUMS:
             acc = acc + total if SWAP else total
-        moved += SPAN
+        q += SPAN
         x += RUN * FIELDS
+        if MOVE:
+            scale += GROUPS * TILE
+            zero += GROUPS * TILE
     if SWAP:
         acc = acc.T
     if TIMES > 1:
         acc = tl.sum(acc.reshape(TIMES, BLOCK_M, BLOCK_N), 0)
     if PAIRED and LATER:
         acc *= -0.5
-    acc = in_order(acc, RUN)
+    acc = in_order(acc, ONCE)
     rn = row + tl.arange(0, BLOCK_N)
     rm = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if GROUPS == 0:
