@@ -166,10 +166,13 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
 def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """(pid_m, pid_n), so that programs that are near in time share x and weights in the L2 cache."""
     tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
     band = 8 * tiles_n
     first_m = (tl.program_id(0) // band) * 8
-    high_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, 8)
-    return first_m + (tl.program_id(0) % band) % high_m, (tl.program_id(0) % band) // high_m
+    high_m = tl.minimum(tiles_m - first_m, 8)
+    pid_m = first_m + (tl.program_id(0) % band) % high_m
+    pid_n = (tl.program_id(0) % band) // high_m
+    return pid_m, pid_n
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
