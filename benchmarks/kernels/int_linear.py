@@ -6,6 +6,7 @@ from benchmarks.kernels._weight_only import cases, checks
 from tests.kernels.offline import Compiled
 
 from llmops_kernels._dequantize import dequantize_integers_kernel
+from llmops_kernels._group_sums import join_kernel
 from llmops_kernels.int_linear import constants, int_linear_kernel
 from llmops_kernels.reference.int_linear import layout
 
@@ -34,7 +35,8 @@ TILES = [("fp16", 4, 128, False, 16, 64, 4, 4, 4, False), ("bf16", 4, 128, False
 
 def compiled() -> list[Compiled]:
     return [_case(*tile) for tile in TILES] + [_dense("bf16", 4, 128, True), _dense("fp16", 3, -1, False),
-                                               _dense("bf16", 8, -1, False)]
+                                               _dense("bf16", 8, -1, False), _join("bf16", 32, False),
+                                               _join("bf16", 128, True), _join("fp16", 32, True)]
 
 
 def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
@@ -47,13 +49,23 @@ def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
                     odd=("chunks",), copies=False)
 
 
+def _join(dtype: str, group: int, zero: bool) -> Compiled:
+    every = layout(8, group)
+    known = {"PARTS": 8, "NEAR": every.near, "ROWS": group == -1, "ZERO": zero, "OFFSET": 128, "BIAS": True, "TILE": 128,
+             "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_G": 128}
+    types = {"parts_ptr": "*fp32", "sums_ptr": "*bf16", "scale_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}",
+             "zero_ptr": "*i16" if zero else f"*{dtype}", "y_ptr": f"*{dtype}"}
+    name = f"parts joined, 8 bits {dtype}, group {group}{', zeros' if zero else ''}"
+    return Compiled(name, join_kernel, types, known, 4, 1, odd=("M",), matrix="HMMA", copies=False)
+
+
 def _case(dtype: str, bits: int, group: int, zero: bool, m: int, n: int, warps: int, stages: int, parts: int,
           swap: bool) -> Compiled:
     scaled = m > 16 and group in (32, 64)
     known = constants(bits, group, zero, False, dtype == "bf16", scaled, m <= 16)
     types = {"x_ptr": f"*{dtype}", "q_ptr": "*i16", "scale_ptr": f"*{dtype}",
              "y_ptr": "*fp32" if parts > 1 else f"*{dtype}", "zero_ptr": "*i16" if zero else f"*{dtype}",
-             "bias_ptr": f"*{dtype}", "sums_ptr": "*fp32"}
+             "bias_ptr": f"*{dtype}", "sums_ptr": "*bf16"}
     name = f"int_linear {dtype} {bits} bits, group {group}{', zeros' if zero else ''}, {m}x{n}, {warps} warps"
     return Compiled(name, int_linear_kernel, types,
                     known | {"PARTS": parts, "EVEN_K": True, "SWAP": swap, "BLOCK_M": m, "BLOCK_N": n}, warps, stages,

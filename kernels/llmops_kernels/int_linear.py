@@ -244,7 +244,7 @@ def launch(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     whole = parts == 1 and not later
     target = y if whole else torch.empty(parts, M, rows, dtype=torch.float32, device=x.device)
     groups = triton.cdiv(K, how.chunk if group_size == -1 else group_size)
-    sums = torch.empty(groups, M, dtype=torch.float32, device=x.device) if later else target
+    sums = torch.empty(3, M, groups, dtype=torch.bfloat16, device=x.device) if later else target
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(rows, tile["BLOCK_N"]), parts)
     int_linear_kernel[grid](
         x, words, scale, scale if zero is None else zero, scale if bias is None else bias, target, sums, M, rows, K,
