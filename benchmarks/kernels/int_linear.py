@@ -51,8 +51,8 @@ def _dense(dtype: str, bits: int, group: int, zero: bool) -> Compiled:
 
 def _join(dtype: str, group: int, zero: bool) -> Compiled:
     every = layout(8, group)
-    known = {"PARTS": 8, "NEAR": every.near, "ROWS": group == -1, "ZERO": zero, "OFFSET": 128, "BIAS": True, "TILE": 128,
-             "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_G": 128}
+    known = {"PARTS": 8, "NEAR": every.near, "ROWS": group == -1, "ZERO": zero, "OFFSET": 128, "BIAS": True,
+             "TILE": 128, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_G": 128}
     types = {"parts_ptr": "*fp32", "sums_ptr": "*bf16", "scale_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}",
              "zero_ptr": "*i16" if zero else f"*{dtype}", "y_ptr": f"*{dtype}"}
     name = f"parts joined, 8 bits {dtype}, group {group}{', zeros' if zero else ''}"

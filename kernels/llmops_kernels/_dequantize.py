@@ -50,8 +50,8 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, chunks
             add = word
             if ZERO:
                 add = less(tl.load(zero_ptr + at), i, BITS, dtype)[:, None]
-            w = field(word, high, add, BITS, ZERO, False, False, PROGRAMS, dtype, i % 2 if BITS == 8 else i).to(tl.float32)
-            w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
+            w = field(word, high, add, BITS, ZERO, False, False, PROGRAMS, dtype, i % 2 if BITS == 8 else i)
+            w = w.to(tl.float32) * tl.load(scale_ptr + at).to(tl.float32)[:, None]
             columns = (chunk * FIELDS + i) * RUN + rk
             tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),
                      mask=(rn[:, None] < N) & (columns[None, :] < K))

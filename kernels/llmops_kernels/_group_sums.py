@@ -1,6 +1,8 @@
-"""Zero points outside the loop over the weights: of y = sum_g s_g (u_g - z_g) @ x_g only sum_g s_g (u_g @ x_g) is summed
-there. The rest, sum_g s_g z_g X_g with X_g the sum of a group's activations, is a product as large as the scales, 1 /
-group of the layer, and is taken off where the parts of a split matmul are added, which has to happen anyway:
+"""Zero points outside the loop over the weights.
+
+Of y = sum_g s_g (u_g - z_g) @ x_g the loop sums only s_g (u_g @ x_g). The rest, sum_g s_g z_g X_g with X_g the sum of a
+group's activations, is a product as large as the scales, 1 / group of the layer, and is taken off where the parts of a
+split matmul are added, which has to happen anyway:
 
     add_up    at its end each program of the layer sums some groups of its own part of x: all of them together do it
               once, in float32, where a program alone would sum 16 / BLOCK_N of what it multiplies
@@ -9,8 +11,8 @@ group of the layer, and is taken off where the parts of a split matmul are added
 Both factors are cut into bf16 numbers whose sum they are: X into three (24 bits), s (z + offset) into two, which holds
 what a scale of 8 bits times a zero point of 8 has. Without zero points the scales are one, as they are.
 
-What it costs is one more reading of the scales, 2 / group of the bytes of an 8-bit weight and mostly out of the L2 cache
-(zero points are read here in place of there), and few instructions: docs/kernels.md counts them.
+What it costs is one more reading of the scales, 2 / group of the bytes of an 8-bit weight and mostly out of the L2
+cache (zero points are read here in place of there), and few instructions: docs/kernels.md counts them.
 
 Shapes: sums (3, M, G) bf16, G groups of a row (of one scale a row: of its chunks); the others as in `int_linear`.
 """

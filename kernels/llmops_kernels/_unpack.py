@@ -181,8 +181,8 @@ def scales(at, rows, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
 def spread(r, rows: tl.constexpr, ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which of `rows` (64 or 128) rows of a tile a program has as its row r; ONCE is 0: the same.
 
-    Each of four warps copies ONCE rows at a time. A thread's next piece is the next row of the tile, near enough to be a
-    constant beside the address of its first one; in order every other piece would take an addition of 64 bits.
+    Each of four warps copies ONCE rows at a time. A thread's next piece is the next row of the tile, near enough to be
+    a constant beside the address of its first one; in order every other piece would take an addition of 64 bits.
     """
     if ONCE == 0:
         return r

@@ -104,11 +104,7 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
                 word = tl.load(q + inside + (i // PER) * RUN, eviction_policy="evict_first")
                 if BITS != 3:
                     high = word
-            if EVEN_K:
-                a = tl.load(x + i * RUN, mask=alive, other=0.0)
-            else:
-                here = rk < K - ((first + chunk) * FIELDS + i) * RUN
-                a = tl.load(x + i * RUN, mask=alive & here[None, :], other=0.0)
+            a = _columns(x + i * RUN, alive, rk < K - ((first + chunk) * FIELDS + i) * RUN, EVEN_K)
             group = i * SIDES // FEW  # of the chunk; the run's first one
             if GROUPS > 0 and (SIDES > 1 or i % FEW == 0):
                 at = (0 if MOVE else chunk * (GROUPS * TILE)) + group // NEAR * NEAR * TILE + group % NEAR
@@ -132,7 +128,8 @@ def int_linear_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, sums_p
                     w = times(w, across(factor, next_factor, SIDES, RUN))
                 total = dot(w, a.T, total) if SWAP else dot(a, w.T, total)
             if SUMS and (SIDES > 1 or i % FEW == FEW - 1):
-                acc += total * _beside(s[i * SIDES // FEW % NEAR], s[(i * SIDES // FEW + SIDES - 1) % NEAR], side, SIDES, SWAP)
+                low, top = s[i * SIDES // FEW % NEAR], s[(i * SIDES // FEW + SIDES - 1) % NEAR]
+                acc += total * _beside(low, top, side, SIDES, SWAP)
         if not SUMS:
             acc = acc + total if SWAP else total
         q += SPAN
@@ -173,6 +170,15 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[
     pid_m = first_m + (tl.program_id(0) % band) % high_m
     pid_n = (tl.program_id(0) % band) // high_m
     return pid_m, pid_n
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def _columns(x, alive, here, EVEN_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of tokens; zeros for dead ones and beyond K."""
+    if EVEN_K:
+        return tl.load(x, mask=alive, other=0.0)
+    else:
+        return tl.load(x, mask=alive & here[None, :], other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function

@@ -193,7 +193,8 @@ def joined() -> tuple[Tensor, Tensor]:
 
 
 CASES = {"integers": integers, "integers made dense": integers_made_dense, "general": general, "pairs": pairs,
-         "pairs made dense": pairs_made_dense, "sparse": sparse, "sparse int4": sparse_int4, "parts": parts, "joined": joined}
+         "pairs made dense": pairs_made_dense, "sparse": sparse, "sparse int4": sparse_int4, "parts": parts,
+         "joined": joined}
 
 if __name__ == "__main__":
     for name, *arguments in json.loads(sys.argv[1]):

@@ -15,8 +15,8 @@ range too large.
                                                                      two bits (8 fields
                                                                      each), word 2 the high
 
-Of groups of 32 a run of 64 has two. Codes of 5 to 7 bits are stored as 8. Scales and zero points lie by tile, four (two,
-eight) groups of a row next to each other, then the rows: what a program needs for a chunk is contiguous, and a row's
+Of groups of 32 a run of 64 has two. Codes of 5 to 7 bits are stored as 8. Scales and zero points lie by tile, two, four
+or eight groups of a row next to each other, then the rows: what a program needs for a chunk is contiguous, and a row's
 scales are one read. Zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
 number that it sees. Rows are padded to 128, columns to whole chunks; padding multiplies zeros.
 
@@ -126,7 +126,8 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int,
     signed = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     groups = max(1, chunks * how.groups)
     points = None if zero is None else _turn(zero.to(torch.int16), tall, groups, how.near)
-    return Packed(signed.transpose(2, 3).contiguous(), _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
+    laid = signed.transpose(2, 3).contiguous()
+    return Packed(laid, _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
 
 
 def _turn(given: Tensor, tall: int, groups: int, near: int) -> Tensor:
