@@ -9,7 +9,8 @@ Which way a call goes, by its number of tokens M (the table of `config.py`, else
 
     M <= 16    16 tokens a tile, which the tensor cores take at once; split along K until the chip is full. Every part
                sums in float32 into a workspace of its own, a second kernel adds the parts in order: the result is the
-               same bits every time, which atomics can't promise.
+               same bits every time, which atomics can't promise. Zero points of 8 bits it takes off as well, in bf16
+               and in groups of 32 (`_group_sums.py`).
     to 512     tiles of 32 or 64 tokens with the operands swapped: wgmma takes its left one from registers, so unpacked
                weights never pass through shared memory. Groups of 32 and 64 then scale the weight, rounding it as the
                next way does: 64 tokens' sums are 1 to 2 multiplications a weight, the weight itself is half of one.
