@@ -74,19 +74,19 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 
     The ratio is exp of the mean difference; its interval is Student's over the windows, on the log scale.
     """
-    mean, half = _difference(ours, theirs)
+    mean, half = difference(ours, theirs)
     return math.exp(mean), math.exp(mean) * half
 
 
 def paired_divergences(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """(ratio of the mean divergences, half width of its 95 % interval), of the same pieces of text. The interval is
     Student's of the difference, over the peer's mean."""
-    mean, half = _difference(ours, theirs)
+    mean, half = difference(ours, theirs)
     base = statistics.fmean(theirs)
     return 1 + mean / base, half / base
 
 
-def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval by Student's t) of the pairs' differences."""
     from llmops.measure.intervals import mean_interval  # needs scipy, which no peer's Python must have
 
