@@ -30,7 +30,7 @@ from llmops.report.reading import (
 )
 from llmops.report.sections import scrolled
 from llmops.report.side import side_by_side
-from llmops.report.words import what
+from llmops.report.words import marked, zeros_note
 from llmops.store import Store
 
 __all__ = ["comparison", "listing", "missing", "run_page"]
@@ -54,6 +54,7 @@ def listing(store: Store) -> str:
     body = [tag("section", tag("h2", "Variants of all runs", id="runs"), _filters(names, states),
                 tag("form", tag("p", tag("button", "Compare the ticked", type="submit"), class_="tools"),
                     scrolled("Table of all variants", table), method="get", action="/compare"),
+                [tag("p", said, class_="dim") for said in zeros_note(row for _, row in found)],
                 aria_labelledby="runs")] if found else [
         tag("p", f"{store.runs} holds no run yet; `llmops tune RECIPE` makes one.")]
     return shell("Runs", f"{len(names)} runs, {len(found)} variants in {store.runs}", body, home="/")
@@ -79,7 +80,7 @@ def _line(name: str, row: Row, place: int) -> Markup:
     verdict = group(row, "verdict")
     marks = [word for word, on in (("★ winner", verdict.get("winner")), ("Pareto", verdict.get("pareto"))) if on]
     cells = [tag("td", tag("a", name, href=f"/run/{quoted(name)}"), data_v=name),
-             tag("th", name_of(row), scope="row", class_="name", data_v=name_of(row)), tag("td", what(row)),
+             tag("th", name_of(row), scope="row", class_="name", data_v=name_of(row)), tag("td", marked(row)),
              tag("td", state_of(row), class_=None if state_of(row) == "ok" else "bad",
                  title=group(row, "status").get("reason")),
              tag("td", score_id or "")]
