@@ -64,7 +64,7 @@ def answer_losses(model: Any, tokenizer: Any, rows: Rows, at_once: int = 32) -> 
         labels = batch["labels"][:, 1:]
         each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         kept = labels != -100
-        losses += ((each * kept).sum(1) / kept.sum(1)).tolist()
+        losses += [round(loss, 6) for loss in ((each * kept).sum(1) / kept.sum(1)).tolist()]
     return losses
 
 
