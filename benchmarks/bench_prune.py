@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from _quantize_case import Case, paired
+from _quantize_case import Case
 from _quantize_models import Scorer, add_options, dense_state, prepared, put, wanted_models
+from _quantize_pairs import paired
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
 from _runner.results import FOLDER, Results, add_option
@@ -123,7 +124,7 @@ def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         each[key] == row[key] for key in ("method", "sparsity", "pattern"))), None)
     if mine is None or mine is row:
         return ["", "", ""]
-    value, half = paired(mine["losses"], row["losses"])
+    value, half = paired([mine["losses"]], [row["losses"]])
     return [f"{value:.4f} +- {half:.4f}", *(shown(ratio(mine[key], row[key])) if len(mine[key]) == len(row[key]) else
                                             "not all turns" for key in TIMES)]
 
