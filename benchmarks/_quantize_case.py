@@ -153,7 +153,8 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
         here = [row for row in rows if (row["bits"], row["group"]) == (bits, group)]
         methods = list(dict.fromkeys(row["method"] for row in here))
         for method in [*methods, "best"]:
-            some = common(here if method == "best" else [row for row in here if row["method"] == method])
+            those = here if method == "best" else [row for row in here if row["method"] == method]
+            some = common(those)
             mine, peer = best(some, ours=True), best(some, ours=False)
             if mine is None or peer is None:
                 continue
@@ -161,7 +162,7 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
             made.append({"bits": bits, "group": group, "method": method, "draws": len(mine["draws"]),
                          "ours": mine["perplexity"],
                          "ours_by": mine["contender"], "peer": peer["perplexity"], "peer_by": peer["contender"],
-                         "ratio": ratio, "half_width": half, "won": ratio <= 1, **_nearer(some)})
+                         "ratio": ratio, "half_width": half, "won": ratio <= 1, **_nearer(those)})
         for plain, whose in (("rtn-llmops", ""), ("rtn-llmcompressor", ", absmax / 7.5 at 4 bits")):
             some = common([row for row in here if row["contender"] in ("gptq-llmops", plain)])
             scored = {row["contender"]: row["perplexity"] for row in some}
@@ -173,7 +174,7 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
 
 def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The divergence part of a verdict, empty where ours or no peer's was measured. rows: gathered."""
-    rows = common([row for row in rows if "divergence" in row])
+    rows = common(rows, "divergence")
     mine, peer = best(rows, ours=True, key="divergence"), best(rows, ours=False, key="divergence")
     if mine is None or peer is None:
         return {}

@@ -69,21 +69,22 @@ def gathered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def over(draws: Mapping[int, dict[str, Any]], some: Iterable[int] | None = None) -> dict[str, Any]:
-    """The row of the draws `some`, all by default; those without a perplexity do not count."""
+    """The row of the draws `some`, all by default; those without a perplexity do not count. Its divergence is that of
+    the draws in which it was measured."""
     scored = {draw: row for draw, row in sorted(draws.items()) if "perplexity" in row
               and (some is None or draw in some)}
     made = {**draws[min(draws)], "draws": scored}
     if scored:
         made["perplexity"] = math.exp(statistics.fmean(math.log(row["perplexity"]) for row in scored.values()))
-    if scored and all("divergence" in row for row in scored.values()):
-        made["divergence"] = statistics.fmean(row["divergence"] for row in scored.values())
-    else:
-        made.pop("divergence", None)
+    made.pop("divergence", None)
+    if apart := [row["divergence"] for row in scored.values() if "divergence" in row]:
+        made["divergence"] = statistics.fmean(apart)
     return made
 
 
-def common(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The scored of some gathered rows, cut down to the draws that all of them have; none where they share no draw."""
-    scored = [row for row in rows if row["draws"]]
-    shared = set.intersection(*(set(row["draws"]) for row in scored)) if scored else set()
-    return [over(row["draws"], shared) for row in scored] if shared else []
+def common(rows: Sequence[dict[str, Any]], key: str = "perplexity") -> list[dict[str, Any]]:
+    """Those of some gathered rows that have a `key`, cut down to the draws in which all of them do; none where they
+    share no draw."""
+    having = [({draw for draw, each in row["draws"].items() if key in each}, row) for row in rows if key in row]
+    shared = set.intersection(*(draws for draws, _ in having)) if having else set()
+    return [over(row["draws"], shared) for _, row in having] if shared else []
