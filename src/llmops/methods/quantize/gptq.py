@@ -14,7 +14,7 @@ again; GPTQ does so in one fixed order of columns for all rows at once (arXiv 22
     E       E / diag U
 
 `w_t` is W transposed, so that a column is contiguous; the rows of U are divided by their diagonal once, and errors by
-nothing. Updates are lazy on two levels: within a step of at most 32 columns one at a time, to the rest of the block of
+nothing. Updates are lazy on two levels: within a step of at most 16 columns one at a time, to the rest of the block of
 128 as one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all
 layers that share an input.
 
@@ -57,7 +57,7 @@ __all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "i
 
 ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
-_STEP = 32  # columns updated one by one
+_STEP = 16  # columns updated one by one
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: 
     perm = _order(diagonal, order, size)
     U, used, failed = inverse_factor(H, damping, perm, overwrite=overwrite)
     importance = torch.empty_like(diagonal)
-    importance[perm] = torch.linalg.vector_norm(U, dim=0).pow_(-2)
+    importance[perm] = _squares(U).reciprocal_()
     scale = U.diagonal().clone()
     return Factor(U.div_(scale.unsqueeze(1)), scale, perm, importance, order, size, used, failed,
                   int((diagonal <= 0).sum()))
@@ -142,7 +142,7 @@ def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, sym
 
     def fitted(part: Tensor, columns: Tensor) -> AnyGrid:
         """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
-        return fit(part, kind, symmetric, dtype or W.dtype, clip, factor.importance[columns].view(-1, size))
+        return fit(part, kind, symmetric, dtype or W.dtype, clip, factor.importance[columns].view(-1, size), quick=True)
 
     fresh = factor.order != "activation" and groups > 1  # each group's grid is made when it is reached
     columns = torch.arange(groups * size, device=W.device)
@@ -166,7 +166,7 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
     diagonal = torch.where(live, diagonal, mean)
     failed: list[float] = []
     while damping <= MOST_DAMPING * (1 + 1e-6):
-        A = H.float()[order.unsqueeze(1), order]  # anew for every try, so that it can be solved in place
+        A = _reordered(H, order)  # anew for every try, so that it can be solved in place
         A.diagonal().copy_(diagonal + damping * mean)
         info = torch.empty((), dtype=torch.int32, device=A.device)
         torch.linalg.cholesky_ex(A.t(), out=(A.t(), info))  # R reversed, in place: H = R R^T, R upper triangular
@@ -175,13 +175,30 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
             usable = overwrite and H.dtype == L.dtype and H.is_contiguous()
             spare = H.view(-1) if usable else L.new_empty((len(L) + 1)**2 // 4)
             with Products():
-                inverse = _inverted(L.tril_(), spare)
+                A.triu_()  # of L the rest; A is the contiguous one
+                inverse = _inverted(L, spare)
             return _turned(inverse), damping, tuple(failed)
         failed.append(damping)
         damping *= 10
     raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
                     f"{', '.join(f'{value:g}' for value in failed)}; expected a positive definite matrix: give more "
                     "calibration tokens, or use another method for this layer (ignore)")
+
+
+def _squares(U: Tensor, rows: int = 64) -> Tensor:
+    """Sum of squares of each column; torch's norm along the rows of a matrix takes eight times as long."""
+    total = torch.zeros_like(U[0])
+    for part in U.split(rows):
+        total += part.square().sum(0)
+    return total
+
+
+def _reordered(H: Tensor, order: Tensor, rows: int = 64) -> Tensor:
+    """H with rows and columns in another order, float32; a few rows at a time, for nothing of its size beside it."""
+    A = torch.empty_like(H, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for some, part in zip(order.split(rows), A.split(rows), strict=True):
+        part.copy_(H.index_select(0, some).index_select(1, order))
+    return A
 
 
 def _inverted(L: Tensor, spare: Tensor) -> Tensor:
@@ -252,14 +269,14 @@ class _Pass:
 
         Where all are of one group they are counted in its steps meanwhile: a division for all in place of one for each.
         """
-        part, W = self.factor.U[first:last, first:last], self.w_t[first:last]
+        W, later = self.w_t[first:last], self.factor.U[first:last, first:last].triu(1)
         group_of = (self.factor.perm[first:last] // self.size).tolist()
         grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(group_of)}
         alone = grids[group_of[0]][0] if len(grids) == 1 else None
         if alone is not None:
             W.div_(alone)
-        every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), strict=True)
-        for i, (g, w, steps, error) in enumerate(every):
+        every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), later.unbind(), strict=True)
+        for i, (g, w, steps, error, row) in enumerate(every):
             scale, rounded = grids[g]
             rounded(w if alone is not None else w / scale, steps)
             if self.keep_t is not None:
@@ -268,8 +285,7 @@ class _Pass:
                 torch.sub(w, steps, out=error)
             else:
                 torch.addcmul(w, steps, scale, value=-1, out=error)
-            if i + 1 < len(W):
-                W[i + 1:].addr_(part[i, i + 1:], error, alpha=-1)
+            W.addr_(row, error, alpha=-1)  # nothing to those that are done; a slice would take longer
         if alone is not None:
             E.mul_(alone)
 
