@@ -21,7 +21,8 @@ layers that share an input.
 Deliberate differences from the paper and from others:
 
 - U comes from one Cholesky factorisation: of H with both axes reversed, whose factor, reversed back, is R with
-  H = R R^T upper triangular, and U = R^-1. The inverse of H is never formed; float32 is enough.
+  H = R R^T upper triangular, and U = R^-1. The inverse of H is never formed; float32 is enough. Factor and inverse are
+  made together, by halves, in matrix products.
 - order "groups" takes group after group by falling mean of diag(H), and the columns of a group by falling diag(H):
   large errors come early, while many columns can still make up for them, and a group's columns stay together. Order
   "activation" takes all columns by falling diag(H), with the grids of groups fixed beforehand on the original columns.
@@ -58,6 +59,7 @@ __all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "i
 ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
 _STEP = 16  # columns updated one by one
+_SMALL = 128  # rows of a matrix that LAPACK factorises
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,16 @@ class Factor:
     dead: int
 
 
-def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: str = "groups",
-              overwrite: bool = False) -> Factor:
+def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: str = "groups") -> Factor:
     """What `gptq` makes of H first, for groups of `group_size` columns (-1: all).
 
-    overwrite: H is lost, and nothing of its size but the factor is allocated. Cost: in^3. Raises as `gptq`.
+    Nothing of the size of H but the factor is allocated. Cost: in^3. Raises as `gptq`.
     """
     _check_hessian(H, order)
     diagonal = H.diagonal().float().clone()
     size = grouped(diagonal.unsqueeze(0), group_size).shape[-1]
     perm = _order(diagonal, order, size)
-    U, used, failed = inverse_factor(H, damping, perm, overwrite=overwrite)
+    U, used, failed = inverse_factor(H, damping, perm)
     importance = torch.empty_like(diagonal)
     importance[perm] = _squares(U).reciprocal_()
     scale = U.diagonal().clone()
@@ -152,12 +153,10 @@ def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, sym
     return work.weight(group_size), Solved(factor.damping, factor.failed, factor.dead, loss)
 
 
-def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
-                   overwrite: bool = False) -> tuple[Tensor, float, tuple[float, ...]]:
+def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tuple[Tensor, float, tuple[float, ...]]:
     """(U, damping used, dampings that failed): upper triangular U, float32, with (H + damping mean(diag) I)^-1 = U^T U.
 
-    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. overwrite: H's memory
-    serves the inversion. Raises StepError.
+    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. Raises StepError.
     """
     order = (torch.arange(len(H), device=H.device) if perm is None else perm).flip(0)
     diagonal = H.diagonal().float()[order]
@@ -168,16 +167,10 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
     while damping <= MOST_DAMPING * (1 + 1e-6):
         A = _reordered(H, order)  # anew for every try, so that it can be solved in place
         A.diagonal().copy_(diagonal + damping * mean)
-        info = torch.empty((), dtype=torch.int32, device=A.device)
-        torch.linalg.cholesky_ex(A.t(), out=(A.t(), info))  # R reversed, in place: H = R R^T, R upper triangular
-        L = A.t()
-        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
-            usable = overwrite and H.dtype == L.dtype and H.is_contiguous()
-            spare = H.view(-1) if usable else L.new_empty((len(L) + 1)**2 // 4)
-            with Products():
-                A.triu_()  # of L the rest; A is the contiguous one
-                inverse = _inverted(L, spare)
-            return _turned(inverse), damping, tuple(failed)
+        with Products():
+            solved = _invert_factor(A)
+        if solved:
+            return _turned(A.tril_()), damping, tuple(failed)
         failed.append(damping)
         damping *= 10
     raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
@@ -201,19 +194,29 @@ def _reordered(H: Tensor, order: Tensor, rows: int = 64) -> Tensor:
     return A
 
 
-def _inverted(L: Tensor, spare: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, in its own place: [-L22^-1 L21 L11^-1] under the inverted halves.
+def _invert_factor(A: Tensor) -> bool:
+    """Put L^-1, A = L L^T, into the lower triangle of A (above it, nothing of use); whether A is positive definite.
 
-    spare: at least a quarter as many numbers as L has, which are lost.
+    By halves: L21 = A21 L11^-T, A22 <- A22 - L21 L21^T, and -L22^-1 L21 L11^-1 under the inverted halves; all but the
+    smallest blocks are matrix products. Only the lower triangle is read, and the quarter above it holds what is
+    between two products.
     """
-    n = len(L)
-    if n <= 128:
-        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
+    n = len(A)
+    if n <= _SMALL:
+        L, info = torch.linalg.cholesky_ex(A)
+        A.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=A.dtype, device=A.device), upper=False))
+        return int(info) == 0 and bool(torch.isfinite(A.diagonal()).all())
     half = n // 2
-    upper, lower, below = _inverted(L[:half, :half], spare), _inverted(L[half:, half:], spare), L[half:, :half]
-    product = torch.mm(lower, below, out=spare[:below.numel()].view(below.shape))
-    torch.mm(product, upper, out=below).neg_()
-    return L
+    upper, below, lower, room = A[:half, :half], A[half:, :half], A[half:, half:], A[:half, half:].t()
+    if not _invert_factor(upper):
+        return False
+    below.copy_(torch.mm(below, upper.tril_().t(), out=room))
+    lower.addmm_(below, below.t(), alpha=-1)
+    if not _invert_factor(lower):
+        return False
+    torch.mm(lower.tril_(), below, out=room)
+    torch.mm(room, upper, out=below).neg_()
+    return True
 
 
 def _turned(X: Tensor, rows: int = 16) -> Tensor:

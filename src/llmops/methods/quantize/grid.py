@@ -237,7 +237,8 @@ def _best(G: Tensor, tried: Grid, importance: Tensor | None) -> tuple[Grid, Tens
         rounded, squared = ratio.round(), torch.empty_like(ratio)
         for way, end in enumerate(ends):
             bottom, top = (each[here] if isinstance(each, Tensor) else each for each in end)
-            torch.clamp(rounded, bottom, top, out=squared).sub_(ratio).square_()
+            torch.clamp(rounded, bottom, top, out=squared)
+            torch.ops.aten.mse_loss.out(squared, ratio, 0, out=squared)  # (a - b)^2, each, in one pass
             error[here, way] = _summed(squared, importance)
     least, which = error.mul_(scale.square().unsqueeze(1)).flatten(0, 1).min(0, keepdim=True)
     at = which.div(len(ends), rounding_mode="floor")
