@@ -112,7 +112,7 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
     done, rows = set(map(place, rows)), list(rows)
     names = [name for names in methods_of(pythons).values() for name in names]
     differs: dict[int, dict[str, Any]] = {}
-    for draw, bits, group, name in product(range(asked.draws), asked.bits, asked.groups, names):
+    for draw, bits, group, name in product(range(0 if asked.gather else asked.draws), asked.bits, asked.groups, names):
         if (name, bits, group, draw) in done:
             continue
         if draw not in differs:
@@ -188,6 +188,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", choices=["ours", "peers"], help="run no others; no times are compared then")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="results of earlier runs: the peers' cells "
                         "that are in them are not run again, nor ours of the very same code; no times are compared")
+    parser.add_argument("--gather", action="store_true", help="run nothing: one file of what --against holds")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])
     parser.add_argument("--draws", type=int, default=1, help="of the model with its channels in another order and of "
