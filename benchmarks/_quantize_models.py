@@ -247,15 +247,17 @@ def calibration(rows: Path, tokenizer: Any, samples: int, length: int, seed: int
     return calibration_tokens(read, tokenizer, samples=samples, length=length, seed=seed)
 
 
-def prepared(name: str, asked: Any, **more: Any) -> tuple[Case, Scorer, dict[str, Any]]:
-    """(case, scorer, what of both belongs into the results) of the model "tiny" or "text".
+def prepared(name: str, asked: Any, folder: Path | None = None, **more: Any) -> tuple[Case, Scorer, dict[str, Any]]:
+    """(case, scorer, what of both belongs into the results) of the model "tiny" or "text", or of another in `folder`,
+    which is calibrated and scored as "text" is.
 
     asked: the script's options cache, text, tokens, questions, windows, calibration, threads; more: of the case.
     """
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tuned_tiny(asked.cache) if name == "tiny" else pretrained_text(asked.text, asked.cache, asked.tokens)
+    folder = folder or (tuned_tiny(asked.cache) if name == "tiny" else
+                        pretrained_text(asked.text, asked.cache, asked.tokens))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, kept = asked.cache / f"{name}.jsonl", asked.cache / f"{name}-calibration.safetensors"
     if name == "tiny":
@@ -273,11 +275,11 @@ def prepared(name: str, asked: Any, **more: Any) -> tuple[Case, Scorer, dict[str
                           "protocol": scorer.protocol(), "base": base}
 
 
-def add_options(to: argparse.ArgumentParser, logs: str, tokens: int) -> None:
-    """The options of both scripts that `prepared` and the workers are told."""
+def add_options(to: argparse.ArgumentParser, logs: str, tokens: int, more: Sequence[str] = ()) -> None:
+    """The options of both scripts that `prepared` and the workers are told. more: models of one script alone."""
     to.add_argument("--text", type=Path, help="folder with the texts of the second model")
     to.add_argument("--cache", type=Path, default=Path("/tmp/bench_quantize_cache"), help="where models are kept")
-    to.add_argument("--models", nargs="+", choices=["tiny", "text"], default=["tiny", "text"])
+    to.add_argument("--models", nargs="+", choices=["tiny", "text", *more], default=["tiny", "text"])
     to.add_argument("--calibration", type=int, default=16_384, help="tokens of it, in crops of 128 (tiny) or 256")
     to.add_argument("--tokens", type=int, default=tokens, help="tokens the second model is pretrained on")
     to.add_argument("--questions", type=int, default=300)
@@ -291,8 +293,8 @@ def wanted_models(asked: Any) -> Iterator[str]:
     for folder in (asked.logs, asked.cache):
         folder.mkdir(parents=True, exist_ok=True)
     for name in asked.models:
-        if name == "text" and asked.text is None:
-            print("\ntext: left out, for no --text FOLDER with its texts was given")
+        if name != "tiny" and asked.text is None:
+            print(f"\n{name}: left out, for no --text FOLDER with its texts was given")
         else:
             yield name
 

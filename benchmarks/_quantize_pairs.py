@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["common", "gathered", "paired", "paired_divergences"]
+__all__ = ["common", "difference", "gathered", "paired", "paired_divergences"]
 
 Draws = Sequence[Sequence[float]]  # (draws, windows)
 
@@ -27,19 +27,19 @@ def paired(ours: Draws, theirs: Draws) -> tuple[float, float]:
 
     The ratio is exp of the mean difference; its interval is on the log scale.
     """
-    mean, half = _difference(ours, theirs)
+    mean, half = difference(ours, theirs)
     return math.exp(mean), math.exp(mean) * half
 
 
 def paired_divergences(ours: Draws, theirs: Draws) -> tuple[float, float]:
     """(ratio of the mean divergences, half width of its 95 % interval), of the same pieces of text. The interval is
     that of the difference, over the peer's mean."""
-    mean, half = _difference(ours, theirs)
+    mean, half = difference(ours, theirs)
     base = statistics.fmean(map(statistics.fmean, theirs))
     return 1 + mean / base, half / base
 
 
-def _difference(ours: Draws, theirs: Draws) -> tuple[float, float]:
+def difference(ours: Draws, theirs: Draws) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) of the pairs' differences."""
     from llmops.measure.intervals import t_quantile  # needs scipy, which no peer's Python must have
 

@@ -10,22 +10,32 @@ all of them; times are medians over repeats, ratios of times have Student's inte
     s, CPU s     of the pruning alone, calibration passes included
     MiB          most resident memory over that of the loaded model, in the first cell of a fresh process
 
-Models, texts, evaluator and the peer's Python are those of bench_quantize.py, which says how to make them.
+    answers      of the model `tiny`: perplexity of its questions' answers; pairs over the same questions
+    order        how SparseGPT, Wanda and magnitude stand to each other (`_prune_order.py`), and how uneven the
+                 inputs of the layers are, which is what it hangs on
+
+Models, texts, evaluator and the peer's Python are those of bench_quantize.py, which says how to make them; two models
+are of this script alone (`_prune_models.py`): `given`, any of yours (`--model FOLDER`, or a GGUF file), and
+`text-outliers`, the text model with outliers put in by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from _prune_models import given_model, outlier_model
+from _prune_order import answer_losses, order_table, orders, uneven, uneven_table
 from _quantize_case import Case
-from _quantize_models import Scorer, add_options, dense_state, prepared, put, wanted_models
+from _quantize_models import Scorer, add_options, dense_state, prepared, pretrained_text, put, wanted_models
 from _quantize_pairs import paired
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
@@ -45,13 +55,10 @@ UNSTRUCTURED = ("global-llmops", "owl-llmops", "measured-llmops")
 CELLS = ((0.5, "unstructured"), (0.5, "2:4"))
 
 
-def race(asked: argparse.Namespace, case: Case, scorer: Scorer, keep: Callable[[list[dict[str, Any]]], None],
-         ) -> list[dict[str, Any]]:
-    """A row a contender and cell; the first repeat's answer is scored, all are timed. keep: is shown all rows after
-    every cell."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+def race(asked: argparse.Namespace, case: Case, model: Any, scorer: Scorer,
+         keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """A row a contender and cell; the first repeat's answer is scored, all are timed. model: takes what contenders
+    made; keep: is shown all rows after every cell."""
     names = [name for name, (_, tool) in CONTENDERS.items()
              if (tool == OURS or asked.peer_python) and name in (asked.contenders or CONTENDERS)]
     workers = {name: Contender(name, "_prune_worker.py", case.as_dict(), sys.executable if CONTENDERS[name][1] == OURS
@@ -75,7 +82,7 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, keep: Callable[[
             row.setdefault("peak_bytes", found["peak_bytes"])
             if repeat == 0:
                 put(model, dense_state(place))
-                row |= scorer(model) | {"zeros": zeros(model)}
+                row |= scorer(model) | answers(model, scorer) | {"zeros": zeros(model)}
                 print(f"  {name} {sparsity} {pattern}: perplexity {row['perplexity']:.5g}, {found['seconds']:.1f} s",
                       file=sys.stderr, flush=True)
         keep(list(rows.values()))
@@ -89,10 +96,32 @@ def zeros(model: Any) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
+def answers(model: Any, scorer: Scorer) -> dict[str, Any]:
+    """The losses of the answers of a model that is asked questions; nothing of others."""
+    if scorer.questions is None:
+        return {}
+    losses = answer_losses(model, scorer.tokenizer, scorer.questions)
+    return {"answers_perplexity": math.exp(statistics.fmean(losses)), "answer_losses": losses}
+
+
 def compare(name: str, asked: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All contenders on one model. keep: is shown what there is of it after every cell."""
-    case, scorer, like = prepared(name, asked)
-    return {**like, "rows": race(asked, case, scorer, lambda rows: keep({**like, "rows": rows}))}
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder = None
+    if name == "given":
+        folder = given_model(asked.model, asked.cache)
+    elif name == "text-outliers":
+        folder = outlier_model(pretrained_text(asked.text, asked.cache, asked.tokens))
+    case, scorer, like = prepared(name, asked, folder)
+    model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+    like["base"] |= answers(model, scorer)
+    like["uneven"] = uneven(model, load_file(case.calibration)["tokens"])
+    if name == "given":
+        like["name"] = asked.model.name
+    rows = race(asked, case, model, scorer, lambda rows: keep({**like, "rows": rows}))
+    return {**like, "rows": rows, "orders": orders(like["base"], rows)}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -102,15 +131,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}: float32 perplexity {base['perplexity']:.5g}{score}; calibrated on "
              f"{result['calibration']['crops']} crops of {result['calibration']['length']} tokens; scored on "
              f"{result['protocol']['windows']} windows of {result['protocol']['context']} tokens", "",
-             head(["pattern", "method", "tool", "perplexity", "exact match", "zeros", "s", "CPU s", "MiB",
-                   "perplexity, ours / theirs", "s, ours / theirs", "CPU s"], "lllrrrrrrrrr")]
+             head(["pattern", "method", "tool", "perplexity", "exact match", "answers", "zeros", "s", "CPU s",
+                   "MiB", "perplexity, ours / theirs", "s, ours / theirs", "CPU s"], "lllrrrrrrrrrr")]
     for row in rows:
         what = [f"{row['sparsity']:.0%} {row['pattern']}", row["method"], row["tool"]]
         if "perplexity" not in row:
             lines.append(line([*what, f"failed: {row.get('failed')}"]))
             continue
         lines.append(line([*what, f"{row['perplexity']:.5g}", f"{row['exact_match']:.1%}" if "exact_match" in row else
-                           "", f"{row['zeros']:.1%}", *(f"{statistics.median(row[key]):.1f}" for key in TIMES),
+                           "", f"{row['answers_perplexity']:.4g}" if "answers_perplexity" in row else "",
+                           f"{row['zeros']:.1%}", *(f"{statistics.median(row[key]):.1f}" for key in TIMES),
                            f"{row['peak_bytes'] / 2**20:.0f}", *beside(row, rows)]))
     return "\n".join(lines)
 
@@ -132,12 +162,15 @@ def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="Python with llm-compressor; without it ours run alone")
-    add_options(parser, logs="/tmp/bench_prune", tokens=2_560_000)
+    add_options(parser, logs="/tmp/bench_prune", tokens=2_560_000, more=("text-outliers", "given"))
+    parser.add_argument("--model", type=Path, help="the model `given`: a folder of transformers, or a GGUF file")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
     parser.add_argument("--cells", nargs="+", default=[f"{s}/{p}" for s, p in CELLS], help="SPARSITY/PATTERN")
     parser.add_argument("--repeats", type=int, default=3)
     add_option(parser, "benchmarks/results/prune-DATE.json")
     asked = parser.parse_args()
+    if "given" in asked.models and (asked.model is None or not asked.model.exists()):
+        parser.error(f"--models given with --model {asked.model}; expected a model's folder, or a GGUF file")
     asked.cells = [(float(cell.partition("/")[0]), cell.partition("/")[2]) for cell in asked.cells]
     return asked
 
@@ -154,6 +187,9 @@ def main() -> None:
     for name in wanted_models(asked):
         done.append(compare(name, asked, lambda more: file.keep(results=[*done, more])))
         print("\n" + table(done[-1]), flush=True)
+        print("\nInput norms of the layers\n\n" + uneven_table(done[-1]["uneven"]), flush=True)
+        if done[-1]["orders"]:
+            print("\nLoss over the dense model's, nats a token\n\n" + order_table(done[-1]["orders"]), flush=True)
     file.end(results=done)
 
 

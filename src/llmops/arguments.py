@@ -17,8 +17,8 @@ WIDE: Argument = ("--wide",), {"action": "store_true", "help": "Every column."}
 RUN: Argument = ("run",), {"metavar": "RUN", "nargs": "?", "help": "Name of a run (default: the latest)."}
 #: When `tune` may start, and what it shares the machine with.
 STARTS: tuple[Argument, ...] = (
-    (("--exclusive",), {"action": "store_true", "help": "Refuse to measure beside another llmops, or on a GPU that "
-                                                        "others use."}),
+    (("--exclusive",), {"action": "store_true", "help": "Have the machine alone: refuse to start beside another llmops "
+                                                        "at work, or to measure on a GPU that others use."}),
     (("--green",), {"action": "store_true", "help": "Wait for the cleanest window of a forecast; needs --deadline."}),
     (("--deadline",), {"metavar": "TIME", "help": "When a --green run is to be done: 90m, 12h or 2d from now."}),
     (("--forecast",), {"metavar": "CSV", "help": "Of utc,zone,g_per_kwh, or a provider by name (its key from the "

@@ -132,12 +132,17 @@ def _warn_of_tampering(rows: Sequence[Mapping[str, Any]]) -> None:
 def doctor(recipe: str | None, sets: Sequence[str], runs: str | None, as_json: bool) -> int:
     """Look this machine over; with a RECIPE, rehearse all its stages in two steps on a two-layer twin of its model."""
     from llmops.doctor import Check, examine, exit_code, rehearse, render
+    from llmops.measure.reserve import reserved
 
     def say(check: Check) -> None:
         if not as_json:
             print(render([check], colour=sys.stdout.isatty(), width=DOCTOR_WIDTH), flush=True)
 
-    checks = rehearse(str(_recipe_path(recipe)), sets, say) if recipe is not None else examine(runs, say)
+    if recipe is None:
+        checks = examine(runs, say)
+    else:
+        with reserved(False, f"rehearsal of {recipe}"):
+            checks = rehearse(str(_recipe_path(recipe)), sets, say)
     if as_json:
         _print_json([check.as_dict() for check in checks])
     return exit_code(checks)
@@ -192,8 +197,10 @@ def export(variant: str, to: str, kind: str | None, out: str | None, run: str | 
     from llmops.export import export as write
     from llmops.export import lines
     from llmops.formats.options import with_type
+    from llmops.measure.reserve import reserved
 
-    record = write(variant, with_type(to, kind), out=out, run=run, runs=runs, force=force)
+    with reserved(False, f"export {variant}"):
+        record = write(variant, with_type(to, kind), out=out, run=run, runs=runs, force=force)
     _print_json(record) if as_json else print("\n".join(lines(record)))
 
 
@@ -202,8 +209,10 @@ def bench_kernels(schemes: Sequence[str], shapes: Sequence[str], tokens: Sequenc
     """Time quantized layers beside torch: which op runs which shape here, and how much faster or slower it is."""
     from llmops.bench import bench_kernels as bench
     from llmops.bench import lines
+    from llmops.measure.reserve import reserved
 
-    results = list(bench(schemes, [_shape(shape) for shape in shapes], tokens, device=device, kernel=kernel))
+    with reserved(False, "bench kernels"):
+        results = list(bench(schemes, [_shape(shape) for shape in shapes], tokens, device=device, kernel=kernel))
     _print_json(results) if as_json else print("\n".join(lines(results)))
 
 

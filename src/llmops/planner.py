@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmops.recipe import Recipe, load_recipe, parse_recipe
+from llmops.recipe.cache_checks import check_caches
 from llmops.recipe.plan import Plan, make_plan
 from llmops.store import Store
 
@@ -16,10 +17,14 @@ __all__ = ["as_recipe", "budgeted", "plan"]
 
 def plan(recipe: Recipe | Mapping[str, Any] | str | Path, *, sets: Sequence[str] = (),
          runs: str | Path | None = None) -> Plan:
-    """What `run` would do: the stages in order, which of them are done, and what the rest needs. Loads no model."""
+    """What `run` would do: the stages in order, which of them are done, and what the rest needs. Loads no model.
+
+    Raises RecipeError when the recipe is wrong, also about signals that it names (`check_caches`).
+    """
     parsed, store = as_recipe(recipe, sets), Store(runs)
     rows = store.ledger().rows() if (store.runs / "ledger.db").exists() else []
     made = make_plan(parsed, store.builds, rows)
+    check_caches(made)
     return replace(made, advice=(*made.advice, *budgeted(made, store, rows)))
 
 

@@ -2,9 +2,9 @@
 
 The recipe has been validated by then; this reads the data itself: rows that cannot be read, training rows that stand in
 a scored split or in the held-out data, held-out rows that stand in a scored split, a template that drops the
-terminator, rows with nothing to train on, rows of one answer for a step that compares two. Found here they cost a
-second (exit 2, nothing done); found by the step they would cost the steps before it. `preflight_report` is the same
-proof as figures, for each data and length that a step trains on or holds out.
+terminator, rows with nothing to train on, rows of one answer for a step that compares two, signals of another teacher.
+Found here they cost a second (exit 2, nothing done); found by the step they would cost the steps before it.
+`preflight_report` is the same proof as figures, for each data and length that a step trains on or holds out.
 
 It takes the tokenizer, and with it transformers and torch (`AutoTokenizer` imports both), but no weight.
 """
@@ -19,6 +19,7 @@ from llmops.data.sources import Rows, SourceError, load_rows
 from llmops.errors import DataError, ModelError
 from llmops.methods.finetune.options import Training
 from llmops.models.builtin import locate
+from llmops.recipe.cache_checks import check_caches
 from llmops.recipe.plan import Plan
 from llmops.recipe.schema import Recipe
 from llmops.recipe.shared_keys import writer_of
@@ -53,8 +54,10 @@ _ENDS = {True: "yes", False: "NO", None: "as the teacher ends its answers"}
 def preflight(plan: Plan) -> list[str]:
     """Check the data of every stage that is not done; returns a line for each training set, for the log.
 
-    Raises DataError, ModelError when the tokenizer cannot be loaded.
+    Raises DataError, RecipeError for signals of another teacher or data, ModelError when the tokenizer cannot be
+    loaded.
     """
+    check_caches(plan)
     found = _check(plan, {stage.variant for stage in plan.stages if not stage.built})
     return [f"data {use.data}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in report.items()
                                              if count and what != "longest") for use, _, report, _ in found]

@@ -137,8 +137,8 @@ class _Walk:
         from llmops.measure.reserve import reserved
 
         recipe = self.plan.recipe
-        if recipe.measure is not None:
-            stack.enter_context(reserved(recipe.measure.exclusive, f"run {recipe.name}"))
+        alone = recipe.measure is not None and recipe.measure.exclusive
+        stack.enter_context(reserved(alone, f"run {recipe.name}"))
 
     def _checked(self) -> None:
         from llmops.grids import answers

@@ -21,9 +21,11 @@ def explain(run: str, variant: str, against: str | None, items: int, runs: str |
     """Show which items VARIANT of RUN answers otherwise than its parent, token by token, and which layers cause it."""
     from llmops.explain import explain as ask
     from llmops.explain import lines
+    from llmops.measure.reserve import reserved
     from llmops.progress import Watcher
 
-    found = ask(runs, run, variant, against, items=items, watcher=Watcher(quiet))
+    with reserved(False, f"explain {run} {variant}"):
+        found = ask(runs, run, variant, against, items=items, watcher=Watcher(quiet))
     _print(found, as_json, lines(found))
 
 

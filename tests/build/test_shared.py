@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmops.build.shared import Shared, foreign
+from llmops.build.shared import Shared
 from llmops.errors import StoreError
 from llmops.measure.sharing import charged, teacher_cost
 from llmops.quantity import Quantity
@@ -83,13 +83,6 @@ def test_damage_and_folders_that_cannot_be_written_are_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="could not be written"), Shared(tmp_path / "file" / "key", {}).making():
         pass
-
-
-def test_what_differs_between_two_sets_of_parts_is_named():
-    words = {"teacher": "the teacher", "k": "k"}
-    assert foreign({"teacher": "a", "k": "8"}, {"teacher": "a", "k": "8"}, words) == ""
-    assert foreign({"teacher": "abcdefghijklmnop", "k": "8"}, {"teacher": "b", "k": "32"}, words) == (
-        "the teacher (abcdefghijkl, here b), k (8, here 32)")
 
 
 def manifest(own: float, beside: float | None, *shared: float | None) -> dict:

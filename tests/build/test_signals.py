@@ -1,5 +1,6 @@
 """A teacher's signals on disk: what a student learns from them, and whose signals are refused."""
 
+import re
 from typing import Any
 
 import pytest
@@ -179,20 +180,21 @@ def _refuses_foreign(place, tmp_path, folder):
         with pytest.raises(RecipeError, match=said):  # before anything is built
             parse_recipe(recipe({"tuned": TUNED, "half": HALF, "bad": {
                 "from": "half", "distill": {**STEP, "offline": cache, **change}}}), base_dir=place)
-    wrong = {"teacher": ({"teacher": "base"}, "another teacher ("),
-             "rows": ({"data": ["train", "more"]}, "another data (")}
-    changed = {"right": {"loss": "reverse_kl"}, **{name: change for name, (change, _) in wrong.items()}}
-    body = recipe({"tuned": TUNED, "half": HALF, **{
-        name: {"from": "half", "score": False, "distill": {**STEP, "offline": cache, **change}}
-        for name, change in changed.items()}}, evaluate=[])
-    body["data"]["more"] = {"source": "more.txt"}
     (place / "more.txt").write_text("Nobody walks here, and nobody ever did.")
-    result = llmops.run(parse_recipe({**body, "name": "foreign"}, base_dir=place), runs=tmp_path / "runs")
-    rows = {row["identity"]["variant"]: row for row in result.rows}
-    assert rows["right"]["status"]["state"] == "ok"
-    for name, (_, said) in wrong.items():
-        assert rows[name]["status"]["state"] == "failed" and said in rows[name]["status"]["reason"]
-        assert not (tmp_path / "runs" / "store" / rows[name]["identity"]["key"]).exists()
+    builds = tmp_path / "runs" / "store"
+    before = sorted(builds.iterdir())
+    for change, said in (({"teacher": "base"}, "another teacher ("), ({"data": ["train", "more"]}, "another data ("),
+                         ({"loss": "reverse_kl"}, "")):
+        body = recipe({"tuned": TUNED, "half": HALF, "student": {
+            "from": "half", "score": False, "distill": {**STEP, "offline": cache, **change}}}, evaluate=[])
+        body["data"]["more"] = {"source": "more.txt"}
+        parsed = parse_recipe({**body, "name": "foreign"}, base_dir=place)
+        for ask in (llmops.plan, llmops.run) if said else ():
+            with pytest.raises(RecipeError, match=re.escape(said)):
+                ask(parsed, runs=tmp_path / "runs")
+        assert sorted(builds.iterdir()) == before
+    result = llmops.run(parsed, runs=tmp_path / "runs")
+    assert [row["status"]["state"] for row in result.rows] == ["ok"] * 4
 
 
 def test_the_same_signals_make_the_same_student(tmp_path):

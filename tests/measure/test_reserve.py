@@ -14,6 +14,7 @@ from llmops.cli import main
 from llmops.errors import LlmopsError
 from llmops.measure import beside
 from llmops.measure.reserve import reserved
+from llmops.progress import Watcher
 from llmops.recipe import parse_recipe
 from llmops.runner import run
 
@@ -28,7 +29,7 @@ def test_those_who_share_do_not_see_each_other_and_leave_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("first, second, said", [
-    (True, True, r"asked for exclusively, and others who measure are at work on it: process \d+ \(run a, since .*\)"),
+    (True, True, r"asked for exclusively, and others are at work on it: process \d+ \(run a, since .*\)"),
     (False, True, r"asked for exclusively.*process \d+ \(run a"),
     (True, False, r"the machine is held exclusively: process \d+ \(run a")])
 def test_who_comes_second_is_told_who_is_there(tmp_path: Path, first: bool, second: bool, said: str) -> None:
@@ -81,6 +82,32 @@ def test_a_second_exclusive_run_is_refused_at_its_start_and_loses_nothing(
     assert {row["status"]["state"] for row in result.rows} == {"ok"}
     with reserved(True, "run other", tmp_path / "machine"):  # nothing is left to measure, so nobody is in the way
         assert run(parse_recipe(body, base_dir=place), runs=runs).exit_code == 0
-    plain = {key: value for key, value in body.items() if key != "measure"}
-    with reserved(True, "run other", tmp_path / "machine"):  # and a run that measures nothing goes on beside it
-        assert run(parse_recipe({**plain, "name": "plain"}, base_dir=place), runs=runs).exit_code == 0
+
+
+def test_a_run_that_only_trains_is_seen_and_refused_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "shared_folder", lambda: tmp_path / "machine")
+    place, runs = workplace(tmp_path), tmp_path / "runs"
+    plain = parse_recipe(recipe(W8), base_dir=place)
+    with reserved(True, "run other", tmp_path / "machine"), pytest.raises(LlmopsError, match="held exclusively"):
+        run(plain, runs=runs)
+    seen: list[str] = []
+
+    class Looks(Watcher):
+        def note(self, line: str) -> None:
+            pass
+
+        def progress(self, *_: object, **__: object) -> None:
+            seen.extend(each["what"] for each in beside.holders(tmp_path / "machine"))
+
+    assert run(plain, runs=runs, watcher=Looks(quiet=True)).exit_code == 0
+    assert set(seen) == {f"run {plain.name}"}
+
+
+@pytest.mark.parametrize("words", [["explain", "demo", "w8"], ["export", "w8", "--to", "gguf"], ["doctor", "demo"],
+                                   ["bench", "kernels"], ["bench", "models", "builtin:tiny"]])
+def test_whatever_computes_is_refused_beside_one_that_has_the_machine_alone(
+        words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(beside, "shared_folder", lambda: tmp_path)
+    with reserved(True, "run other", tmp_path):
+        assert main(words) == 2
+    assert "held exclusively: process" in capsys.readouterr().err

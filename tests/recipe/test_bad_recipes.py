@@ -213,6 +213,12 @@ CASES = [
      ["given 0.05; one layer and what is around it has about 0.", "larger share"]),
     ("every weight of a row", {"variants": variants("a: {prune: {method: wanda, data: calib, sparsity: §0.999}}")},
      ["given 0.999, which of the 128 inputs of a row is all of them", "at most 0.992"]),
+    *((f"hardly a weight a row, {given}", {"variants": variants(f"a: {{prune: {{method: {given}}}}}")},
+       [f"which leaves {left} weights to each row of {inputs} inputs", f"at the very most {most}"])
+      for given, left, inputs, most in (
+          ("magnitude, sparsity: §0.997", 0.38, 128, 0.9929),
+          ("sparsegpt, data: calib, sparsity: §0.997", 0.38, 128, 0.9929),
+          ("magnitude, scope: global, sparsity: §0.998", 0.77, 384, 0.9976))),
     ("share as text", {"variants": variants("a: {prune: {method: width, data: calib, parameters: §half}}")}, ["half"]),
     ("contiguous and even", {"variants": variants("a: {prune: {method: depth, layers: 3, §contiguous: true}}")},
      ["given contiguous with choose: even", "block_influence or perplexity"]),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.recipe import makers
 from tests.recipe.test_plan import TREE
 
+from llmops.errors import RecipeError
 from llmops.recipe import Plan, make_plan, parse_recipe
+from llmops.recipe.cache_checks import check_caches
 from llmops.recipe.model import Dims, dims_from_config
+from llmops.recipe.shared_keys import SIGNAL_PARTS, foreign
 
 STEP = "  {}: {{from: half, distill: {{method: logits, teacher: other, data: {}, {}}}}}\n"
 
@@ -38,6 +43,32 @@ def test_where_signals_lie_changes_no_student(home: Path) -> None:
     (home / "there" / "manifest.json").write_text("{}")
     made = plan(home, STEP.format("a", "train", "offline: {}"), STEP.format("b", "train", "offline: {cache: there}"))
     assert made.keys["a"] == made.keys["b"]
+
+
+def test_what_differs_between_two_sets_of_parts_is_named() -> None:
+    words = {"teacher": "the teacher", "k": "k"}
+    assert foreign({"teacher": "a", "k": "8"}, {"teacher": "a", "k": "8"}, words) == ""
+    assert foreign({"teacher": "abcdefghijklmnop", "k": "8"}, {"teacher": "b", "k": "32"}, words) == (
+        "the teacher (abcdefghijkl, here b), k (8, here 32)")
+
+
+@pytest.mark.parametrize("part", ["", *SIGNAL_PARTS])
+def test_signals_that_were_made_of_something_else_are_refused_with_the_plan(home: Path, part: str) -> None:
+    line = STEP.format("a", "train", "offline: {cache: there}")
+    (home / "there").mkdir()
+    (home / "there" / "manifest.json").write_text("{}")
+    parts = dict(plan(home, line).stage("a").signals or {})
+    if part:
+        parts[part] = "else"
+    made = plan(home, line)
+    (home / "there" / "manifest.json").write_text(json.dumps({"parts": parts}))
+    if not part:
+        return check_caches(made)
+    said = rf":\d+:\d+: variants.a.distill.offline.cache: .*another {SIGNAL_PARTS[part]} \(else, here"
+    with pytest.raises(RecipeError, match=said):
+        check_caches(made)
+    check_caches(replace(made, stages=[replace(stage, built=True) for stage in made.stages]))  # it has what it needs
+    return None
 
 
 def test_options_that_came_later_leave_the_keys_of_older_builds(home: Path) -> None:

@@ -28,7 +28,7 @@ from llmops.errors import StoreError
 from llmops.locks import Locks
 from llmops.quantity import Quantity
 
-__all__ = ["Shared", "foreign"]
+__all__ = ["Shared"]
 
 POLL_S = 0.5
 Reading = tuple[float, Quantity]  # (seconds, joules) since some moment
@@ -140,17 +140,6 @@ class Shared:
             file.flush()
             os.fsync(file.fileno())
         return scratch
-
-
-def foreign(found: Mapping[str, str], wanted: Mapping[str, str], words: Mapping[str, str]) -> str:
-    """What of two sets of parts differs, in words; empty where nothing does. words: part -> how it is called."""
-    wrong = [f"{words.get(part, part)} ({_short(found.get(part))}, here {_short(wanted.get(part))})"
-             for part in dict.fromkeys([*wanted, *found]) if found.get(part) != wanted.get(part)]
-    return ", ".join(wrong)
-
-
-def _short(value: str | None) -> str:
-    return "none" if value is None else value[:12]
 
 
 def _between(before: Quantity, after: Quantity) -> Quantity:

@@ -19,24 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmops.build.shared import Shared, foreign
+from llmops.build.shared import Shared
 from llmops.errors import StepError, StoreError
 from llmops.methods.distill.logits import log_softmax_at
 from llmops.methods.distill.signals import bytes_per_token, decode, encode
 from llmops.methods.distill.top_k import top_outcomes
 from llmops.models.parity import count_parameters
 from llmops.models.token_loss import CHUNK_BYTES, head_of, last_hidden
+from llmops.recipe.shared_keys import SIGNAL_PARTS, foreign
 from llmops.train.passes import autocast
 from llmops.train.rows import IGNORED, TrainingSet, to_device
 
-__all__ = ["PARTS", "Signals", "digest", "open_signals", "write_signals"]
+__all__ = ["Signals", "digest", "open_signals", "write_signals"]
 
 SHARD_TOKENS = 32_768  # trained tokens of a shard: what a kill can lose
 PASS_TOKENS = 4_096  # tokens that the teacher reads at once
-#: Parts of the key, as messages call them.
-PARTS = {"teacher": "teacher", "data": "data", "template": "chat template", "tokenizer": "tokenizer",
-         "held_out": "choice of held-out rows", "answers": "source of answers", "max_length": "max_length", "k": "k",
-         "temperature": "temperature", "version": "format"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def open_signals(shared: Shared, sets: Sequence[TrainingSet]) -> Signals | None:
     manifest = shared.manifest()
     if manifest is None:
         return None
-    wrong = foreign(manifest["parts"], shared.parts, PARTS)
+    wrong = foreign(manifest["parts"], shared.parts, SIGNAL_PARTS)
     if wrong:
         raise StepError(f"{shared.folder}: signals made with another {wrong}; expected those of this teacher, template "
                         "and data: leave `cache` out, and they are made anew")

@@ -2,8 +2,10 @@
 
 Everybody who measures holds a file `PID-TOKEN.measuring` of its own under an exclusive lock, in a folder that all
 users of the machine share. Whoever begins writes its process into the files of those who are at it, and reads its own
-when it ends: so both know of each other, whichever began first and even if one lay within the other. A file whose
-process is gone is unlocked, means nothing, and is removed.
+when it ends: so both know of each other, whichever began first and even if one lay within the other. Those who work
+without measuring, as a run that trains, hold the machine (`reserve.py`): their files are `PID-TOKEN.run`, and they
+write their process into the files of those who measure likewise. A file whose process is gone is unlocked, means
+nothing, and is removed.
 
 With `exclusive` the one who comes second is refused (a whole run already at its start: `reserve.py`). Without it both
 figures are kept, and say that they overlap.
@@ -12,6 +14,7 @@ figures are kept, and say that they overlap.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import uuid
@@ -27,11 +30,13 @@ try:
 except ImportError:  # Windows: nobody is seen
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Beside", "beside", "shared_folder"]
+__all__ = ["Beside", "beside", "holders", "shared_folder", "tell"]
+
+_MEASURES, _WORKS = "llmops process {} measures on this machine", "llmops process {} is at work on this machine"
 
 
 def shared_folder() -> Path:
-    """Where those who measure on this machine find each other."""
+    """Where those who measure and those who work on this machine find each other."""
     return Path(tempfile.gettempdir()) / "llmops-measuring"
 
 
@@ -55,15 +60,22 @@ def beside(exclusive: bool = False, gpus: list[dict[str, Any]] | None = None, fo
                if device.get("other_processes")]
     with contextlib.ExitStack() as stack:
         mine = stack.enter_context(_announced(place)) if fcntl is not None else None
-        others = [f"llmops process {pid} measures on this machine" for pid in _others(place, mine)] if mine else []
-        result.found += crowded + others
+        there = _there(place, tell(place, "measures", mine)) if mine is not None else {}
+        result.found += [*crowded, *there.values()]
         _refuse(exclusive, result.found)
         yield result
         if mine is not None:
-            came = mine.read_text(encoding="utf-8").split()
-            result.found += [line for line in dict.fromkeys(f"llmops process {pid} measures on this machine"
-                                                            for pid in came) if line not in result.found]
+            came = (line.partition(" ") for line in mine.read_text(encoding="utf-8").splitlines())
+            told = {int(pid): (_WORKS if what == "works" else _MEASURES).format(pid) for pid, _, what in came}
+            result.found += [line for pid, line in (told | _there(place, [])).items() if pid not in there]
         _refuse(exclusive, result.found)
+
+
+def _there(place: Path, measuring: list[int]) -> dict[int, str]:
+    """A line on each process that works or measures here now, our own work left out."""
+    working = {each["pid"]: f"{_WORKS.format(each['pid'])} ({each['what']})" for each in holders(place)
+               if each["pid"] != os.getpid()}
+    return working | {pid: _MEASURES.format(pid) for pid in measuring}
 
 
 def _refuse(exclusive: bool, found: list[str]) -> None:
@@ -97,8 +109,8 @@ def _announced(place: Path) -> Iterator[Path | None]:
         file.close()
 
 
-def _others(place: Path, mine: Path) -> list[str]:
-    """Processes that measure now; each is told of ours."""
+def tell(place: Path, what: str, mine: Path | None = None) -> list[int]:
+    """Write that this process "works" or "measures" into the files of those who measure now; their processes."""
     found = []
     for path in sorted(place.glob("*.measuring")):
         if path == mine:
@@ -107,8 +119,22 @@ def _others(place: Path, mine: Path) -> list[str]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.write(f"{os.getpid()}\n")
-                found.append(path.name.partition("-")[0])
+                file.write(f"{os.getpid()} {what}\n")
+                found.append(int(path.name.partition("-")[0]))
             else:
                 path.unlink(missing_ok=True)  # its process is gone
+    return found
+
+
+def holders(place: Path) -> list[dict[str, Any]]:
+    """What those who hold the machine now say of themselves (`reserve.py`); files of processes that are gone go."""
+    found = []
+    for path in sorted(place.glob("*.run")):
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(dict(json.load(file)))
+            else:
+                path.unlink(missing_ok=True)
     return found

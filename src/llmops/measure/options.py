@@ -41,8 +41,8 @@ class MeasureOptions(Options):
     embodied_kg: float | None = Field(None, gt=0, description="kgCO2e of making the hardware that runs the model, for "
                                                               "SCI")
     lifetime_years: float = Field(4.0, gt=0, description="years over which embodied_kg is spread")
-    exclusive: bool = Field(False, description="refuse to measure while another llmops measures on this machine, or "
-                                               "others use the GPU. Changes no score")
+    exclusive: bool = Field(False, description="have the machine alone: refuse to start while another llmops is at "
+                                               "work on it, or to measure while others use the GPU. Changes no score")
     idle_s: float | None = Field(None, ge=0, description="seconds of idle power read before and after; default: 10 "
                                                          "with a hardware counter, else none")
 

@@ -1,10 +1,10 @@
 """A machine that a run has for itself, from its start to its end.
 
-`beside.py` sees who measures at the same moment; by then hours of building are done, and the one who came second loses
-the row it was about to write. So whoever will measure says so when it begins: it holds a shared lock on the machine, or
-with `exclusive` the only one, and a conflict is refused before anything is done, with who is there. The lock is a
-`flock` on one file in the folder of `beside.py`; the kernel frees it when its holder ends, however it ends. Names stand
-in a file of each holder's own, locked as long as it lives.
+`beside.py` sees who is at work while something is measured; by then hours of building are done, and with `exclusive`
+the row is lost that was about to be written. So every run that has work to do, whether it measures or not, says so when
+it begins: it holds a shared lock on the machine, or with `exclusive` the only one, and a conflict is refused before
+anything is done, with who is there. The lock is a `flock` on one file in the folder of `beside.py`; the kernel frees it
+when its holder ends, however it ends. Names stand in a file of each holder's own, locked as long as it lives.
 
 Where nothing can be locked (no folder that all can write to, Windows) nobody is seen, and nobody is refused.
 """
@@ -35,8 +35,8 @@ __all__ = ["reserved"]
 
 @contextmanager
 def reserved(exclusive: bool, what: str, folder: Path | None = None) -> Iterator[None]:
-    """Hold the machine while the block lasts: with others who measure, or with `exclusive` alone. what: for the others,
-    as "run NAME".
+    """Hold the machine while the block lasts: with others at work, or with `exclusive` alone. what: for the others, as
+    "run NAME".
 
     Raises LlmopsError at once when somebody has it for themselves, or with `exclusive` when anybody is there.
     """
@@ -47,10 +47,11 @@ def reserved(exclusive: bool, what: str, folder: Path | None = None) -> Iterator
         except OSError:
             held = True
         if not held:
-            raise LlmopsError(_refusal(exclusive, _holders(place)))
+            raise LlmopsError(_refusal(exclusive, beside.holders(place)))
         if fcntl is not None:
             with contextlib.suppress(OSError):
                 _named(stack, place / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.run", exclusive, what)
+                beside.tell(place, "works")
         yield
 
 
@@ -81,26 +82,12 @@ def _named(stack: contextlib.ExitStack, path: Path, exclusive: bool, what: str) 
     stack.callback(path.unlink, missing_ok=True)
 
 
-def _holders(place: Path) -> list[dict[str, Any]]:
-    """Those who are there now; files of processes that are gone are removed."""
-    found = []
-    for path in sorted(place.glob("*.run")):
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found.append(dict(json.load(file)))
-            else:
-                path.unlink(missing_ok=True)
-    return found
-
-
 def _refusal(exclusive: bool, holders: list[dict[str, Any]]) -> str:
     who = "; ".join(f"process {each['pid']} ({each['what']}, since {each['since']}: {each['command']})"
                     for each in holders if exclusive or each["exclusive"]) or "another llmops"
     if exclusive:
-        return (f"the machine was asked for exclusively, and others who measure are at work on it: {who}; expected "
+        return (f"the machine was asked for exclusively, and others are at work on it: {who}; expected "
                 "nobody: wait for them, or run without --exclusive (measure.exclusive), and the figures will say who "
                 "else was there")
-    return (f"the machine is held exclusively: {who}; expected to measure on it: wait until that has ended, or leave "
-            "`measure` out")
+    return (f"the machine is held exclusively: {who}; expected one that is free or shared: wait until that has ended, "
+            "for work beside it would be in its figures")

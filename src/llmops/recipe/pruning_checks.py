@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ __all__ = ["check_depth", "check_masks", "check_width", "dims_after", "layers_af
 #: Families that width can cut, of those whose dimensions are read; and of these, where heads fill the features.
 KNOWN = LLAMA_LIKE | {"gpt_neox"}
 TIED = ("gpt_neox",)
+ALIVE = 0.9  # of a layer's rows have to keep a weight (`methods.prune.patterns.MOST_SILENCED`)
 SHARES = ("parameters", "latency", "joules")
 WIDTHS = ("hidden", "intermediate", "heads", "kv_heads")
 
@@ -71,11 +73,7 @@ def check_masks(problems: Problems, trail: Trail, options: Masks, widths: Mappin
             if key in options.model_fields_set and needed:
                 problems.add((*trail, key), f"given {key} with ratios: {ratios}, which has no use for it; expected "
                              f"ratios: {'owl' if key == 'outliers' else 'owl or sensitivity'}, or no {key}", key=True)
-        least = min(widths.values(), default=0)
-        by_row = getattr(options, "method", "") == "wanda"
-        if by_row and least and round(options.sparsity * least) == least:
-            problems.add((*trail, "sparsity"), f"given {options.sparsity:g}, which of the {least} inputs of a row is "
-                         f"all of them: every output would be silent; expected at most {1 - 1 / least:.3g}")
+        _check_rows(problems, (*trail, "sparsity"), options, widths)
         return
     zeros, group = (int(part) for part in options.pattern.split(":"))
     if abs(options.sparsity - zeros / group) > 1e-9:
@@ -91,6 +89,22 @@ def check_masks(problems: Problems, trail: Trail, options: Masks, widths: Mappin
         if given != plain:
             problems.add((*trail, key), f"given {given} with pattern {options.pattern}, which fixes the sparsity of "
                                         f"every layer; expected pattern: unstructured, or {key}: {plain}")
+
+
+def _check_rows(problems: Problems, trail: Trail, options: Masks, widths: Mapping[str, int]) -> None:
+    """A sparsity that must leave more outputs without a weight than a step allows, whatever the weights are."""
+    sparsity, scope = options.sparsity, getattr(options, "scope", "layer")
+    inputs = (max if scope == "global" else min)(widths.values(), default=0)
+    if not inputs:
+        return
+    if getattr(options, "method", "") == "wanda":
+        if round(sparsity * inputs) == inputs:
+            problems.add(trail, f"given {sparsity:g}, which of the {inputs} inputs of a row is all of them: every "
+                                f"output would be silent; expected at most {1 - 1 / inputs:.3g}")
+    elif (1 - sparsity) * inputs < ALIVE:
+        problems.add(trail, f"given {sparsity:g}, which leaves {(1 - sparsity) * inputs:.2g} weights to each row of "
+                            f"{inputs} inputs on average: more than a tenth of the outputs would be silent; expected "
+                            f"less, at the very most {math.floor(1e4 * (1 - ALIVE / inputs)) / 1e4:g}")
 
 
 def check_depth(problems: Problems, trail: Trail, options: Depth, available: int | None, dims: Dims | None) -> None:

@@ -20,11 +20,16 @@ from llmops.recipe.schema import Recipe, Variant
 if TYPE_CHECKING:
     from llmops.data.options import Synthesize
 
-__all__ = ["answer_parts", "signal_parts", "writer_of", "writers_of", "written_names", "written_parts", "written_print"]
+__all__ = ["SIGNAL_PARTS", "answer_parts", "foreign", "signal_parts", "writer_of", "writers_of", "written_names",
+           "written_parts", "written_print"]
 
 SIGNALS_VERSION = 1  # raise it when the same teacher would leave other signals
 ANSWERS_VERSION = 1  # raise it when the same teacher would give other answers
 WRITTEN_VERSION = 1  # raise it when the same teacher would write other data
+#: Parts of the key of signals, as messages call them.
+SIGNAL_PARTS = {"teacher": "teacher", "data": "data", "template": "chat template", "tokenizer": "tokenizer",
+                "held_out": "choice of held-out rows", "answers": "source of answers", "max_length": "max_length",
+                "k": "k", "temperature": "temperature", "version": "format"}
 
 
 def signal_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prints: Mapping[str, str],
@@ -45,6 +50,17 @@ def signal_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prin
             "template": base.get("template", base["model"]), "tokenizer": base.get("tokenizer", base["model"]),
             "held_out": held, "answers": answers, "max_length": str(options.max_length), "k": str(options.offline.k),
             "temperature": f"{options.temperature:g}", "version": str(SIGNALS_VERSION)}
+
+
+def foreign(found: Mapping[str, str], wanted: Mapping[str, str], words: Mapping[str, str]) -> str:
+    """What of two sets of parts differs, in words; empty where nothing does. words: part -> how it is called."""
+    wrong = [f"{words.get(part, part)} ({_short(found.get(part))}, here {_short(wanted.get(part))})"
+             for part in dict.fromkeys([*wanted, *found]) if found.get(part) != wanted.get(part)]
+    return ", ".join(wrong)
+
+
+def _short(value: str | None) -> str:
+    return "none" if value is None else value[:12]
 
 
 def answer_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prints: Mapping[str, str],

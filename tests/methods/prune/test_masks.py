@@ -9,7 +9,8 @@ import torch
 
 from llmops.errors import LlmopsError
 from llmops.methods.prune import MASKS, STATISTICS, magnitude_mask, wanda_mask
-from llmops.methods.prune.patterns import keep_mask, parse_pattern
+from llmops.methods.prune.patterns import MOST_SILENCED, keep_mask, parse_pattern, silenced_rows
+from llmops.recipe.pruning_checks import ALIVE
 
 
 def made(rows: int = 12, columns: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,3 +105,10 @@ def test_refuses_with_what_was_given_and_expected() -> None:
 def test_every_mask_names_the_statistic_it_needs() -> None:
     assert MASKS.keys() == STATISTICS.keys()
     assert MASKS["wanda"] is wanda_mask
+
+
+def test_the_check_of_recipes_knows_how_many_rows_may_fall_silent() -> None:
+    assert ALIVE == 1 - MOST_SILENCED
+    W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(LlmopsError, match="rows would be zero"):
+        silenced_rows(W, magnitude_mask(W, 1 - ALIVE / 128 + 1e-3))
