@@ -36,8 +36,8 @@ earlier run than ours (perplexities do not hang on the machine's load); times ar
 
 A draw is the same function in other numbers: the channels of the stream, of each MLP and within the heads of values in
 another order (so that other weights share a group and are rounded together), and other calibration crops; draw 0 is the
-model as it is. Every contender of a draw gets the same. Perplexities and KL are means over the draws that were run,
-exact match is of draw 0; what is compared is taken over the draws that both have (column `draws`). An interval is 95 %,
+model as it is. Every contender of a draw gets the same. Perplexities and KL are means over the draws that all
+tools of a method have in a cell, exact match is of draw 0; column `draws` says how many. An interval is 95 %,
 over the differences on the same windows and, from two draws on, over draws (`benchmarks/_quantize_pairs.py`). *Ahead*
 and *behind* are where it leaves out 1, all else is *level*. With one draw it says nothing of the chance of one
 rounding, which on `tiny` is 1 to 3 % of the perplexity at 4 bits for GPTQ and 4 to 5 % for methods without data, and
