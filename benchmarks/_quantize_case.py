@@ -212,8 +212,8 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def perplexity_table(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
-    """Contenders down, widths and groups across; means of the draws that all of a method have; a task score, where there is one, in parentheses
-    (of draw 0). A row that says it is of an "earlier" code gets an asterisk."""
+    """Contenders down, widths and groups across; means of the draws that all of a method have; a task score, where
+    there is one, in parentheses (of draw 0). A row that says it is of an "earlier" code gets an asterisk."""
     return _contender_table(_alike(rows), _shown, _shown(base))
 
 
