@@ -83,7 +83,7 @@ def holds(found: dict[str, Any], truth: float) -> bool:
 
 def independent(runs: int) -> Iterator[Line]:
     for n, gain, loss in ((200, 0.02, 0.05), (200, 0.05, 0.10), (600, 0.01, 0.01), (600, 0.02, 0.05),
-                          (1000, 0.01, 0.03), (1000, 0.10, 0.10)):
+                          (1000, 0.01, 0.03), (1000, 0.10, 0.10), (200, 0.97, 0.01), (600, 0.97, 0.01)):
         rng = np.random.default_rng([n, round(1000 * loss)])
         held = sum(holds(judged(*flips(rng, gain, loss, n), run), gain - loss) for run in range(runs))
         yield Line("coverage", f"{n} items, {gain:.0%} gained, {loss:.0%} lost", held / runs, 0.93, 0.97, runs)

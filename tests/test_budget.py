@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.runs import TUNED, recipe, workplace
+from tests.twins import twin
 
 from llmops import spending
 from llmops.cli import main
@@ -117,6 +119,29 @@ def test_scores_of_every_kind_have_likely_tokens(place: Path) -> None:
     picks["data"]["picks"] = {"source": "builtin:choices", "samples": 10}
     found, _ = scoring_tokens(parse_recipe(picks, base_dir=place), "base", likely_tokens)
     assert found == 10 * BUILTIN_TOKENS_A_ROW * CHOICES
+
+
+def test_a_harness_task_of_ones_own_is_counted(place: Path) -> None:
+    folder = shutil.copytree(Path(__file__).parent.parent / "recipes" / "tasks", place / "tasks")
+    body = recipe(W8, evaluate=[{"harness": {"tasks": ["everyday", "arc_easy"], "include": "tasks"}}])
+
+    def tokens(**more: Any) -> float:
+        body["evaluate"][0]["harness"].update(more)
+        found, without = scoring_tokens(parse_recipe(body, base_dir=place), "base", likely_tokens)
+        assert without == ["harness:arc_easy (lm-eval brings its data)"]
+        return found
+
+    rows = [json.loads(line) for line in (folder / "everyday.jsonl").read_text().splitlines()]
+    _, tokenizer = twin("llama")
+    truly = sum(len(tokenizer(f"Question: {row['question']}\nAnswer: {choice}").input_ids)
+                for row in rows for choice in row["choices"])
+    whole = tokens()
+    assert 0.4 < whole / truly < 2.5
+    assert tokens(limit=5) == pytest.approx(whole * 5 / len(rows))
+    assert tokens(shots=2) == pytest.approx(3 * whole * 5 / len(rows))
+    (folder / "everyday.yaml").write_text("task: everyday\nprocess: !function utils.f\n")
+    with pytest.raises(AssertionError, match="everyday"):
+        tokens()
 
 
 def test_a_plan_that_only_scoring_makes_too_dear_is_refused(place: Path, tmp_path: Path, capsys: Any) -> None:

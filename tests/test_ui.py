@@ -21,7 +21,8 @@ from llmops.ui.server import answer, server
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     ledger = Ledger(folder / "ledger.db")
-    for run, names in (("demo", ("base", "tuned", "tuned-w4", "tuned-w2", "healed-w4")), ("other", ("base", "tuned"))):
+    demo = ("base", "tuned", "tuned-w4", "tuned-w2", "healed-w4", "wanda")
+    for run, names in (("demo", demo), ("other", ("base", "tuned"))):
         for row in make_rows():
             if row["identity"]["variant"] in names:
                 row = copy.deepcopy(row)
@@ -55,12 +56,13 @@ def ask(port, path, method="GET", host=None):
 def test_the_list_has_every_variant_of_every_run_and_its_filters(store):
     reader = Reader(listing(store))
     lines = [each for each in reader.all("tr") if "data-run" in each]
-    assert len(lines) == 7 and {each["data-run"] for each in lines} == {"demo", "other"}
+    assert len(lines) == 8 and {each["data-run"] for each in lines} == {"demo", "other"}
     assert {each["data-state"] for each in lines} == {"ok", "broken", "failed"}
     boxes = [each["value"] for each in reader.all("input") if each.get("name") == "v"]
     assert "demo/tuned-w4" in boxes and "other/base" in boxes
     assert {"by-run", "by-state", "won", "filter"} <= {each["id"] for _, each in reader.elements if "id" in each}
     assert sum(each["data-won"] == "1" for each in lines) >= 1
+    assert "wanda 50% †" in listing(store) and "no time saved" in listing(store)
 
 
 def test_a_run_is_its_report_and_names_the_way_back(store):

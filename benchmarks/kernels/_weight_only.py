@@ -20,6 +20,8 @@ def checks(device: str) -> Iterator[Check]:
             (4, 128, False, 1, 200, 640, torch.bfloat16), (4, 32, True, 16, 136, 352, torch.float16),
             (4, 64, True, 17, 264, 448, torch.bfloat16), (4, -1, False, 129, 200, 500, torch.float16),
             (8, -1, False, 3, 200, 640, torch.bfloat16), (8, 128, True, 33, 136, 384, torch.float16),
+            (8, 32, False, 16, 136, 640, torch.bfloat16), (8, 64, True, 5, 200, 448, torch.bfloat16),
+            (8, 32, True, 2, 136, 352, torch.float16), (8, -1, True, 1, 72, 700, torch.bfloat16),
             (3, 128, False, 2, 72, 640, torch.float16), (2, 64, True, 15, 72, 448, torch.bfloat16),
             (4, 128, False, 600, 136, 640, torch.bfloat16)):
         made = torch.Generator().manual_seed(bits + m)

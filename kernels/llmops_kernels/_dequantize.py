@@ -35,12 +35,12 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, chunks
     rn = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     for side in tl.static_range(SIDES):
         rk = side * (RUN // SIDES) + tl.arange(0, RUN // SIDES)
-        q = q_ptr + tile * (WORDS * TILE * RUN) + ((rn % TILE) * RUN)[:, None] + rk[None, :]
+        q = q_ptr + tile * (WORDS * TILE * RUN) + ((rn % TILE) * (WORDS * RUN))[:, None] + rk[None, :]
         if BITS == 3:
-            high = tl.load(q + 2 * TILE * RUN)
+            high = tl.load(q + 2 * RUN)
         for i in tl.static_range(FIELDS):
             if i % PER == 0:
-                word = tl.load(q + (i // PER) * TILE * RUN)
+                word = tl.load(q + (i // PER) * RUN)
                 if BITS != 3:
                     high = word
             at = rn.to(tl.int64)
@@ -50,8 +50,8 @@ def dequantize_integers_kernel(q_ptr, scale_ptr, zero_ptr, out_ptr, N, K, chunks
             add = word
             if ZERO:
                 add = less(tl.load(zero_ptr + at), i, BITS, dtype)[:, None]
-            w = field(word, high, add, BITS, ZERO, False, PROGRAMS, dtype, i % 2 if BITS == 8 else i).to(tl.float32)
-            w *= tl.load(scale_ptr + at).to(tl.float32)[:, None]
+            w = field(word, high, add, BITS, ZERO, False, False, PROGRAMS, dtype, i % 2 if BITS == 8 else i)
+            w = w.to(tl.float32) * tl.load(scale_ptr + at).to(tl.float32)[:, None]
             columns = (chunk * FIELDS + i) * RUN + rk
             tl.store(out_ptr + rn[:, None].to(tl.int64) * K + columns[None, :], narrow(w, dtype),
                      mask=(rn[:, None] < N) & (columns[None, :] < K))

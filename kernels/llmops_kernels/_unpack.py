@@ -10,13 +10,15 @@ The mantissa of fp16 takes fields up to bit 9, that of bf16 (0x4300: 128) up to 
 shifted down, by as few different amounts as do, since equal shifts are computed once.
 
 8-bit codes fill an fp16 mantissa: the low byte by one mask, the high one by one byte permutation. In bf16 they don't
-fit, and go to the tensor cores in parts, since one more matrix instruction is cheaper than the additions:
+fit, and go to the tensor cores in two parts, since one more matrix instruction is cheaper than the addition:
 
-    without zero points     128 + low seven bits, and -128 or -256 for the top bit: two's complement
-    with zero points        -f, max(256 - f, 0) and 256 + 2 zero, which add up to -2 (code - zero), where f is the byte
-                            put below 0x43: 128 + byte below 128, twice the byte above (its top bit is the exponent's)
+    as they are     128 + low seven bits, and -128 or -256 for the top bit: two's complement
+    as stored       -f and max(256 - f, 0), which add up to 256 - 2 byte, where f is the byte put below 0x43: 128 + byte
+                    below 128, twice the byte above (its top bit is the exponent's). A quarter of an instruction less,
+                    where what the byte is too large by is taken off with the zero points (`_group_sums.py`)
 
-Where the weight itself is scaled (`times`) it has to be one number: `programs(..., whole=True)`.
+At many tokens products cost more than additions, and where the weight itself is scaled (`times`) it has to be one
+number: `programs(..., parts=0)`.
 
 The idea of the magic number is Kim et al., "Who Says Elephants Can't Run", 2022, section 4.2. `lop3` computes any
 function of three bits in one instruction: 0xEA is (a & b) | c, 0x6A is (a & b) ^ c.
@@ -31,7 +33,7 @@ from ._interpret import INTERPRET
 from ._triton import tl, triton
 from .reference.int_linear import HIGH_BITS
 
-__all__ = ["across", "base", "constant", "field", "less", "points_at", "programs", "scales", "times"]
+__all__ = ["across", "base", "field", "in_order", "less", "points_at", "programs", "scales", "spread", "times"]
 
 
 def _pair(value: float, bf16: bool) -> str:
@@ -62,25 +64,26 @@ def base(i: int, bits: int, bf16: bool) -> float:
 
 
 @cache
-def programs(bits: int, bf16: bool, zero: bool, whole: bool = False) -> tuple[str, ...]:
+def programs(bits: int, bf16: bool, zero: bool, parts: str = "") -> tuple[str, ...]:
     """PTX for every field: $0 = two numbers; $1 = two words; $2 = two words of high bits; $3 = -(base + zero).
 
-    Of 8 bits in bf16 two are the second parts, unless `whole` asks for one number a code.
+    parts: of 8 bits in bf16, "exact" or "stored" for two parts a code (the second ones follow the first).
     """
-    made = tuple(_program(i, bits, bf16, zero, whole) for i in range(16 if bits == 3 else 16 // bits))
-    return made if whole or bits != 8 or not bf16 else made + tuple(_second(i, zero) for i in (0, 1))
+    if parts == "exact":
+        return tuple(_block([f"shr.b32 w, $1, {8 * i};", part.format("$0")]) for part in (_LOW, _TOP) for i in (0, 1))
+    if parts == "stored":
+        return tuple(_block(_negative(i, "$0")) for i in (0, 1)) + tuple(_rectified(i) for i in (0, 1))
+    return tuple(_program(i, bits, bf16, zero) for i in range(16 if bits == 3 else 16 // bits))
 
 
-def _second(i: int, zero: bool) -> str:
-    """The second part of field i of 8 bits in bf16."""
-    if not zero:
-        return _block([f"shr.b32 w, $1, {8 * i};", _TOP.format("$0")])
+def _rectified(i: int) -> str:
+    """max(256 - f, 0) of field i."""
     return _block([*_negative(i, "v"), f"mov.b32 one, {_pair(1.0, True)};", f"mov.b32 less, {_pair(256.0, True)};",
                    "fma.rn.relu.bf16x2 $0, v, one, less;"])
 
 
 def _negative(i: int, out: str) -> list[str]:
-    """The first part of field i of 8 bits in bf16 with zero points."""
+    """-f of field i."""
     low = "lop3.b32 {}, $1, 0x00ff00ff, 0xc300c300, 0xEA;"
     return [low.format(out)] if i == 0 else [low.format("w"), f"prmt.b32 {out}, $1, w, 0x7351;"]
 
@@ -89,17 +92,15 @@ _LOW = "lop3.b32 {}, w, 0x007f007f, 0x43004300, 0xEA;"  # 128 + the low seven bi
 _TOP = "lop3.b32 {}, w, 0x00800080, 0xc380c380, 0x6A;"  # -128 or -256
 
 
-def _program(i: int, bits: int, bf16: bool, zero: bool, whole: bool) -> str:
+def _program(i: int, bits: int, bf16: bool, zero: bool) -> str:
     shift, at = _down(i, bits, bf16)
     kind, magic = ("bf16x2", 0x4300) if bf16 else ("f16x2", 0x6400)
     lines = [f"shr.b32 w, $1, {shift};" if shift else "mov.b32 w, $1;",
              f"mov.b32 one, {_pair(1.0, bf16)};",
              "mov.b32 less, $3;" if zero else f"mov.b32 less, {_pair(-base(i, bits, bf16), bf16)};"]
-    if bits == 8 and bf16 and whole:
+    if bits == 8 and bf16:
         lines += [_LOW.format("v"), _TOP.format("w"), f"fma.rn.bf16x2 {'v' if zero else '$0'}, w, one, v;"]
         return _block(lines + ["fma.rn.bf16x2 $0, v, one, less;"] * zero)
-    if bits == 8 and bf16:
-        return _block(_negative(i, "$0") if zero else [*lines, _LOW.format("$0")])
     if bits == 8:  # the high byte by one permutation, the magic byte out of the low one's number
         lines += ["lop3.b32 v, $1, 0x00ff00ff, 0x64006400, 0xEA;"] + ["prmt.b32 v, $1, v, 0x7351;"] * i
         return _block([*lines[1:], "add.f16x2 $0, v, less;"])
@@ -127,13 +128,14 @@ def _pick(listing, i):  # type: ignore[no-untyped-def]
 
 @triton.constexpr_function  # type: ignore[untyped-decorator]
 def _reader(dtype, count):  # type: ignore[no-untyped-def]
-    """PTX: $0 ... = the 2 or 4 numbers of dtype from address $COUNT on, as float32."""
+    """PTX: $0 ... = the 2, 4 or 8 numbers of dtype from address $COUNT on, as float32."""
     if str(dtype) == "fp32":
-        out = ", ".join(f"${i}" for i in range(count))
-        return f"ld.global.nc.v{count}.f32 {{{out}}}, [${count}];"
-    lines = ["{ .reg .b32 a, b; .reg .b16 low, high;",
-             f"ld.global.nc.v2.b32 {{a, b}}, [${count}];" if count == 4 else f"ld.global.nc.b32 a, [${count}];"]
-    for i, name in enumerate("ab"[: count // 2]):
+        few = min(count, 4)
+        return "".join(f"ld.global.nc.v{few}.f32 {{{', '.join(f'${j}' for j in range(i, i + few))}}}, "
+                       f"[${count} + {4 * i}]; " for i in range(0, count, few))
+    read = {2: ".b32 a", 4: ".v2.b32 {a, b}", 8: ".v4.b32 {a, b, c, d}"}[count]
+    lines = [f"{{ .reg .b32 a, b, c, d; .reg .b16 low, high; ld.global.nc{read}, [${count}];"]
+    for i, name in enumerate("abcd"[: count // 2]):
         if str(dtype) == "bf16":
             lines += [f"shl.b32 ${2 * i}, {name}, 16;", f"and.b32 ${2 * i + 1}, {name}, 0xffff0000;"]
         else:
@@ -143,40 +145,74 @@ def _reader(dtype, count):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def scales(at, rows: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scales of COUNT (2 or 4) groups, which lie next to each other, of neighbouring rows from scalar `at` on: four
-    float32 (rows,), the two twice. Read and widened by assembly, which the compiler runs where the product needs its
-    results; a `tl.load` of as many rows as threads goes through shared memory.
+def scales(at, rows, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales of COUNT (2, 4 or 8) groups, which lie next to each other, of rows from scalar `at` on: eight float32
+    tensors like rows, fewer groups again and again. Read and widened by assembly, which the compiler runs where the
+    product needs its results; a `tl.load` of as many rows as threads goes through shared memory.
     """
     dtype: tl.constexpr = at.dtype.element_ty
-    place = at + COUNT * tl.arange(0, rows)
+    place = at + COUNT * rows
     if INTERPRET:
         a = tl.load(place).to(tl.float32)
         b = tl.load(place + 1).to(tl.float32)
-        c = tl.load(place + COUNT - 2).to(tl.float32)
-        d = tl.load(place + COUNT - 1).to(tl.float32)
+        c = tl.load(place + 2 % COUNT).to(tl.float32)
+        d = tl.load(place + 3 % COUNT).to(tl.float32)
+        e = tl.load(place + 4 % COUNT).to(tl.float32)
+        f = tl.load(place + 5 % COUNT).to(tl.float32)
+        g = tl.load(place + 6 % COUNT).to(tl.float32)
+        h = tl.load(place + 7 % COUNT).to(tl.float32)
+        return a, b, c, d, e, f, g, h
+    elif COUNT == 8:
+        return tl.inline_asm_elementwise(_reader(dtype, 8), "=f,=f,=f,=f,=f,=f,=f,=f,l", [place.to(tl.int64)],
+                                         dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32,
+                                                tl.float32, tl.float32), is_pure=True, pack=1)
     elif COUNT == 4:
         a, b, c, d = tl.inline_asm_elementwise(_reader(dtype, 4), "=f,=f,=f,=f,l", [place.to(tl.int64)],
                                                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
                                                pack=1)
+        return a, b, c, d, a, b, c, d
     else:
         a, b = tl.inline_asm_elementwise(_reader(dtype, 2), "=f,=f,l", [place.to(tl.int64)],
                                          dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
-        c, d = a, b
-    return a, b, c, d
+        return a, b, a, b, a, b, a, b
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def points_at(at, rows: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Zero points of neighbouring rows, STEP numbers apart, from scalar `at` on: int16 (rows,).
+def spread(r, rows: tl.constexpr, ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of `rows` (64 or 128) rows of a tile a program has as its row r; ONCE is 0: the same.
+
+    Each of four warps copies ONCE rows at a time. A thread's next piece is the next row of the tile, near enough to be
+    a constant beside the address of its first one; in order every other piece would take an addition of 64 bits.
+    """
+    if ONCE == 0:
+        return r
+    else:
+        nth = r % 64 // (4 * ONCE) + r // 64 * (16 // ONCE)
+        return r // ONCE % 4 * (rows // 4) + r % ONCE * (rows // (4 * ONCE)) + nth
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def in_order(sums, ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(M, rows) with columns as `spread` has them -> with columns in order."""
+    if ONCE == 0:
+        return sums
+    else:
+        apart = sums.reshape(sums.shape[0], sums.shape[1] // (4 * ONCE), 4, ONCE)
+        return apart.permute(0, 2, 3, 1).reshape(sums.shape[0], sums.shape[1])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
+def points_at(at, rows: tl.constexpr, ONCE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero points of rows, which lie STEP numbers apart from scalar `at` on, as `spread` has them: int16 (rows,).
 
     One by one and 64 at a time: the pipeliner would copy wider ones 4 bytes at a time, and more through shared memory.
     """
-    few = STEP * tl.arange(0, 64)
+    few = at + STEP * spread(tl.arange(0, 64), rows, ONCE)
     if rows == 128:
-        return tl.join(tl.load(at + few), tl.load(at + few + 64 * STEP)).permute(1, 0).reshape(rows)
+        more = few + STEP * (64 if ONCE == 0 else 16 // ONCE)
+        return tl.join(tl.load(few), tl.load(more)).permute(1, 0).reshape(rows)
     else:
-        return tl.load(at + STEP * tl.arange(0, rows))
+        return tl.load(few)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
@@ -205,12 +241,6 @@ def times(w, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
-def constant(zero, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The third part of 8 bits in bf16 with zero points: 256 + 2 * zero, exact. The parts make -2 (code - zero)."""
-    return (256 + 2 * zero.to(tl.float32)).to(dtype)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """What `field` adds to field i for zero points `zero`, int16: -(base + zero), exact in dtype.
 
@@ -234,11 +264,12 @@ def less(zero, i: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):  # typ
 
 @triton.jit  # type: ignore[untyped-decorator]  # a kernel is no Python function
 def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PAIRED: tl.constexpr,  # type: ignore[no-untyped-def]
-          PROGRAMS: tl.constexpr, dtype: tl.constexpr, i: tl.constexpr):
+          STORED: tl.constexpr, PROGRAMS: tl.constexpr, dtype: tl.constexpr, i: tl.constexpr):
     """Field i of int16 words (BLOCK_N, RUN) as exact numbers of dtype: code - zero; with PAIRED a part of it.
 
-    high: the words of the high bits for 3 bits; add: `less` of the zero points, (BLOCK_N, 1), with ZERO and without
-    PAIRED; anything otherwise. The interpreter knows no assembly: there it is integer arithmetic and gives float32.
+    high: the words of the high bits for 3 bits; add: `less` of the zero points, (BLOCK_N, 1), with ZERO; anything
+    otherwise. STORED: parts of 256 - 2 byte. The interpreter knows no assembly: there it is integer arithmetic and
+    gives float32.
     """
     if INTERPRET:
         bare = word.to(tl.int32) & 0xFFFF
@@ -246,7 +277,7 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PAIRED: tl.co
             code = (bare >> (8 * (i % 2))) & 255
             if not PAIRED:
                 value = code.to(tl.float32) - 128
-            elif ZERO:
+            elif STORED:
                 value = -tl.where(code > 127, 2 * code, 128 + code).to(tl.float32)
                 if i >= 2:
                     value = tl.maximum(value + 256, 0.0)
@@ -261,7 +292,7 @@ def field(word, high, add, BITS: tl.constexpr, ZERO: tl.constexpr, PAIRED: tl.co
             value = (((bare >> (2 * (i % 8))) & 3) | top).to(tl.float32) - 4.0
         else:
             value = ((bare >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32) - (1 << (BITS - 1))
-        if ZERO and not PAIRED:
+        if ZERO:
             value = value - add
         return value
     elif dtype == tl.float16:

@@ -173,7 +173,7 @@ def _models(found: dict[str, Any], picked: Mapping[str, list[tuple[Item, Item]]]
             rank = counts["changed"] if metric != "perplexity" else 0  # of windows every one changes
             if rank > best[0]:
                 best = rank, score, shown
-    _layers(found, best[1], best[2], variant, reference, rows, watcher)
+    _layers(found, best[1], best[2], variant, reference, tokenizer, rows, watcher)
 
 
 def _known(entry: Any, source: Mapping[str, Any], reference: Any, tokenizer: Any,
@@ -202,7 +202,7 @@ def _known(entry: Any, source: Mapping[str, Any], reference: Any, tokenizer: Any
 
 def _unasked(lost: int, of: int, some: bool) -> str:
     return (f"lm-eval makes other prompts now ({lost} of {of} items are not among them): its version, or the task's "
-            "data, changed" if some else "its answers are written, and end by lm-eval's own rules")
+            "data, changed" if some else "its answers are drawn at random or searched for, and cannot be written again")
 
 
 def _replayed(counts: dict[str, Any], pairs: Sequence[tuple[Item, Item]], known: Mapping[str, Any], options: Any,
@@ -256,9 +256,10 @@ def _told(pair: tuple[Item, Item], text: str, tokens: Sequence[Any], choices: Ma
                          "tokens": [asdict(token) for token in each]} for choice, each in choices.items()]}
 
 
-def _layers(found: dict[str, Any], score: str, shown: Sequence[Any], variant: Any, reference: Any,
+def _layers(found: dict[str, Any], score: str, shown: Sequence[Any], variant: Any, reference: Any, tokenizer: Any,
             rows: Mapping[str, Mapping[str, Any]], watcher: Watcher | None) -> None:
     from llmops.evaluate.layer_swaps import attribute
+    from llmops.evaluate.live import shared_columns
 
     rotated = [_rotated(name, rows) for name in (found["variant"], found["against"])]
     if rotated[0] != rotated[1]:
@@ -268,7 +269,8 @@ def _layers(found: dict[str, Any], score: str, shown: Sequence[Any], variant: An
         found["layers"] = {"not_swapped": "no score has questions that can be asked again"}
         return
     try:
-        whole, swaps = attribute(variant, reference, shown, progress=watcher.progress if watcher is not None else None)
+        whole, swaps = attribute(variant, reference, shown, columns=shared_columns(variant, reference, tokenizer),
+                                 progress=watcher.progress if watcher is not None else None)
     except LlmopsError as reason:
         found["layers"] = {"not_swapped": str(reason)}
         return

@@ -203,7 +203,9 @@ def _check_kind(use: _Use, rows: Rows) -> None:
         return
     needs = "preference (prompt, chosen, rejected)" if use.kinds is COMPARED else " or ".join(use.kinds)
     cure = ("train on the chosen answers with `columns: {prompt: prompt, completion: chosen}`, or use method dpo"
-            if rows.kind == "preference" else "rename its columns with `columns:`, or name other data")
+            if rows.kind == "preference" else "let a teacher answer them (`answers: teacher` of a distill step, or "
+            "`synthesize`), or name other data" if rows.kind == "prompts" else
+            "rename its columns with `columns:`, or name other data")
     raise DataError(f'variant {", ".join(use.variants)}: data "{use.data}" holds rows of kind {rows.kind}; the step '
                     f"trains on {needs}; {cure}")
 

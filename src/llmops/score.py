@@ -157,7 +157,7 @@ class Scorer:
             self._compared = self._compared_tokens(tokenizer, model.config.max_position_embeddings)
         if not self._compared:
             return {}
-        figures = compare_tokens(model, reference, self._compared)
+        figures = compare_tokens(model, reference, self._compared, tokenizer=tokenizer)
         return {name: quantity.as_dict() for name, quantity in figures.items()}
 
     def _compared_tokens(self, tokenizer: Any, context: int) -> list[Tensor]:

@@ -65,7 +65,8 @@ def test_a_teacher_that_ends_no_answer_is_told_and_siblings_go_on(place, tmp_pat
 
 
 def test_prompts_without_answers_are_refused_where_nobody_answers(place, tmp_path):
-    with pytest.raises(DataError, match='data "asked" holds rows of kind prompts; the step trains on messages'):
+    with pytest.raises(DataError, match='data "asked" holds rows of kind prompts; the step trains on messages.*'
+                                        "`answers: teacher`"):
         run(place, tmp_path / "runs", data="asked")
 
 

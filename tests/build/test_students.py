@@ -15,6 +15,7 @@ from llmops.build.teaching import PROJECTION
 from llmops.data.options import DataSource
 from llmops.data.sources import rows_from
 from llmops.errors import ModelError, StepError
+from llmops.explain import explain
 from llmops.methods.distill.options import Logits
 from llmops.recipe import parse_recipe
 
@@ -60,6 +61,26 @@ def test_rows_that_pad_have_no_part_in_the_loss():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("rows", [480, 640])
+def test_signals_are_the_same_whoever_reads_them_first_and_padding_pulls_at_nothing(rows, tmp_path):
+    """The teacher has 512 logits, this student other padding, its sibling as many as the teacher."""
+    made = {}
+    for order in (("other", "alike"), ("alike", "other")):
+        shared = Shared(tmp_path / order[0], {"teacher": "t"})
+        for which in order:
+            step = {"parent": twin("llama", seed=5)[0]} if which == "alike" else {
+                "other": padded(rows), "student": {"model": "other"}}
+            work = take(offline={"k": 8}, signals=shared, **step)
+            made.setdefault(which, []).append(work.loss)
+        assert (shared.manifest()["vocabulary"], shared.manifest()["logits"]) == (
+            max(tokenizer().get_vocab().values()) + 1, 512)
+    assert made["other"][0] == made["other"][1] and made["alike"][0] == made["alike"][1]
+    live = take(padded(rows), student={"model": "other"}, top_k=8)  # the teacher's padding counts on neither side
+    assert made["other"][0][0][1] == pytest.approx(live.loss[0][1], rel=2e-3)
+    with pytest.raises(StepError, match="expected one for each"):
+        take(padded(128), student={"model": "other"}, offline={"k": 8}, signals=shared)
+
+
 def test_too_few_logits_and_other_tokenizers_are_refused():
     with pytest.raises(StepError, match="the tokenizer knows 4.. tokens|expected one for each"):
         take(padded(128), student={"model": "other"})
@@ -96,6 +117,21 @@ def test_states_and_attention_of_the_teacher_itself_add_nothing(packing):
     assert work.loss[0][1] == pytest.approx(0, abs=1e-5)
     assert take(hidden_weight=0.0, attention_weight=3.0, packing=packing, max_steps=1).loss[0][1] > take(
         packing=packing, max_steps=1).loss[0][1]
+
+
+def test_a_student_with_other_padding_is_scored_and_explained_beside_its_teacher(tmp_path):
+    place = workplace(tmp_path)
+    padded(640).save_pretrained(place / "other")
+    tokenizer().save_pretrained(place / "other")
+    step = {**STEP, "teacher": "tuned", "data": "train", "student": {"model": "other"}}
+    variants = {"tuned": TUNED, "s": {"distill": step}, "offline": {"distill": {**step, "offline": {"k": 8}}}}
+    result = llmops.run(parse_recipe(recipe(variants), base_dir=place), runs=tmp_path / "runs")
+    rows = {row["identity"]["variant"]: row for row in result.rows}
+    assert [rows[name]["status"]["state"] for name in variants] == ["ok"] * 3
+    assert rows["s"]["tokens"]["base"]["kl_mean"]["value"] > 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "r" / "s").config.vocab_size == 640
+    found = explain(str(tmp_path / "runs"), "r", "s", "tuned", items=2)
+    assert "of type qwen2 and llama" in found["layers"]["not_swapped"]
 
 
 def test_another_tokenizer_is_refused_before_anything_is_built(tmp_path):

@@ -14,7 +14,7 @@ from llmops.evaluate import EVALUATORS
 from llmops.evaluate.harness_replay import harness_questions
 from llmops.evaluate.multiple_choice import loglikelihoods
 from llmops.evaluate.options import Harness
-from llmops.evaluate.replay import answered
+from llmops.evaluate.replay import Question, answered
 from llmops.evaluate.token_view import view
 from llmops.explain import explain, lines
 from llmops.ledger import Ledger
@@ -84,7 +84,7 @@ def test_rolling_and_single_continuations_and_written_answers(folder):
     asked = options(folder, "prose", "ending", "written")
     scores = EVALUATORS["harness"](model, tokenizer, None, asked, id="h", seed=0)
     known = harness_questions(model, tokenizer, asked, "h")
-    assert known["written"] == {} and list(known) == ["prose", "ending", "written"]
+    assert list(known) == ["prose", "ending", "written"]
     by_task = {score.id.partition(":")[2]: score for score in scores}
     for task in ("prose", "ending"):
         assert [item.id for item in by_task[task].items] == list(known[task])
@@ -97,6 +97,32 @@ def test_rolling_and_single_continuations_and_written_answers(folder):
                 assert total / item.weight / 0.6931471805599453 == pytest.approx(item.score, rel=1e-5)
             else:
                 assert len(question.answers[""]) == 256 < len(tokenizer(question.text).input_ids)
+    items = by_task["written"].items
+    replies = answered(model, tokenizer, [known["written"][item.id] for item in items], asked)
+    for (prompt, reply), item in zip(replies, items, strict=True):
+        assert tokenizer.decode(reply).partition(".")[0] == item.answer and 1 <= len(reply) <= 4
+        assert len(prompt) <= 252  # cut from the left where prompt and answer do not fit
+    assert len(replies[-1][0]) == 252
+
+
+@needed
+@pytest.mark.parametrize(("more", "kept"), [("do_sample: true, temperature: 0.7", 0), ("temperature: 0.7", 0),
+                                            ("num_beams: 2", 0), ("do_sample: false, temperature: 0.0", 3)])
+def test_answers_that_are_drawn_are_not_written_again(folder, more, kept):
+    place = folder / "tasks" / "written.yaml"
+    place.write_text(place.read_text().replace("max_gen_toks: 4", f"max_gen_toks: 4, {more}"))
+    model, tokenizer = twin("llama", torch.float32)
+    assert len(harness_questions(model, tokenizer, options(folder, "written"), "h")["written"]) == kept
+
+
+def test_an_answer_ends_with_the_token_that_makes_its_ending_whole():
+    model, tokenizer = twin("llama", torch.float32)
+    prompt = tokenizer("The old river").input_ids
+    [(_, whole)] = answered(model, tokenizer, [Question("q", "", prompt, {}, most=8)], None)
+    ending = tokenizer.decode(whole[:4])[-2:]
+    [(_, reply)] = answered(model, tokenizer, [Question("q", "", prompt, {}, until=["nowhere", ending], most=8)], None)
+    assert len(whole) == 8 and reply == whole[:len(reply)] and ending in tokenizer.decode(reply)
+    assert ending not in tokenizer.decode(reply[:-1])
 
 
 @needed
@@ -116,8 +142,12 @@ def test_an_item_is_explained_choice_by_choice(folder):
             [b - a for a, b in zip(before, now, strict=True)], abs=1e-3)
         assert all(token["kl"] >= 0 for each in item["choices"] for token in each["tokens"])
         assert "".join(token["token"] for token in item["tokens"]).strip() == item["answer_before"]
-    assert found["layers"]["score"] == "harness:everyday" and found["layers"]["swaps"]
-    assert any("harness:written: no tokens: its answers are written" in note for note in found["notes"])
+    assert found["layers"]["score"] in ("harness:everyday", "harness:written") and found["layers"]["swaps"]
+    written = found["scores"]["harness:written"]
+    assert written["changed"] == 3 and not found["notes"]
+    for item in written["items"]:
+        assert "".join(token["token"] for token in item["tokens"]).partition(".")[0] == item["answer_before"]
+        assert len(item["tokens"]) >= 1 and item["parts_at"] is not None
     assert "log p of the choices" in "\n".join(lines(found))
     assert "log p " in (folder / "runs" / "r" / "report.html").read_text()
     assert explain(str(folder / "runs"), "r", "w2", items=3) == found

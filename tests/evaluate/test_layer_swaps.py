@@ -4,12 +4,15 @@ import pytest
 import torch
 from tests.twins import twin
 
+from llmops.build.cutting import cut_to
 from llmops.errors import LlmopsError
 from llmops.evaluate.exact_match import greedy
 from llmops.evaluate.layer_swaps import Part, attribute, parts, swapped
 from llmops.evaluate.live import scoring
 from llmops.evaluate.token_view import view
+from llmops.importance import width_importance
 from llmops.models.arch import renumber_layers
+from llmops.models.widths import resized, shape_of
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -88,6 +91,20 @@ def test_equal_models_have_no_parts_and_other_depths_are_refused(pair):
         parts(short, reference)
     with pytest.raises(LlmopsError, match="no answer to look at"):
         attribute(reference, reference, [])
+
+
+@pytest.mark.parametrize("less", [{"intermediate": 128}, {"heads": 2}])
+def test_blocks_of_another_width_are_swapped_whole_and_other_hidden_sizes_are_refused(pair, less):
+    _, reference, tokenizer, shown = pair
+    crops = torch.arange(5, 69).view(2, 32)
+    found = width_importance(copy.deepcopy(reference), crops, "l2")
+    variant = cut_to(copy.deepcopy(reference), resized(shape_of(reference), **less), found)
+    whole, swaps = attribute(variant, reference, shown, columns=500)
+    assert [each.part.kind for each in swaps] == ["whole block"] * 4 and all(each.kl > 0 for each in swaps)
+    assert whole.kl > 0 and view(variant, reference, tokenizer, shown)
+    narrow = cut_to(copy.deepcopy(reference), resized(shape_of(reference), hidden=96), found)
+    with pytest.raises(LlmopsError, match="of hidden size 96 and 128"):
+        parts(narrow, reference)
 
 
 def test_tokens_tell_where_the_answers_part(pair):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ def test_a_score_survives_storage():
     score = Score("exact_match:test", "exact_match", True, Quantity.measured(0.5, "fraction", "m", (0.1, 0.9), 2), 0.5,
                   {"id": "exact_match/greedy", "aggregation": "mean"}, items)
     body = json.loads(json.dumps(score.as_dict(), allow_nan=False))
+    assert body["items_sha256"] == hashlib.sha256("\n".join(each.id for each in items).encode()).hexdigest()
     kept = json.loads(json.dumps([item.as_dict() for item in items]))
     assert "items" not in body and body["n"] == 2
     assert Score.from_dict(body | {"versus": {}}, [Item(**item) for item in kept]) == score

@@ -5,8 +5,11 @@ import pytest
 from scipy import stats
 
 from llmops.errors import LlmopsError
+from llmops.evaluate.noninferiority import noninferiority_p
+from llmops.evaluate.paired_tests import tango_interval
 from llmops.evaluate.score import Item, Score
 from llmops.evaluate.statistics import (
+    compare,
     mcnemar,
     mean_interval,
     paired,
@@ -100,6 +103,35 @@ def test_a_score_against_itself_shows_no_difference():
     found = paired(a, a, 0)
     assert found["delta"].value == 0 and found["delta"].ci95 == pytest.approx((-0.4344825, 0.4344825))  # of five items
     assert (found["gained"], found["lost"], found["changed_answers"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("missed", [0, 3])
+def test_where_nearly_all_flip_the_interval_does_not_collapse(missed):
+    """0 of 89 right before, 89 - missed after: a bootstrap would give [1, 1], as if nothing else could ever happen."""
+    a, b = score([1.0] * (89 - missed) + [0.0] * missed), score([0.0] * 89)
+    gained, lost = paired(a, b, 0), paired(b, a, 0)
+    low, high = gained["delta"].ci95
+    assert (low, high) == tango_interval(89 - missed, 0, 89) and "did not flip" in gained["delta"].method
+    assert low < 0.97 and high >= (89 - missed) / 89
+    assert lost["delta"].ci95 == pytest.approx((-high, -low))
+    grouped = compare(np.ones(89), np.zeros(89), np.ones(89), 0, unit="fraction", aggregation="mean", rising=True,
+                      clusters=[f"d{place // 2}" for place in range(89)])
+    assert grouped["delta"].ci95[0] < 0.93 and grouped["delta"].ci95[1] == pytest.approx(1.0)
+    assert noninferiority_p({**grouped, "delta": grouped["delta"].as_dict()}, 0.02, True) < 1e-6
+
+
+def test_where_nearly_all_flip_the_interval_covers():
+    """Of every possible outcome of 60 items that flip with 0.97: the bootstrap held the truth in 84 % of its weight."""
+    weights = stats.binom.pmf(range(61), 60, 0.97)
+    held = sum(weight for count, weight in enumerate(weights) if weight > 1e-9 and _holds(count, 60, 0.97))
+    assert 0.93 <= held <= 0.985
+
+
+def _holds(gained, n, truth):
+    a = np.arange(n) < gained
+    found = compare(a.astype(float), np.zeros(n), np.ones(n), 0, unit="fraction", aggregation="mean", rising=True,
+                    clusters=None)
+    return found["delta"].ci95[0] <= truth <= found["delta"].ci95[1]
 
 
 def test_pairing_is_narrower_than_two_separate_intervals():

@@ -95,6 +95,31 @@ def test_models_of_different_vocabularies_are_refused():
         compare_tokens(model, other, BATCHES)
 
 
+def test_rows_that_pad_a_vocabulary_have_no_part_where_the_tokenizer_is_one():
+    reference, words = twin("llama", torch.float32)
+    known = [batch % 300 for batch in BATCHES]  # ids that are tokens
+    model = noisy(reference, 0.3)
+    expected = compare_tokens(_cut(model, words), _cut(reference, words), known)
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(640, mean_resizing=False)
+    with torch.no_grad():
+        padded.lm_head.weight[512:] += 3.0  # likely, were they counted
+    for pair in ((padded, reference), (reference, padded)):
+        assert compare_tokens(*pair, known, tokenizer=words)["kl_mean"].value > 0
+    found = compare_tokens(padded, reference, known, tokenizer=words)
+    assert found["kl_mean"].value == pytest.approx(expected["kl_mean"].value, rel=1e-5)
+    assert found["same_top"].value == expected["same_top"].value
+    with pytest.raises(LlmopsError, match="the tokenizer knows"):
+        compare_tokens(_cut(model, words, 8), reference, known, tokenizer=words)
+
+
+def _cut(model, words, less=0):
+    """A copy with a logit for each token of the tokenizer and none beyond."""
+    cut = copy.deepcopy(model)
+    cut.resize_token_embeddings(max(words.get_vocab().values()) + 1 - less)
+    return cut
+
+
 @pytest.mark.parametrize("batches", [[], [torch.zeros(3, 1, dtype=torch.long)]])
 def test_nothing_to_compare_is_refused(batches):
     model, _ = twin("llama", torch.float32)

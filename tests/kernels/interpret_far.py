@@ -20,7 +20,15 @@ from benchmarks.kernels import sparse24_linear as sparse_cases
 from torch import Tensor
 from triton.runtime import interpreter
 
-from llmops_kernels import _split, int_linear, int_matmul, nf4_linear, sparse24_int4_linear, sparse24_linear
+from llmops_kernels import (
+    _group_sums,
+    _split,
+    int_linear,
+    int_matmul,
+    nf4_linear,
+    sparse24_int4_linear,
+    sparse24_linear,
+)
 from llmops_kernels._dequantize import dense_integers, dense_pairs, dequantize_integers_kernel, dequantize_pairs_kernel
 
 HALF = torch.float16
@@ -168,8 +176,25 @@ def parts() -> tuple[Tensor, Tensor]:
     return y[:, -1024:], _split.sum_parts(near, None, torch.empty(1, 1024, dtype=HALF))
 
 
+def joined() -> tuple[Tensor, Tensor]:
+    """Its scales past 2^31: the last rows of a weight with many groups."""
+    tiles, groups = FAR // (128 * 128) + 1, 128
+    near = torch.rand(1, groups // 8, 128, 8, generator=made()).to(HALF)
+    points = torch.randint(-128, 128, near.shape, generator=made(1), dtype=torch.int16)
+    scale, zero = (room(tiles, *near.shape[1:], dtype=each.dtype) for each in (near, points))
+    scale[-1], zero[-1] = near[0], points[0]
+    sums, close = torch.randn(3, 1, groups, generator=made(2)).bfloat16(), torch.randn(1, 1, 128, generator=made(3))
+    parts = room(1, 1, 128 * tiles, dtype=torch.float32)
+    parts[..., -128:] = close
+    y = room(1, 128 * tiles, dtype=HALF)
+    with only(4 * tiles - 1):
+        _group_sums.join(parts, sums, scale, zero, 128, None, y)
+    return y[:, -32:], _group_sums.join(close, sums, near, points, 128, None, torch.empty(1, 128, dtype=HALF))[:, -32:]
+
+
 CASES = {"integers": integers, "integers made dense": integers_made_dense, "general": general, "pairs": pairs,
-         "pairs made dense": pairs_made_dense, "sparse": sparse, "sparse int4": sparse_int4, "parts": parts}
+         "pairs made dense": pairs_made_dense, "sparse": sparse, "sparse int4": sparse_int4, "parts": parts,
+         "joined": joined}
 
 if __name__ == "__main__":
     for name, *arguments in json.loads(sys.argv[1]):

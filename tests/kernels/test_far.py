@@ -11,7 +11,7 @@ from tests.kernels.processes import interpreted
 CASES: list[list[Any]] = [
     *(["integers", bits] for bits in (2, 3, 4, 8)), *(["integers made dense", bits] for bits in (3, 4)),
     ["general", 4], ["general", 8], ["pairs"], ["pairs made dense"], ["sparse", False], ["sparse", True],
-    ["sparse int4", False], ["sparse int4", True], ["parts"]]
+    ["sparse int4", False], ["sparse int4", True], ["parts"], ["joined"]]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves addresses without memory as Linux does")

@@ -12,6 +12,7 @@ from llmops_kernels.int_linear import Packed, int_linear, launch, layout, pack, 
 
 DECODE = {"BLOCK_M": 16, "BLOCK_N": 64, "PARTS": 1, "num_warps": 4, "num_stages": 2}
 SPLIT = DECODE | {"PARTS": 3}
+WIDE = SPLIT | {"BLOCK_N": 128, "SWAP": 1, "PARTS": 1}
 MIDDLE = {"BLOCK_M": 32, "BLOCK_N": 128, "PARTS": 1, "num_warps": 4, "num_stages": 2}
 LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "PARTS": 2, "SWAP": 1, "num_warps": 8, "num_stages": 2}
 DENSE = {"DENSE": 1}
@@ -38,7 +39,10 @@ CASES: list[list[Any]] = [
     [6, 128, [3], 64, 256, "float16", False, False, DECODE],
     [8, 128, [3], 136, 512, "bfloat16", False, False, None],
     [8, 32, [3, 17], 136, 288, "bfloat16", True, False, None],
+    [8, 32, [3], 136, 288, "bfloat16", False, True, None, 0, "float32"],
     [8, 32, [2], 130, 320, "float16", False, True, None],
+    [8, 64, [2, 20], 130, 320, "bfloat16", True, True, WIDE],
+    [8, -1, [0, 3], 72, 700, "bfloat16", True, True, SPLIT],
     [8, 64, [2, 33], 130, 320, "bfloat16", False, False, None],
     [8, 128, [2], 72, 512, "float16", True, False, None],
     [4, 32, [3, 40], 130, 352, "float16", True, False, None],
@@ -121,7 +125,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         (r"strides .* expected its rows contiguous", (turned, *parts, None, None, 4, 128, 72)),
         (r"words is int16 .*; expected int16", (x[:, :256], *parts, None, None, 4, 128, 72)),
         (r"words is int32", (x, packed.words.int(), packed.scale, None, None, 4, 128, 72)),
-        (r"words is int16 .*; expected int16 \(1, 1, 3", (x, *parts, None, None, 3, 128, 72)),
+        (r"words is int16 .*; expected int16 \(1, 1, 128, 3", (x, *parts, None, None, 3, 128, 72)),
         (r"group_size is 48; expected one of \[32, 64, 128\], or -1", (x, *parts, None, None, 4, 48, 72)),
         (r"bits is 9; expected 2 to 8", (x, *parts, None, None, 9, 128, 72)),
         (r"scale is bfloat16 .*; expected .* \(1, 2, 128, 4\)", (x, *parts, None, None, 4, 64, 72)),

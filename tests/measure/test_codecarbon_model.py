@@ -40,7 +40,7 @@ def test_the_estimate_is_had_offline_and_labelled(no_network, tmp_path, monkeypa
     locked_before = lock.exists()
     sensor = probe(MeasureOptions(sensor="codecarbon"))
     assert sensor.name == "codecarbon", sensor.method
-    assert sensor.provenance == "estimated" and sensor.method.startswith("estimated: CodeCarbon")
+    assert sensor.provenance == "estimated" and sensor.method.startswith("CodeCarbon")
     meter = Meter(sensor)
     with meter.window("outer") as outer:
         with meter.window("busy") as busy:

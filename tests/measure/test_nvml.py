@@ -51,7 +51,7 @@ def test_without_a_counter_power_is_integrated_and_labelled():
     clock = Clock()
     sensor = open_nvml(Nvml(clock, {"GPU-a": 250.0}, counter=False), ["GPU-a"])
     assert isinstance(sensor, NvmlPower)
-    assert sensor.provenance == "estimated" and sensor.method.startswith("estimated: integrated power")
+    assert sensor.provenance == "estimated" and sensor.method.startswith("integrated power")
 
 
 def test_integrated_power_follows_a_ramp_and_skips_what_lies_between_windows():

@@ -53,6 +53,21 @@ def test_a_wrapped_counter_goes_on(tmp_path):
     assert sensor.read()["cpu"] == pytest.approx(10 + (RANGE_UJ - 7_000_000 + 2_000_000) / 1e6)
 
 
+def test_a_counter_that_was_set_back_is_no_wrapped_one(tmp_path):
+    """A machine that slept begins at 0: 40 kJ in a second would be billed to whoever measures just then."""
+    clock = Clock()
+    counter = domain(tmp_path, "intel-rapl:0", "package-0", RANGE_UJ // 2)
+    meter = Meter(open_rapl(tmp_path, clock), clock=clock)
+    with meter.window("w") as window:
+        clock.advance(1)
+        counter.write_text("3000000")
+    assert window.energy.value is None and "the counter of rapl fell (cpu)" in window.energy.method
+    with meter.window("next") as window:
+        clock.advance(1)
+        counter.write_text("43000000")
+    assert window.energy.value == pytest.approx(40)
+
+
 def test_missing_dram_is_said(tmp_path):
     domain(tmp_path, "intel-rapl:0", "package-0", 1)
     sensor = open_rapl(tmp_path)

@@ -38,7 +38,10 @@ def test_more_layers_go_on_in_their_pattern():
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"num_hiden_layers": 2}, 'did you mean "num_hidden_layers"'), ({"vocab_size": 100}, "expected the teacher's"),
-    ({"num_hidden_layers": 0}, "at least 1"), ({"num_attention_heads": 3}, "expected a multiple")])
+    ({"num_hidden_layers": 0}, "at least 1"), ({"num_attention_heads": 3}, "expected a multiple"),
+    ({"hidden_size": "wide"}, "no LlamaForCausalLM can be made so"), ({"hidden_act": "sillu"}, "sillu"),
+    ({"hidden_size": 66}, "not a multiple of the number of attention heads"), ({"hidden_size": -4}, "fit together"),
+    ({"model_type": "qwen2"}, "own architecture")])
 def test_configs_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ModelError, match=said):
         fresh_student(twin("llama")[0], changes, seed=0)

@@ -208,12 +208,13 @@ CASES = [
     ("share of all", {"variants": variants("a: {prune: {method: width, data: calib, parameters: §1.0x}}")},
      ["1.0x", "below 1"]),
     ("share that no shape has", {"variants": variants("a: {prune: {method: width, data: calib, parameters: §0.01}}")},
-     ["given 0.01; the smallest shape that is searched has about 0.", "larger share"]),
+     ["given 0.01; the smallest shape that is searched", "about 0.", "larger share"]),
     ("share that no layer has", {"variants": variants("a: {prune: {method: depth, parameters: §0.05}}")},
      ["given 0.05; one layer and what is around it has about 0.", "larger share"]),
     ("every weight of a row", {"variants": variants("a: {prune: {method: wanda, data: calib, sparsity: §0.999}}")},
      ["given 0.999, which of the 128 inputs of a row is all of them", "at most 0.992"]),
-    *((f"hardly a weight a row, {given}", {"variants": variants(f"a: {{prune: {{method: {given}}}}}")},
+    *((f"hardly a weight a row of {inputs} by {given.split(',')[0]}",
+       {"variants": variants(f"a: {{prune: {{method: {given}}}}}")},
        [f"which leaves {left} weights to each row of {inputs} inputs", f"at the very most {most}"])
       for given, left, inputs, most in (
           ("magnitude, sparsity: §0.997", 0.38, 128, 0.9929),
@@ -230,6 +231,15 @@ CASES = [
      ["given 3 heads in 2 KV groups", "multiple of 2"]),
     ("too many heads a group", {"variants": variants("a: {prune: {method: width, data: calib, kv_heads: §1}}")},
      ["given 4 heads in 1 KV groups, 4 each", "at most 2 each"]),
+    ("hidden that heads do not divide",
+     {"variants": variants("a: {prune: {method: width, data: calib, hidden: §110}}")},
+     ["given 110 hidden features with 4 heads", "108 or 112"]),
+    ("multiples of too much", {"variants": variants(
+        "a: {prune: {method: width, data: calib, parameters: §0.7, multiple: 1000}}")}, ["in multiples of 1000"]),
+    ("a workload that is not measured", {"variants": variants("a: {prune: {method: depth, layers: 3, §repeats: 9}}")},
+     ["given repeats with a target that is not measured", "no repeats"]),
+    ("a workload beyond the context", {"variants": variants(
+        "a: {prune: {method: depth, latency: 0.5, prompt_tokens: §500}}")}, ["532 together", "at most the 512"]),
     ("axes of a shape", {"variants": variants(
         "a: {prune: {method: width, data: calib, hidden: 128, §axes: [hidden]}}")},
      ["given axes", "nothing to search"]),
@@ -340,6 +350,12 @@ CASES = [
     ("student layers", {"variants": taught("student: {config: {num_hidden_layers: §0}}")}, ["at least 1"]),
     ("student heads", {"variants": taught("student: {§config: {num_attention_heads: 3}}")},
      ["3 attention heads for 2", "a multiple"]),
+    ("student size", {"variants": taught("student: {config: {hidden_size: §wide}}")}, ['"wide"', "whole number"]),
+    ("student hidden size", {"variants": taught("student: {§config: {hidden_size: 66}}")},
+     ["66 with 4 attention heads", "multiple of 4"]),
+    ("student odd heads", {"variants": taught("student: {§config: {head_dim: 63}}")}, ["even head_dim"]),
+    ("student architecture", {"variants": taught("student: {config: {§model_type: qwen2}}")},
+     ["own architecture", "name a `model`"]),
     ("student model", {"variants": taught("student: {model: §./smal}")}, ["not there", 'did you mean "small"']),
     ("student folder", {"variants": taught("student: {model: §bare}")}, ["without config.json"]),
     ("student builtin", {"variants": taught("student: {model: §builtin:tinny}")}, ['did you mean "builtin:tiny"']),
@@ -479,6 +495,14 @@ def test_a_secret_is_never_repeated(secret: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe({"version": 1, "name": "x", "model": {"id": "small", "secret": secret}}, base_dir=tmp_path)
     assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", ["0.5", "true"])
+def test_no_list_is_advised_of_what_no_list_holds(layers: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"given {layers}; expected a whole number or a list") as caught:
+        parse_recipe(makers.text(variants=variants(f"a: {{prune: {{method: depth, layers: {layers}}}}}")),
+                     base_dir=makers.folder(tmp_path))
+    assert "write [" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:

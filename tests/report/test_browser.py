@@ -13,6 +13,7 @@ import pytest
 from tests.report.chromium import CHROMIUM, Browser
 from tests.report.rows import make_rows, many
 from tests.report.test_margins import EXPLAINED
+from tests.report.test_trainings import trained
 
 from llmops.ledger import Ledger
 from llmops.report.html import write_html
@@ -43,6 +44,26 @@ def test_it_opens_without_a_word_and_nothing_is_wider_than_the_screen(browser, p
     browser.open(place, width, dark)
     found = json.loads(browser.run(SCRIPT))
     assert found["wide"] <= width and found["sections"] >= 10 and browser.said == []
+
+
+CUT = """
+JSON.stringify([...document.querySelectorAll("svg text")].filter(each => {
+  const text = each.getBoundingClientRect(), picture = each.ownerSVGElement.getBoundingClientRect();
+  return text.left < picture.left - 1 || text.right > picture.right + 1 || text.top < picture.top - 1
+    || text.bottom > picture.bottom + 1;
+}).map(each => each.textContent))
+"""
+
+
+def test_no_word_leaves_its_picture(browser, pages, tmp_path):
+    rows, row = trained()
+    row["building"]["trace"]["learning_rate"] = [[step, 1e-3 * step / 121] for step in range(1, 122)]
+    row["energy"]["8"]["joules_per_token"]["ci95"] = [1e-3, 10.0]  # a bar to the edge, and its name beyond it
+    for place in (write_html(rows, tmp_path / "trained.html", title="t"), pages["explained"]):
+        browser.open(place)
+        browser.run("document.querySelectorAll('.chart').forEach(e => e.classList.add('on')); "
+                    "document.querySelectorAll('details').forEach(e => { e.open = true; })")
+        assert json.loads(browser.run(CUT)) == []
 
 
 def test_charts_switch_tables_sort_and_filter(browser, place):
@@ -95,6 +116,19 @@ def test_it_prints_with_its_folds_open(browser, place):
     browser.call("Emulation.setEmulatedMedia", media="")
     assert len(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"]) > 50_000
     assert browser.run("window.seen") >= 12 and browser.run(opened) == 0
+
+
+def test_paper_gets_no_book(browser, tmp_path):
+    """Folds of ten thousand figures stay closed; those that come first, and are short, are opened."""
+    rows = make_rows()
+    for row in rows:
+        row["quality"] = {f"{score}{place}": body for place in range(12)
+                          for score, body in (row.get("quality") or {}).items()}
+    browser.open(write_html(rows, tmp_path / "book.html", title="book"))
+    browser.run("window.seen = []; addEventListener('beforeprint', () => { window.seen = "
+                "[...document.querySelectorAll('details[open] tr')].length; })")
+    browser.call("Page.printToPDF", preferCSSPageSize=True)
+    assert 100 < browser.run("window.seen") <= 600
 
 
 def test_a_hundred_variants_open(browser, tmp_path):

@@ -167,6 +167,15 @@ def test_the_record_is_in_kwh_and_flop_with_its_method():
     assert "## Energy and compute" not in parts(named("base"))[1]
 
 
+def test_data_of_all_ancestors_and_of_the_scores_are_named_by_their_hashes():
+    rows = make_rows()
+    row = next(each for each in rows if each["identity"]["variant"] == "tuned-w4")
+    row["quality"]["exact_match:test"]["items_sha256"] = "5a" * 32
+    body = parts(row, rows)[1]
+    assert f"data train of tuned, SHA-256: `{'ef' * 32}`" in body
+    assert f"questions of exact\\_match:test, SHA-256 of their items: `{'5a' * 32}`" in body
+
+
 def test_scores_by_group_name_the_worst():
     row = named("tuned-w4")
     score = row["quality"]["exact_match:test"]

@@ -8,6 +8,7 @@ from tests.report.rows import EVIL, make_rows
 from llmops.errors import LlmopsError
 from llmops.quantity import Quantity
 from llmops.report.compare import compare, compare_as_json, compare_table
+from llmops.report.side import side_by_side
 
 SCORE = "exact_match:test"
 
@@ -104,6 +105,16 @@ def test_rows_of_two_runs_are_told_apart_by_the_runs_name():
     assert cell(lines, SCORE, "older/tuned").difference.method.startswith("unpaired")
     with pytest.raises(LlmopsError, match="unknown variant"):
         compare(both, ["tuned"])  # which of the two?
+
+
+def test_zeros_that_save_nothing_are_marked_beside_others():
+    rows = make_rows()
+    assert "wanda 50% †" in printed(rows, ["wanda", "tuned-w4"])
+    assert "no time saved" in printed(rows, ["wanda", "tuned"])
+    assert "†" not in printed(rows, ["tuned", "tuned-w4"])
+    page = side_by_side([row for row in rows if row["identity"]["variant"] in ("tuned", "wanda")])
+    assert "wanda 50% †" in page and "no time saved" in page
+    assert "†" not in side_by_side([row for row in rows if row["identity"]["variant"] in ("tuned", "tuned-w4")])
 
 
 def test_names_that_are_not_there():

@@ -5,8 +5,12 @@ import pytest
 from tests.report.rows import EVIL, EVIL_ATTRIBUTE, make_rows, many, null
 
 from llmops.errors import StoreError
+from llmops.quantity import Quantity
+from llmops.report.charts import Dot, scatter
 from llmops.report.html import page, write_html
+from llmops.report.markdown import pairs
 from llmops.report.markup import Markup, tag
+from llmops.report.sections import alike
 
 VOID = {"meta", "br", "hr", "input", "col"}
 KEPT = {"ok", "measured", "estimated", "constant", "null", "shown", "not shown"}
@@ -139,6 +143,34 @@ def test_each_batch_size_has_its_own_figures_and_front():
     page = read(rows).words
     assert "energy per token, batch 1" in page and "energy per token, batch 8" in page
     assert page.count("tuned-w4 (no window was long enough)") == 2  # of two scores, at batch 8 alone
+
+
+def test_bars_end_in_strokes_unless_they_go_on_beyond_the_picture():
+    def dot(ci95):
+        y = Quantity.measured(0.5, "fraction", "m")
+        return Dot("v", "prune", Quantity.measured(1.0, "s", "m", ci95), y, "", "#")
+
+    dots = [dot((0.9, 1.1)), dot((0.9, 1.2)), dot((0.9, 900.0))]
+    drawn = re.findall(r'<path d="([^"]*)" class="interval"', scatter(dots, label="l", x_title="x", y_title="y"))
+    assert [path.count("v7") for path in drawn] == [2, 2, 1]
+
+
+def test_warnings_that_differ_in_figures_alone_are_one():
+    assert alike(["batch 1: lasted 0.031 s", "batch 4: lasted 0.04 s", "batch 4: lasted 0.04 s", "the disk is full"]) \
+        == ["batch 1: lasted 0.031 s (and 1 more, with other figures)", "the disk is full"]
+
+
+def test_what_was_not_measured_says_so_where_the_winner_is_shown():
+    rows = [{key: value for key, value in row.items() if key not in ("latency", "energy", "workload")}
+            for row in make_rows()]
+    rows[3]["verdict"] = {"winner": True, "goals": []}
+    words = read(rows).words
+    assert words.count("not measured") >= 2 and "all of latency : the recipe has no `measure:`" in words
+
+
+def test_a_mapping_of_sentences_is_told_apart_from_one_of_words():
+    assert pairs({"torch": "2.13", "numpy": "2.4"}) == "torch 2.13, numpy 2.4"
+    assert pairs({"nvml": "the model runs on cpu", "zeus": "absent"}) == "nvml: the model runs on cpu; zeus: absent"
 
 
 def test_what_cannot_be_drawn_is_named_with_its_reason():

@@ -1,6 +1,7 @@
 """Margins judged from rows: shown or not, over several variants; groups named; changed answers drawn and escaped."""
 
 import copy
+import json
 
 import pytest
 from tests.report.rows import EVIL, q
@@ -105,6 +106,19 @@ EXPLAINED = {"run": "r", "variant": "b", "against": "base", "keys": ["b", "base"
                          {"block": 1, "kind": "down", "names": ["d"], "kl": 0.0, "delta_logp": 0.0, "turned": 0},
                          {"block": None, "kind": "lm_head", "names": ["lm_head"], "kl": 0.1, "delta_logp": 0,
                           "turned": 0}]}}
+
+
+def test_no_group_is_named_where_none_lost():
+    """The one that gained least is no victim: it stands there like the others."""
+    gained = json.loads(json.dumps(SLICES).replace('"value": -', '"value": '))
+    own = {"topic": {name: {"value": q(0.8, "fraction"), "n": 100} for name in ("river", "town")}}
+    rows = judge([row("base", slices=own), row("b", pair(60, 10, slices=gained), slices=own)])
+    assert name_and_lines(rows) == []
+    page = html.page(rows, title="r")
+    groups = page[page.index('id="slices"'):]
+    assert "<b>80.0%</b>" not in groups[:groups.index("</section>")]
+    lost = html.page(judge([row("base", slices=own), row("b", pair(10, 60, slices=SLICES), slices=own)]), title="r")
+    assert "<b>80.0%</b>" in lost[lost.index('id="slices"'):]
 
 
 def test_changed_answers_are_drawn_for_the_builds_that_were_looked_at():

@@ -84,6 +84,20 @@ def test_ways_to_train_adapters_are_told_apart(method, options, said):
     assert what({"transform": {"method": method, "options": {"rank": 8, "epochs": 2.0, **options}}}) == said
 
 
+@pytest.mark.parametrize(("method", "options", "said"), [
+    ("depth", {"layers": 4, "choose": "block_influence"}, "depth 4 layers by block influence"),
+    ("depth", {"parameters": 0.5, "choose": "perplexity", "contiguous": True},
+     "depth 0.5x parameters by perplexity contiguous"),
+    ("depth", {"layers": [0, 2], "choose": "even", "contiguous": False}, "depth 2 layers"),
+    ("logits", {"loss": "reverse_kl", "on_policy": {"fraction": 1.0}}, "logits of t reverse_kl on-policy 5 steps"),
+    ("logits", {"loss": "forward_kl", "offline": {"k": 32}, "student": {"config": {"num_hidden_layers": 2}}},
+     "logits of t fresh offline 5 steps"),
+    ("logits", {"student": {"model": "org/small"}}, "logits of t org/small 5 steps")])
+def test_ways_to_cut_and_to_teach_are_told_apart(method, options, said):
+    assert what({"transform": {"method": method, "options": {
+        **({"teacher": "t", "max_steps": 5} if method == "logits" else {}), **options}}}) == said
+
+
 def test_other_options_are_named():
     row = {"transform": {"method": "new", "options": {"method": "new", "beta": 2, "list": [1]}, "simulated": True}}
     assert what(row) == "new beta=2 simulated"

@@ -1,10 +1,11 @@
 """y = x @ ((codes - zero) * scale).T + bias for 2-, 3-, 4- and 8-bit weights, in PyTorch; and the layout of the kernel.
 
 The layout. A weight is cut into tiles of 128 rows and one *chunk* of columns; a tile is contiguous, so a program
-streams (one of 64 rows reads half a tile). Inside a tile a row is `RUN` 16-bit words, and bit field i of word j holds
-the code of column `i * RUN + j` of the chunk (planar): the kernel extracts field i of all words with one mask and has
-the codes of RUN neighbouring columns, ready to be multiplied with RUN neighbouring elements of x. Two words share a
-register, which makes every mask work on two codes. Codes are stored unsigned, by half their range too large.
+streams (one of 64 rows reads half a tile). Inside a tile a row is W runs of `RUN` 16-bit words, and bit field i of
+word j of a run holds the code of column `i * RUN + j` of the run's columns (planar): the kernel extracts field i of all
+words with one mask and has the codes of RUN neighbouring columns, ready to be multiplied with RUN neighbouring elements
+of x. Two words share a register, which makes every mask work on two codes. Codes are stored unsigned, by half their
+range too large.
 
     bits   RUN                            words of a row and chunk   fields                    columns in a chunk
     8      128, groups of 32 or 64: 64    RUN; 2 * RUN               2 a word                  256
@@ -14,13 +15,13 @@ register, which makes every mask work on two codes. Codes are stored unsigned, b
                                                                      two bits (8 fields
                                                                      each), word 2 the high
 
-Of groups of 32 a run of 64 has two. Codes of 5 to 7 bits are stored as 8. Scales and zero points lie by tile, four (or
-two) groups of a row next to each other, then the rows: what a program needs for a chunk is contiguous, and a row's
+Of groups of 32 a run of 64 has two. Codes of 5 to 7 bits are stored as 8. Scales and zero points lie by tile, two, four
+or eight groups of a row next to each other, then the rows: what a program needs for a chunk is contiguous, and a row's
 scales are one read. Zero points are 16 bits wide, since the compiler picks the registers' layout by the narrowest
 number that it sees. Rows are padded to 128, columns to whole chunks; padding multiplies zeros.
 
 Shapes: N rows (outputs), K columns (inputs); T = ceil(N / 128) tiles of rows, C = ceil(K / chunk); x (M, K); words
-int16 (T, C, W, 128, RUN), W: words of a row and chunk / RUN; scale (T, C * groups a chunk / near, 128, near), (T, 1,
+int16 (T, C, 128, W, RUN), W: words of a row and chunk / RUN; scale (T, C * groups a chunk / near, 128, near), (T, 1,
 128, 1) for one a row; zero int16, the same.
 """
 
@@ -62,7 +63,9 @@ class Layout:
     @property
     def near(self) -> int:
         """Scales of a row that lie next to each other: a kernel reads them at once."""
-        return 1 if self.group == -1 else 4 if self.groups % 4 == 0 else 2
+        if self.group == -1:
+            return 1
+        return 8 if self.bits == 8 and self.group == 32 else 4 if self.groups % 4 == 0 else 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int,
     signed = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     groups = max(1, chunks * how.groups)
     points = None if zero is None else _turn(zero.to(torch.int16), tall, groups, how.near)
-    return Packed(signed.contiguous(), _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
+    laid = signed.transpose(2, 3).contiguous()
+    return Packed(laid, _turn(scale, tall, groups, how.near), points, bits, group_size, N, K)
 
 
 def _turn(given: Tensor, tall: int, groups: int, near: int) -> Tensor:
@@ -141,7 +145,7 @@ def _back(turned: Tensor, rows: int, groups: int) -> Tensor:
 def unpack(words: Tensor, bits: int, group_size: int, rows: int, columns: int) -> Tensor:
     """The codes again: (rows, columns) int8, the exact inverse of `pack`."""
     how = layout(bits, group_size)
-    bare = words.to(torch.int32) & 0xFFFF
+    bare = words.transpose(2, 3).to(torch.int32) & 0xFFFF  # (T, C, W, rows, run)
     per = 8 if how.bits == 3 else 16 // how.bits
     fields = []
     for i in range(how.fields):

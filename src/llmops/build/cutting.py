@@ -22,7 +22,7 @@ from llmops.models.arch import decoder_layers, renumber_layers
 from llmops.models.experts import fuse_experts, split_experts
 from llmops.models.narrow import Cut, narrow
 from llmops.models.save import save_dense
-from llmops.models.widths import Shape, check_shape, letter_of, resized, shape_of, unit_of
+from llmops.models.widths import Shape, check_shape, letter_of, opens, resized, shape_of, unit_of
 
 __all__ = ["cut_to", "depth_step", "width_step"]
 
@@ -166,6 +166,9 @@ def _asked(options: Width, full: Shape) -> Shape | None:
         return None
     shape = resized(full, **sizes)
     check_shape(shape, full)
+    if not opens(shape):
+        raise LlmopsError(f"hidden is {shape.hidden} with {shape.heads} heads; expected a multiple of {shape.heads}, "
+                          "without which transformers does not open such a model")
     return shape
 
 

@@ -83,16 +83,23 @@ class _Lesson:
     def watch(self) -> Stopwatch:
         return Stopwatch(next(self.job.model.parameters()).device)
 
+    @property
+    def known(self) -> int:
+        """Ids that the tokenizer knows; rows beyond them pad a vocabulary."""
+        return int(max(self.job.tokenizer.get_vocab().values())) + 1
+
     def vocabulary(self) -> int:
         """Logits that are compared: all where both have as many, else those of the tokenizer's tokens."""
-        rows = vocabulary_rows(self.teacher)
+        return self.columns(vocabulary_rows(self.teacher))
+
+    def columns(self, rows: int) -> int:
+        """The same beside a teacher of `rows` logits. Raises StepError when one of the two has too few."""
         if rows == vocabulary_rows(self.job.model):
             return rows
-        known = int(max(self.job.tokenizer.get_vocab().values())) + 1
-        check_columns(self.job.model, rows, known)
+        check_columns(self.job.model, rows, self.known)
         self.events.append(f"{rows:,} logits of the teacher and {vocabulary_rows(self.job.model):,} of the student: "
-                           f"the {known:,} of the tokenizer's tokens are compared, the others pad")
-        return known
+                           f"the {self.known:,} of the tokenizer's tokens are compared, the others pad")
+        return self.known
 
 
 # ---------------------------------------------------------------------------------------------------------- students
@@ -123,7 +130,7 @@ def _loss(lesson: _Lesson, rows: TrainingRows) -> Iterator[tuple[Loss, TrainingR
     if options.offline is not None:
         signals = _signals(lesson, rows)
         held = rows.held_out
-        yield offline_loss(options, signals.vocabulary), replace(
+        yield offline_loss(options, lesson.columns(signals.logits)), replace(
             rows, train=signals.beside(rows.train),
             held_out=signals.beside(held, len(rows.train)) if held is not None else None)
         return
@@ -156,7 +163,7 @@ def _signals(lesson: _Lesson, rows: TrainingRows) -> Signals:
             found = open_signals(shared, sets)  # by another process, while this one waited
             if found is None:
                 packed = use_packed_attention(lesson.teacher) if rows.train.packed else nullcontext()
-                vocabulary = min(lesson.vocabulary(), vocabulary_rows(lesson.teacher))
+                vocabulary = min(lesson.known, vocabulary_rows(lesson.teacher))  # whichever student comes first
                 with packed:
                     lesson.reads += write_signals(
                         shared, lesson.teacher, sets, k=min(options.offline.k, vocabulary), vocabulary=vocabulary,

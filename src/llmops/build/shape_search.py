@@ -9,7 +9,7 @@ healing is what is cheap to know; the candidates and all figures are in the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from llmops.errors import LlmopsError
 from llmops.methods.prune.options import Width
 from llmops.methods.quantize.sensitivity import divergence
 from llmops.models import parity
-from llmops.models.widths import Shape, parameters_of, resized, shape_of, unit_of
+from llmops.models.widths import Shape, opens, parameters_of, resized, shape_of, unit_of
 
 __all__ = ["find_shape", "paths"]
 
@@ -44,21 +44,30 @@ def paths(full: Shape, axes: Sequence[str], multiple: int) -> dict[str, list[Sha
     found = {}
     for name, powers in ways.items():
         shapes = [_scaled(full, powers, 1 - i / POINTS, multiple) for i in range(1, POINTS)]
-        found[name] = [shape for shape in dict.fromkeys(reversed(shapes)) if shape != full]
+        found[name] = _ascending(shape for shape in dict.fromkeys(reversed(shapes)) if shape != full and opens(shape))
     return {name: shapes for name, shapes in found.items() if shapes}
+
+
+def _ascending(shapes: Iterable[Shape]) -> list[Shape]:
+    """Those that are nowhere narrower than the one before: where heads have to divide hidden, some are."""
+    found: list[Shape] = []
+    for shape in shapes:
+        if not found or all(shape.sizes()[letter] >= size for letter, size in found[-1].sizes().items()):
+            found.append(shape)
+    return found
 
 
 def _scaled(full: Shape, powers: dict[str, float], factor: float, multiple: int) -> Shape:
     def size(axis: str, whole: int, step: int) -> int:
         wanted = whole * max(factor ** powers[axis], LEAST)
-        return max(step, min(whole, int(wanted // step) * step))
+        return min(whole, max(step, int(wanted // step) * step))
 
-    units = {"hidden": unit_of(full, multiple), "intermediate": multiple}
-    sizes: dict[str, int] = {axis: size(axis, getattr(full, axis), unit) for axis, unit in units.items()
-                             if axis in powers}
+    sizes: dict[str, int] = {}
     if "heads" in powers:
         groups = size("heads", full.kv_heads, 1)
         sizes |= {"kv_heads": groups, "heads": groups * (full.heads // full.kv_heads)}
+    units = {"hidden": unit_of(resized(full, **sizes), multiple), "intermediate": multiple}
+    sizes |= {axis: size(axis, getattr(full, axis), unit) for axis, unit in units.items() if axis in powers}
     return resized(full, **sizes)
 
 

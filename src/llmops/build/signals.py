@@ -25,6 +25,7 @@ from llmops.methods.distill.logits import log_softmax_at
 from llmops.methods.distill.signals import bytes_per_token, decode, encode
 from llmops.methods.distill.top_k import top_outcomes
 from llmops.models.parity import count_parameters
+from llmops.models.student import vocabulary_rows
 from llmops.models.token_loss import CHUNK_BYTES, head_of, last_hidden
 from llmops.recipe.shared_keys import SIGNAL_PARTS, foreign
 from llmops.train.passes import autocast
@@ -38,11 +39,15 @@ PASS_TOKENS = 4_096  # tokens that the teacher reads at once
 
 @dataclass(frozen=True)
 class Signals:
-    """Finished signals. starts: (rows + 1,) the line where each row begins; edges: (shards + 1,) the same of shards."""
+    """Finished signals over the first `vocabulary` of the teacher's `logits`: those beyond pad, and count as none.
+
+    starts: (rows + 1,) the line where each row begins; edges: (shards + 1,) the same of shards.
+    """
 
     folder: Path
     k: int
     vocabulary: int
+    logits: int
     temperature: float
     starts: np.ndarray[Any, np.dtype[np.int64]]
     edges: tuple[int, ...]
@@ -114,7 +119,8 @@ def open_signals(shared: Shared, sets: Sequence[TrainingSet]) -> Signals | None:
         if not path.exists() or path.stat().st_size != (last - first) * width:
             raise StoreError(f"{path}: not there, or not {(last - first) * width:,} bytes; remove {shared.folder} and "
                              "run the same command again: the teacher writes them anew")
-    return Signals(shared.folder, manifest["k"], manifest["vocabulary"], manifest["temperature"], _starts(sets), edges)
+    return Signals(shared.folder, manifest["k"], manifest["vocabulary"], manifest["logits"], manifest["temperature"],
+                   _starts(sets), edges)
 
 
 def write_signals(shared: Shared, teacher: nn.Module, sets: Sequence[TrainingSet], *, k: int, vocabulary: int,
@@ -140,8 +146,8 @@ def write_signals(shared: Shared, teacher: nn.Module, sets: Sequence[TrainingSet
         edges.append(int(starts[where[last_set] + last_rows[-1] + 1]))
         if progress is not None:
             progress(done, sum(sum(rows.lengths) for rows in sets), "signals of the teacher")
-    shared.finish({"k": k, "vocabulary": vocabulary, "temperature": temperature, "rows": sum(map(len, sets)),
-                   "tokens": _total(sets), "edges": edges, "tokens_sha256": digest(sets),
+    shared.finish({"k": k, "vocabulary": vocabulary, "logits": vocabulary_rows(teacher), "temperature": temperature,
+                   "rows": sum(map(len, sets)), "tokens": _total(sets), "edges": edges, "tokens_sha256": digest(sets),
                    "teacher_parameters": count_parameters(teacher), "dtype": "float16 log-probabilities, packed ids",
                    "bytes_per_token": bytes_per_token(k, vocabulary)})
     return read

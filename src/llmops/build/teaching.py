@@ -71,7 +71,8 @@ class Stopwatch:
 
 
 def offline_loss(options: Logits, vocabulary: int) -> Loss:
-    """From `signal_ids` and `signal_log_p` of the batch (`build/signals.py`)."""
+    """From `signal_ids` and `signal_log_p` of the batch (`build/signals.py`). vocabulary: logits of the student that
+    count, at least as many as the signals are over; those beyond belong to the rest."""
     divergence = divergence_of(options.loss, beta=options.beta, skew=options.skew)
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

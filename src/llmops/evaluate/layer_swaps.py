@@ -4,13 +4,13 @@
 
 P is the parent. A layer is swapped as the module it is (packed integers, a pruned matrix, a trained one), so whatever
 the variant does there is done. Norms that differ mean that factors were folded into the layers behind them (AWQ,
-SmoothQuant): then the layers of a block only make sense together, and the block is swapped whole. Beside KL: how much
-likelier the parent's own answer became (mean log-probability a token), and in how many answers some token is no longer
-the likeliest, that is, how many greedy answers this one layer changes.
+SmoothQuant): then the layers of a block only make sense together, and the block is swapped whole; so it is where FFN
+channels or heads were cut. Beside KL: how much likelier the parent's own answer became (mean log-probability a token),
+and in how many answers some token is no longer the likeliest, that is, how many greedy answers this one layer changes.
 
 What single swaps cost does not add up to what all together cost; both are given. Cost: one forward pass for each swap.
-Refused: models of another shape (layers were left out), and other weights in the residual stream (a rotation), where a
-single layer in the other's place would only make noise.
+Refused: models of another shape (layers or hidden features were left out, another architecture), and other weights in
+the residual stream (a rotation), where a single layer in the other's place would only make noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from llmops.errors import LlmopsError
 from llmops.evaluate.live import scoring
 from llmops.evaluate.token_view import Shown, answer_log_probabilities
-from llmops.models.arch import decoder_layers
+from llmops.models.arch import decoder_layers, text_config
 
 __all__ = ["Part", "Swapped", "attribute", "parts", "swapped"]
 
@@ -55,21 +55,25 @@ class Swapped:
 
 
 def parts(variant: nn.Module, reference: nn.Module) -> list[Part]:
-    """What differs between two models of one shape: layer by layer, or whole blocks where their norms differ.
+    """What differs between two models of one shape: layer by layer, or whole blocks where their norms or sizes differ.
 
-    Raises LlmopsError when their shapes differ.
+    Raises LlmopsError when they are of another architecture, depth or hidden size.
     """
+    for key, word in (("model_type", "of type"), ("hidden_size", "of hidden size")):
+        mine, theirs = (getattr(text_config(model), key) for model in (variant, reference))
+        if mine != theirs:
+            raise LlmopsError(f"the two are {word} {mine} and {theirs}, so no layer of one has a place in the other; "
+                              "expected two of one shape: hold it against another with --against")
     (path, blocks), (_, others) = decoder_layers(variant), decoder_layers(reference)
     if len(blocks) != len(others):
         raise LlmopsError(f"the two have {len(blocks)} and {len(others)} decoder blocks, so no layer of one has "
                           "a place in the other; expected two of one depth: hold it against another with --against")
     found = []
     for number, (block, other) in enumerate(zip(blocks, others, strict=True)):
-        names = [f"{path}.{number}.{name}" for name in _leaves(block, other) if _differs(block, other, name)]
-        if not names:
-            continue
-        vectors = [name for name in names if _is_vector(variant.get_submodule(name))]
-        if vectors:
+        short = [name for name in _leaves(block, other) if _differs(block, other, name)]
+        names = [f"{path}.{number}.{name}" for name in short]
+        if any(_is_vector(block.get_submodule(name)) or _resized(block.get_submodule(name), other.get_submodule(name))
+               for name in short):
             found.append(Part((f"{path}.{number}",), number, "whole block"))
         else:
             found += [Part((name,), number, _kind(name)) for name in names]
@@ -77,19 +81,20 @@ def parts(variant: nn.Module, reference: nn.Module) -> list[Part]:
     return found + [Part((name,), None, _kind(name)) for name in outside]
 
 
-def attribute(variant: Any, reference: Any, shown: Sequence[Shown], *,
+def attribute(variant: Any, reference: Any, shown: Sequence[Shown], *, columns: int | None = None,
               progress: Callable[[int, int], None] | None = None) -> tuple[Swapped, list[Swapped]]:
     """(the whole variant, every part alone), on the reference's answers. shown: prompt and answer, at least one.
 
-    Answers are cut where the reference's log-probabilities would take more than half a gigabyte. The reference is as
-    before when this returns or raises. Raises LlmopsError as `parts`.
+    columns: logits that both have (`live.shared_columns`); None: all. Answers are cut where the reference's
+    log-probabilities would take more than half a gigabyte. The reference is as before when this returns or raises.
+    Raises LlmopsError as `parts`.
     """
     if not shown:
         raise LlmopsError("there is no answer to look at; expected at least one item that both variants have")
     wanted = parts(variant, reference)
     with scoring(variant, reference):
         kept = _fitting(shown, reference)
-        before = [answer_log_probabilities(reference, each) for each in kept]
+        before = [answer_log_probabilities(reference, each, columns) for each in kept]
         whole = _held(Part((), None, "everything"), kept, before, variant)
         found = []
         for number, part in enumerate(wanted):
@@ -136,7 +141,7 @@ def _fitting(shown: Sequence[Shown], model: Any) -> list[Shown]:
 def _held(part: Part, shown: Sequence[Shown], before: Sequence[Tensor], model: Any) -> Swapped:
     kl, change, tokens, turned = 0.0, 0.0, 0, 0
     for each, log_p in zip(shown, before, strict=True):
-        log_q = answer_log_probabilities(model, each)
+        log_q = answer_log_probabilities(model, each, log_p.shape[-1])
         kl += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).double().sum())
         answer = torch.tensor(list(each[1]))[:, None]
         change += float((log_q.gather(-1, answer) - log_p.gather(-1, answer)).double().sum())
@@ -169,6 +174,14 @@ def _differs(one: nn.Module, two: nn.Module, name: str) -> bool:
     return type(a) is not type(b) or mine.keys() != theirs.keys() or any(
         tensor.shape != theirs[key].shape or tensor.dtype != theirs[key].dtype or not torch.equal(tensor, theirs[key])
         for key, tensor in mine.items())
+
+
+def _resized(one: nn.Module, two: nn.Module) -> bool:
+    """Whether two layers of one place differ in their number of features, so that neighbours have to come along."""
+    sizes = [tuple(getattr(each, key, None) for key in ("in_features", "out_features")) for each in (one, two)]
+    if None not in (*sizes[0], *sizes[1]) or type(one) is not type(two):
+        return sizes[0] != sizes[1]
+    return [tensor.shape for tensor in _tensors(one).values()] != [tensor.shape for tensor in _tensors(two).values()]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["accepts", "batch_rows", "context_limit", "device_of", "dtype_name", "item_id", "scoring", "stop_ids",
-           "token_losses", "tokenizer_sha256", "vocabulary_size"]
+from llmops.errors import LlmopsError
+
+__all__ = ["accepts", "batch_rows", "context_limit", "device_of", "dtype_name", "item_id", "scoring", "shared_columns",
+           "stop_ids", "token_losses", "tokenizer_sha256", "vocabulary_size"]
 
 MAX_LOGITS = 2**27  # elements of one forward's logits (0.25 GB in 16 bits)
 SLICE = 2**24  # elements converted to fp32 at a time
@@ -63,6 +65,23 @@ def context_limit(model: Any) -> int | None:
 def vocabulary_size(model: Any) -> int:
     """Columns of the logits."""
     return int(_text_config(model).vocab_size)
+
+
+def shared_columns(model: Any, reference: Any, tokenizer: Any = None) -> int:
+    """Logits over which two models are compared: all where they have as many, else those of the tokens that their one
+    tokenizer knows, for the rows beyond pad a vocabulary.
+
+    Raises LlmopsError when they have not as many and there is no tokenizer, or one of the two lacks a token of it.
+    """
+    mine, theirs = vocabulary_size(model), vocabulary_size(reference)
+    if mine == theirs:
+        return mine
+    known = int(max(tokenizer.get_vocab().values())) + 1 if tokenizer is not None else None
+    if known is None or min(mine, theirs) < known:
+        knows = f", and the tokenizer knows {known}" if known is not None else ""
+        raise LlmopsError(f"the models have vocabularies of {mine} and {theirs} tokens{knows}, so their distributions "
+                          "are over different things; expected two variants of one model, with one tokenizer")
+    return known
 
 
 def _text_config(model: Any) -> Any:

@@ -31,13 +31,16 @@ WHOLE = 1 << 40  # a length that nothing is cut to
 @dataclass(frozen=True)
 class Question:
     """What was shown. answers: the ids of every answer that could be given, by its text; empty where the model writes
-    it itself (exact_match: `answered` fills it in). prompts: of answers that each have another one before them."""
+    it itself (`answered` does so again). prompts: of answers that each have another one before them. until, most: texts
+    that end a written answer, and its most tokens; None: those of the score's options."""
 
     id: str
     text: str
     prompt: list[int]
     answers: Mapping[str, list[int]]
     prompts: Mapping[str, list[int]] = field(default_factory=dict)
+    until: Sequence[str] = ()
+    most: int | None = None
 
     def side(self, answer: str) -> tuple[list[int], list[int]]:
         """(ids before the answer, ids of the answer)."""
@@ -100,12 +103,22 @@ def answered(model: Any, tokenizer: Any, asked: Sequence[Question], options: Any
     if not asked:
         return []
     if all(not question.answers for question in asked):
+        most = [question.most or options.max_new_tokens for question in asked]
         with scoring(model):
             written = greedy(model, [question.prompt for question in asked], stops=stop_ids(model, tokenizer),
-                             pad=tokenizer.pad_token_id or 0, max_new_tokens=options.max_new_tokens)
-        return [(question.prompt, reply) for question, reply in zip(asked, written, strict=True)]
+                             pad=tokenizer.pad_token_id or 0, max_new_tokens=max(most))
+        return [(question.prompt, _ended(reply[:length], question.until, tokenizer))
+                for question, reply, length in zip(asked, written, most, strict=True)]
     return [question.side(answer if answer in question.answers else _likeliest(model, question))
             for question, answer in zip(asked, given or [""] * len(asked), strict=True)]
+
+
+def _ended(ids: list[int], until: Sequence[str], tokenizer: Any) -> list[int]:
+    """The ids up to the one with which a text of `until` was whole."""
+    if not until:
+        return ids
+    return next((ids[:length] for length in range(1, len(ids) + 1)
+                 if any(text in tokenizer.decode(ids[:length]) for text in until)), ids)
 
 
 def _likeliest(model: Any, question: Question) -> str:

@@ -9,6 +9,7 @@ another program can repeat it; two scores whose protocols differ are not compara
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -70,9 +71,11 @@ class Score:
     items: list[Item] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The score as a ledger row holds it; the items are stored apart."""
+        """The score as a ledger row holds it; the items are stored apart, of what was asked there is a hash here."""
+        asked = hashlib.sha256("\n".join(item.id for item in self.items).encode()).hexdigest()
         return {"id": self.id, "metric": self.metric, "higher_is_better": self.higher_is_better,
-                "value": self.value.as_dict(), "stderr": self.stderr, "n": self.value.n, "protocol": self.protocol}
+                "value": self.value.as_dict(), "stderr": self.stderr, "n": self.value.n, "protocol": self.protocol,
+                "items_sha256": asked if self.items else None}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], items: Iterable[Item] = ()) -> Score:

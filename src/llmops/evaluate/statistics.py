@@ -35,7 +35,7 @@ Interval = tuple[float, float]
 
 Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 LARGEST_LOG = 700.0  # exp of more does not fit a float
-FEW_FLIPS = 20  # with fewer a bootstrap is too narrow, down to nothing without any
+FEW = 20  # with fewer items that differ from what most did, a bootstrap is too narrow, down to nothing without any
 INCIDENTAL = {"dtype", "tokenizer_sha256", "context_asked"}  # protocol keys in which two comparable scores may differ
 
 
@@ -184,8 +184,9 @@ def compare(a: Array, b: Array, w: Array, seed: int, *, unit: str, aggregation: 
     units = len(set(clusters)) if clusters is not None else n
     binary = is_binary(a) and is_binary(b) and len(set(w)) == 1
     counts = _counts(better, worse, clusters) if binary else None
-    if counts is not None and gained + lost < FEW_FLIPS:
-        interval, how = _few_flips(counts, rising, gained + lost, clusters is not None)
+    odd = n - max(gained, lost, n - gained - lost)  # most stay as they were, or nearly all are gained, or lost
+    if counts is not None and odd < FEW:
+        interval, how = _score_interval(counts, rising, odd, gained + lost, clusters is not None)
     else:
         interval = paired_bootstrap(a, b, seed, weights=w, aggregation=aggregation, clusters=clusters)
         how = f"paired bootstrap over {'items' if clusters is None else f'{units} clusters'}, percentile"
@@ -198,7 +199,7 @@ def compare(a: Array, b: Array, w: Array, seed: int, *, unit: str, aggregation: 
     p, test = _p(a, b, w, better, worse, clusters, binary)
     return {"delta": Quantity.measured(float(value(means[0]) - value(means[1])), unit, how, interval, n),
             "delta_stderr": stderr, "gained": gained, "lost": lost, "p": p, "p_of": test,
-            "score_test": counts if counts is not None and (clusters is None or gained + lost < FEW_FLIPS) else None,
+            "score_test": counts if counts is not None and (clusters is None or odd < FEW) else None,
             "mcnemar_p": p if binary else None, "n": n, "clusters": units if clusters is not None else None}
 
 
@@ -218,9 +219,11 @@ def _counts(better: NDArray[np.bool_], worse: NDArray[np.bool_], clusters: Seque
             "scale": each * len(sums) / n}
 
 
-def _few_flips(counts: dict[str, Any], rising: bool, flips: int, clustered: bool) -> tuple[Interval, str]:
+def _score_interval(counts: dict[str, Any], rising: bool, odd: int, flips: int, clustered: bool,
+                    ) -> tuple[Interval, str]:
     low, high = (counts["scale"] * end for end in tango_interval(counts["gained"], counts["lost"], counts["n"]))
-    how = f"score interval of Tango, since only {flips} items flipped"
+    how = "score interval of Tango, since only " + (f"{flips} items flipped" if flips == odd else
+                                                    f"{odd} items did not flip as the others did")
     return ((low, high) if rising else (-high, -low)), how + (f", over {counts['n']} clusters" if clustered else "")
 
 

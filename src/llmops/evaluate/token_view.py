@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmops.evaluate.live import accepts, device_of, scoring
+from llmops.evaluate.live import accepts, device_of, scoring, shared_columns
 
 __all__ = ["Shown", "TokenView", "answer_log_probabilities", "view"]
 
@@ -37,22 +37,26 @@ class TokenView:
     says_variant: str
 
 
-def answer_log_probabilities(model: Any, shown: Shown) -> Tensor:
-    """(tokens of the answer, vocabulary) log-probabilities in fp32 on the CPU; call it under `scoring(model)`."""
+def answer_log_probabilities(model: Any, shown: Shown, columns: int | None = None) -> Tensor:
+    """(tokens of the answer, vocabulary) log-probabilities in fp32 on the CPU; call it under `scoring(model)`.
+
+    columns: logits that count, the first ones; None: all.
+    """
     prompt, answer = shown
     ids = torch.tensor([[*prompt, *answer][:-1]], device=device_of(model))
     keep = {"logits_to_keep": len(answer)} if accepts(model, "logits_to_keep") else {}
-    logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -len(answer):]
+    logits = model(input_ids=ids, use_cache=False, **keep).logits[0, -len(answer):, :columns]
     found: Tensor = logits.float().log_softmax(-1).cpu()
     return found
 
 
 def view(variant: Any, reference: Any, tokenizer: Any, shown: Sequence[Shown]) -> list[list[TokenView]]:
-    """Every token of every answer. The two have one vocabulary (`tokens.compare_tokens` refuses others)."""
+    """Every token of every answer. Raises LlmopsError when the two have not one vocabulary (`live.shared_columns`)."""
+    columns = shared_columns(variant, reference, tokenizer)
     found = []
     with scoring(variant, reference):
         for each in shown:
-            log_q, log_p = (answer_log_probabilities(model, each) for model in (variant, reference))
+            log_q, log_p = (answer_log_probabilities(model, each, columns) for model in (variant, reference))
             kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
             found.append([_token(token, kl[place], log_p[place], log_q[place], tokenizer)
                           for place, token in enumerate(each[1])])

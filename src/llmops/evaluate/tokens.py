@@ -34,33 +34,32 @@ Array = NDArray[np.float64]
 RESAMPLES = 500  # of windows, for the percentile's interval
 
 
-def compare_tokens(model: Any, reference: Any, batches: Iterable[Tensor], *, seed: int = 0) -> dict[str, Quantity]:
+def compare_tokens(model: Any, reference: Any, batches: Iterable[Tensor], *, seed: int = 0, tokenizer: Any = None
+                   ) -> dict[str, Quantity]:
     """kl_mean, kl_p99 (nats), same_top (fraction) and rms_delta_p (probability) of `model` against `reference`.
 
     batches: (windows, length) token ids, without padding; every position but the last of a window is compared.
-    n of each figure is tokens. Raises LlmopsError when the vocabularies differ or there is no token to compare.
+    tokenizer: of both; where one of them has more logits, those of its tokens are compared. n of each figure is tokens.
+    Raises LlmopsError when the vocabularies differ or there is no token to compare.
     """
-    columns = (live.vocabulary_size(model), live.vocabulary_size(reference))
-    if columns[0] != columns[1]:
-        raise LlmopsError(f"the models have vocabularies of {columns[0]} and {columns[1]} tokens, so "
-                          "their distributions are over different things; expected two variants of one model, with one "
-                          "tokenizer")
+    columns = live.shared_columns(model, reference, tokenizer)
     found: list[Tensor] = []  # one (3, tokens of the window) each
     with scoring(model, reference):
         for batch in batches:
-            rows = batch_rows(len(batch), 2 * batch.shape[1], columns[0])
+            rows = batch_rows(len(batch), 2 * batch.shape[1], columns)
             for part in batch.split(rows):
-                found += _compare(model, reference, part)
+                found += _compare(model, reference, part, columns)
     if not sum(window.shape[1] for window in found):
         raise LlmopsError("there is no token to compare; expected windows of at least two tokens; give more text")
     return _figures([window.numpy() for window in found if window.shape[1]], seed)
 
 
-def _compare(model: Any, reference: Any, ids: Tensor) -> list[Tensor]:
+def _compare(model: Any, reference: Any, ids: Tensor, columns: int) -> list[Tensor]:
     """(3, length - 1) of KL, same top and delta p for every window; ids: (windows, length)."""
     logits_q = model(input_ids=ids.to(device_of(model)), use_cache=False).logits
     logits_p = reference(input_ids=ids.to(device_of(reference)), use_cache=False).logits
-    return [_window(logits_p[row, :-1], logits_q[row, :-1], ids[row, 1:]) for row in range(len(ids))]
+    return [_window(p[:-1, :columns], q[:-1, :columns], row[1:])
+            for p, q, row in zip(logits_p, logits_q, ids, strict=True)]
 
 
 def _window(logits_p: Tensor, logits_q: Tensor, targets: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmops.errors import LlmopsError, nearest
+from llmops.errors import LlmopsError
 from llmops.quantity import Quantity, weakest
 
 __all__ = ["carbon", "embodied_per_1k", "grams", "intensity", "sci_per_1k", "zones"]
@@ -61,8 +62,8 @@ def intensity(zone: str | None = None) -> Quantity:
                         f"world average; no zone given ({release}, {world['world_average_source']})")
     known = zones()
     if zone not in known:
-        by_name = {name.upper(): code for code, name in known.items()}
-        hint = f'; did you mean "{by_name[zone.upper()]}"?' if zone.upper() in by_name else nearest(zone, known)
+        meant = _likely(zone, known)
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         raise LlmopsError(f'zone "{zone}" has no carbon intensity; expected the ISO 3166 alpha-3 code of one of the '
                           f"{len(known)} countries in the table of {release}, as FRA{hint}; leave the zone out for the "
                           "world average")
@@ -70,6 +71,33 @@ def intensity(zone: str | None = None) -> Quantity:
     return Quantity(float(row["carbon_intensity"]), INTENSITY_UNIT, "constant",
                     f"{known[zone]} ({zone}), annual average {row['year']}, location-based ({release}, "
                     "Our World in Data)")
+
+
+def _likely(zone: str, known: Mapping[str, str]) -> list[str]:
+    """`"FRA" (France)`: up to three countries that somebody who wrote `zone` may have meant, the likeliest first."""
+    rank = {code: _likeness(zone.upper(), code, name.upper()) for code, name in known.items()}
+    best = max(rank.values())
+    found = sorted((code for code, likeness in rank.items() if likeness >= max(60, best - 20)),
+                   key=lambda code: (-rank[code], code))
+    return [f'"{code}" ({known[code]})' for code in found[:3]]
+
+
+def _likeness(given: str, code: str, name: str) -> int:
+    """How like what was given a country is, 0 to 100; 60 is worth saying. A code is known by its letters, a name by how
+    it begins; ISO's codes of two letters mostly are the first of those of three and a later one."""
+    area = given.replace("_", "-").partition("-")[0]  # a region of the country, as US-CAL
+    initials = "".join(word[0] for word in name.split())
+    if area == code or given in (name, initials):
+        return 100
+    if len(given) > 2 and name.startswith(given):
+        return 95
+    if len(area) == 2:
+        return 90 if code.startswith(area) else 70 if area[0] == code[0] and area[1] in code[1:] else 0
+    if len(given) == 3:
+        same = sum(one == other for one, other in zip(given, code, strict=True))
+        near = 60 if same == 2 else 55 if sorted(given) == sorted(code) else 0
+        return near + (25 if name.startswith(given[:2]) else 5 if name[0] == given[0] else 0) if near else 0
+    return 0
 
 
 def _scaled(quantity: Quantity, factor: float, unit: str, other: Quantity, method: str) -> Quantity:

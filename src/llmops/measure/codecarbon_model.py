@@ -88,7 +88,7 @@ class CodeCarbonModel:
         if not any(value > 0 for value in first.values()):
             raise NotUsable("CodeCarbon's model returned no energy")
         self.start_s = time.perf_counter() - began
-        self.method = (f"estimated: CodeCarbon {version('codecarbon')} offline model, this process and its children "
+        self.method = (f"CodeCarbon {version('codecarbon')} offline model, this process and its children "
                        f"({' + '.join(sorted(first))}; RAM is a constant of the model); not a measurement")
 
     def start(self) -> None:

@@ -9,9 +9,10 @@ window therefore waits at both ends for a change of every part, and bills from c
 while the last one is waited for (idle, for less than an update) is in it; `wall_s` is not lengthened.
 
 A window's energy is null, with the reason, when there is no sensor, when the sensor failed at either end, when a
-counter fell, when the window is shorter than one update of the counter, and when the counter did not move in it. For
-a hardware counter one part that did not move is enough: hardware that is on draws power, so a still counter means
-"not seen", not "nothing used". A sensor that fails never raises into the work that is metered.
+counter fell (also between the ends, where it passed its old value again: `watch.py`), when the window is shorter than
+one update of the counter, and when the counter did not move in it. For a hardware counter one part that did not move is
+enough: hardware that is on draws power, so a still counter means "not seen", not "nothing used". A sensor that fails
+never raises into the work that is metered.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llmops.measure.sensors import Sensor
+from llmops.measure.watch import Watch
 from llmops.quantity import Quantity
 
 __all__ = ["Meter", "Window", "synchronize"]
@@ -62,6 +64,7 @@ class Meter:
     def __init__(self, sensor: Sensor, device: Any = "cpu", clock: Callable[[], float] = time.perf_counter,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self.sensor = sensor
+        self._watch = Watch(sensor)
         self._sleep = sleep
         self.device = str(device)
         self._clock = clock
@@ -80,12 +83,14 @@ class Meter:
             before = self._attempt(self.sensor.start) or before
         if aligned:
             before = self._change(before)
+        if self._depth == 0:
+            self._watch.start()
         self._depth += 1
-        began = self._clock()
+        began, falls = self._clock(), len(self._watch.falls)
 
         def so_far() -> tuple[float, Quantity]:
             wall_s = self._clock() - began
-            return wall_s, self._energy(before, self._read(), wall_s)[0]
+            return wall_s, self._energy(before, self._read(), wall_s, falls)[0]
 
         window.so_far = so_far
         try:
@@ -96,17 +101,19 @@ class Meter:
             finally:
                 window.wall_s = self._clock() - began
                 self._depth -= 1
+                if self._depth == 0:
+                    self._watch.stop()
                 # Stopped before the last reading: what a sensor must do to stop, it then does once, not twice.
                 failure = self._attempt(self.sensor.stop) if self._depth == 0 else None
                 after = failure or self._read()
                 window.energy, window.parts = self._energy(before, self._change(after) if aligned else after,
-                                                           window.wall_s)
+                                                           window.wall_s, falls)
                 window.so_far = lambda: (window.wall_s, window.energy)
 
     def _read(self) -> dict[str, float] | str:
         """Joules by part, or why there are none."""
         try:
-            return dict(self.sensor.read())
+            return self._watch.read()
         except Exception as error:  # drivers raise what they like; the work that is metered must go on
             return self._failed(error)
 
@@ -136,8 +143,9 @@ class Meter:
     def _failed(self, error: Exception) -> str:
         return f"sensor {self.sensor.name} failed: {type(error).__name__}: {error}"
 
-    def _energy(self, before: dict[str, float] | str, after: dict[str, float] | str,
-                wall_s: float) -> tuple[Quantity, dict[str, Quantity]]:
+    def _energy(self, before: dict[str, float] | str, after: dict[str, float] | str, wall_s: float,
+                falls: int) -> tuple[Quantity, dict[str, Quantity]]:
+        """falls: how many of the watch's were seen before the window began."""
         sensor = self.sensor
         if sensor.provenance == "null":
             return Quantity.null("J", sensor.method), {}
@@ -153,8 +161,8 @@ class Meter:
             lost = ", ".join(sorted(before.keys() ^ after.keys()))
             return Quantity.null("J", f"sensor {sensor.name} did not read {lost} at both ends of the window"), {}
         steps = {part: after[part] - before[part] for part in before}
-        parts = {part: self._part(part, step, wall_s) for part, step in steps.items()}
-        fallen = [part for part, step in steps.items() if step < 0]
+        fallen = [part for part, step in steps.items() if step < 0 or part in self._watch.falls[falls:]]
+        parts = {part: self._part(part, -1.0 if part in fallen else step, wall_s) for part, step in steps.items()}
         still = [part for part, step in steps.items() if step == 0]
         if fallen:
             return Quantity.null("J", f"the counter of {sensor.name} fell ({', '.join(fallen)})"), parts

@@ -63,7 +63,7 @@ class NvmlPower:
     def __init__(self, nvml: Any, handles: Mapping[str, Any], clock: Callable[[], float] = time.perf_counter,
                  period_s: float = POWER_PERIOD_S) -> None:
         self.name = "nvml-power"
-        self.method = (f"estimated: integrated power, NVML polled every {period_s * 1000:g} ms (a running average of "
+        self.method = (f"integrated power, NVML polled every {period_s * 1000:g} ms (a running average of "
                        f"up to 1 s), {len(handles)} GPU(s); no energy counter on this card")
         self.update_period_s: float | None = COUNTER_PERIOD_S
         self.skipped: dict[str, str] = {}

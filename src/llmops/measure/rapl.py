@@ -5,13 +5,17 @@ there is one. `core` and `uncore` lie inside the package and `psys` around it, `
 seen through another door: counting them would count twice.
 
 Counters wrap at `max_energy_range_uj`, at 200 W after about 20 minutes, so a thread reads them every 30 s while a
-window is open: then no wrap goes by unseen. Since 2020 kernels let only root read `energy_uj` (a side
+window is open: then no wrap goes by unseen. A counter that was set back (a machine that slept) looks like one that
+wrapped, and would be billed nearly its whole range: a wrap that means more than `MOST_WATTS` for a socket is told as a
+fall instead, which no window survives. Since 2020 kernels let only root read `energy_uj` (a side
 channel, CVE-2020-8694): where it cannot be read, the reason names the cure.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from llmops.measure.sensors import NotUsable, Poller
@@ -22,22 +26,28 @@ __all__ = ["ROOT", "RaplCounter", "open_rapl"]
 ROOT = Path("/sys/class/powercap")
 UPDATE_PERIOD_S = 0.001
 WRAP_WATCH_S = 30.0
+MOST_WATTS = 2000.0  # of one socket or its memory; several times what any draws
+SHORT_S = 0.01  # readings may lie closer than two changes of the counter
 
 
 class _Domain:
     """One counter file, unwrapped into joules since it was opened."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float]) -> None:
         self._energy = folder / "energy_uj"
+        self._clock = clock
+        self._at = clock()
         self._range = int((folder / "max_energy_range_uj").read_text())
         self._last = int(self._energy.read_text())
         self._total_uj = 0
 
     def joules(self) -> float:
-        now = int(self._energy.read_text())
-        step = now - self._last
-        self._total_uj += step if step >= 0 else step + self._range
-        self._last = now
+        now, at = int(self._energy.read_text()), self._clock()
+        step, passed = now - self._last, max(at - self._at, SHORT_S)
+        self._last, self._at = now, at
+        if step < 0 and (step + self._range) / 1e6 <= MOST_WATTS * passed:
+            step += self._range
+        self._total_uj += step  # falls where the counter was set back, which a meter sees
         return self._total_uj / 1e6
 
 
@@ -46,16 +56,16 @@ class RaplCounter:
 
     provenance: Provenance = "measured"
 
-    def __init__(self, packages: list[Path], drams: list[Path]) -> None:
+    def __init__(self, packages: list[Path], drams: list[Path], clock: Callable[[], float] = time.perf_counter) -> None:
         self.name = "rapl"
         covered = "CPU packages and DRAM" if drams else "CPU packages; DRAM is not metered on this machine"
         self.method = f"RAPL counters, {len(packages)} socket(s): {covered}; whole machine, other processes included"
         self.update_period_s: float | None = UPDATE_PERIOD_S
         self.skipped: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._domains = {"cpu": [_Domain(folder) for folder in packages]}
+        self._domains = {"cpu": [_Domain(folder, clock) for folder in packages]}
         if drams:
-            self._domains["ram"] = [_Domain(folder) for folder in drams]
+            self._domains["ram"] = [_Domain(folder, clock) for folder in drams]
         self._watch = Poller(self._poll, WRAP_WATCH_S)
 
     def _poll(self) -> None:
@@ -76,7 +86,7 @@ class RaplCounter:
         self._watch.stop()
 
 
-def open_rapl(root: Path = ROOT) -> RaplCounter:
+def open_rapl(root: Path = ROOT, clock: Callable[[], float] = time.perf_counter) -> RaplCounter:
     """The machine's RAPL counters. Raises NotUsable with the reason."""
     if not root.is_dir():
         raise NotUsable(f"{root} does not exist (no RAPL driver: a virtual machine, a container or not Linux)")
@@ -86,7 +96,7 @@ def open_rapl(root: Path = ROOT) -> RaplCounter:
         raise NotUsable(f"{root} holds no package domain")
     drams = [folder for folder, name in domains.items() if name == "dram"]
     try:
-        return RaplCounter(packages, drams)
+        return RaplCounter(packages, drams, clock)
     except PermissionError as error:
         raise NotUsable(f"{error.filename} is readable by root only; as root: chmod a+r {root}/intel-rapl:*/energy_uj "
                         f"{root}/intel-rapl:*/*/energy_uj") from error

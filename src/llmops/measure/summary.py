@@ -41,11 +41,17 @@ def noise_floor(row: Mapping[str, Any]) -> list[str]:
     for batch, group in (row.get("latency") or {}).items():
         ratios = {"speed": group.get("aa_speed_ratio"),
                   "energy": ((row.get("energy") or {}).get(batch) or {}).get("aa_ratio")}
-        told = [f"{what} {100 * max(ratio['ci95'][1] - 1, 1 - ratio['ci95'][0]):.2g} %"
+        told = [f"{what} {_percent(max(ratio['ci95'][1] - 1, 1 - ratio['ci95'][0]))}"
                 for what, ratio in ratios.items() if ratio and ratio["ci95"]]
         if told:
             said.append(f"noise floor, batch {batch} (A/A, how far its interval reaches from 1): {', '.join(told)}")
     return said
+
+
+def _percent(share: float) -> str:
+    """Two digits, without an exponent: 0.53 %, 4.1 %, 170 %."""
+    rounded = float(f"{100 * share:.2g}")
+    return f"{rounded:,.0f} %" if rounded >= 10 else f"{rounded:g} %"
 
 
 def _percentile(values: Sequence[float], share: float, method: str) -> Quantity:

@@ -13,8 +13,8 @@ from torch import nn
 
 from llmops.errors import LlmopsError, ModelError, unknown
 
-__all__ = ["FFN_KEYS", "PRODUCERS", "ROUTERS", "TIED", "TRANSPOSED", "WIDTHS", "decoder_layers", "is_ignored",
-           "linear_layers", "renumber_layers", "resize_depth", "routers", "text_config"]
+__all__ = ["DIVIDED", "FFN_KEYS", "PRODUCERS", "ROUTERS", "TIED", "TRANSPOSED", "WIDTHS", "decoder_layers",
+           "is_ignored", "linear_layers", "renumber_layers", "resize_depth", "routers", "text_config"]
 
 #: Config keys that hold one entry per layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "attn_layer_types", "no_rope_layers", "layers_block_type", "block_types")
@@ -43,6 +43,9 @@ WIDTHS = {"q_proj": "QH", "k_proj": "KH", "v_proj": "KH", "o_proj": "HQ", "gate_
           "mlp.dense_h_to_4h": "FH", "mlp.dense_4h_to_h": "HF"}
 #: Architectures, beside those with A or I, whose norm over all heads is made as wide as the hidden features.
 TIED = ("olmoe",)
+#: Architectures whose config transformers refuses unless the hidden size is a multiple of the number of heads, although
+#: each head has a size of its own.
+DIVIDED = ("llama", "gemma2", "gemma3_text")
 #: Classes of layers whose weight is kept as (in, out).
 TRANSPOSED = ("Conv1D",)
 #: FFN channels of dense layers, of experts (E) and of a shared expert (S) -> the config key that counts them, the first

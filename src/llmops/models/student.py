@@ -13,6 +13,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from llmops.errors import ModelError, nearest
@@ -29,14 +30,17 @@ def fresh_student(teacher: Any, changes: Mapping[str, Any], *, seed: int) -> Any
     config = deepcopy(teacher.config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    _change(config.get_text_config(decoder=True), changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
+            _change(config.get_text_config(decoder=True), changes)
+            config.validate()
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError) as error:
-            raise ModelError(f"student.config {dict(changes)}: no {type(teacher).__name__} can be made so ({error}); "
-                             "expected sizes that fit together: change them") from error
+        except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError, KeyError,
+                StrictDataclassError) as error:
+            raise ModelError(f"student.config {dict(changes)}: no {type(teacher).__name__} can be made so "
+                             f"({' '.join(str(error).split())}); expected values that it takes and sizes that fit "
+                             "together: change them") from error
     model.generation_config = deepcopy(teacher.generation_config)
     return model.eval()
 
@@ -44,6 +48,9 @@ def fresh_student(teacher: Any, changes: Mapping[str, Any], *, seed: int) -> Any
 def _change(config: Any, changes: Mapping[str, Any]) -> None:
     known = config.to_dict()
     for key, value in changes.items():
+        if key in ("model_type", "architectures"):
+            raise ModelError(f"student.config changes {key}; expected the teacher's own architecture: change sizes, or "
+                             "name a model")
         if key not in known:
             raise ModelError(f'student.config names "{key}", which the config of {config.model_type} does not have; '
                              f"expected one of its keys, as num_hidden_layers or hidden_size{nearest(key, known)}")

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, ModelError
-from llmops.models.arch import FFN_KEYS, TIED, TRANSPOSED, WIDTHS, text_config
+from llmops.models.arch import DIVIDED, FFN_KEYS, TIED, TRANSPOSED, WIDTHS, text_config
 from llmops.models.expert_names import expert_of
 from llmops.models.fold import norm_offset
 
 __all__ = ["Shape", "axes_of", "check_shape", "ffn_of", "head_norms_of", "letter_of", "norms_of",
-           "parameters_of", "put_shape", "refusal", "resized", "shape_of", "unit_of"]
+           "opens", "parameters_of", "put_shape", "refusal", "resized", "shape_of", "unit_of"]
 
 
 @dataclass(frozen=True)
 class Shape:
     """How wide a decoder is. head_dim stays. ffn: the letter of the FFNs that `intermediate` is the width of; beside:
-    of the others; tied: whether hidden is heads x head_dim by the architecture."""
+    of the others; tied: whether hidden is heads x head_dim by the architecture; divided: whether it has to be a
+    multiple of heads all the same (`arch.DIVIDED`)."""
 
     hidden: int
     intermediate: int
@@ -39,6 +40,7 @@ class Shape:
     tied: bool = False
     ffn: str = "F"
     beside: tuple[tuple[str, int], ...] = ()
+    divided: bool = False
 
     def sizes(self) -> dict[str, int]:
         """Letter -> how many numbers run along such an axis."""
@@ -70,7 +72,7 @@ def shape_of(model: nn.Module) -> Shape:
     ffn = "E" if "E" in widths else "F"
     shape = Shape(hidden, int(widths.get(ffn) or 0), heads, int(getattr(config, "num_key_value_heads", None) or heads),
                   int(head_dim), tied, ffn, tuple((letter, int(width or 0)) for letter, width in widths.items()
-                                                  if letter != ffn))
+                                                  if letter != ffn), config.model_type in DIVIDED)
     sizes = shape.sizes()
     for name, parameter in model.named_parameters():
         axes = named[name]
@@ -98,6 +100,11 @@ def check_shape(shape: Shape, full: Shape) -> None:
         raise LlmopsError(f"{shape.heads} heads in {shape.kv_heads} KV groups, {shape.heads // shape.kv_heads} each; "
                           f"expected at most {full.heads // full.kv_heads} each, what a group has: fewer heads, or "
                           "more kv_heads")
+
+
+def opens(shape: Shape) -> bool:
+    """Whether transformers opens a config of this shape."""
+    return not shape.divided or shape.hidden % shape.heads == 0
 
 
 def resized(shape: Shape, **sizes: int | None) -> Shape:
@@ -190,8 +197,10 @@ def letter_of(ffn: str) -> str:
 
 
 def unit_of(shape: Shape, multiple: int) -> int:
-    """What hidden features come in multiples of: whole KV groups too, where they are tied."""
-    return math.lcm(multiple, shape.head_dim * (shape.heads // shape.kv_heads)) if shape.tied else multiple
+    """What hidden features come in multiples of: whole KV groups too, where they are tied; heads, where they divide."""
+    if shape.tied:
+        return math.lcm(multiple, shape.head_dim * (shape.heads // shape.kv_heads))
+    return math.lcm(multiple, shape.heads) if shape.divided else multiple
 
 
 def ffn_of(name: str, axes: str) -> str | None:

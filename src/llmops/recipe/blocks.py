@@ -153,7 +153,7 @@ def _cure(given: Any, info: FieldInfo) -> str:
         return "; remove the quotes" if float in _members(info.annotation) or int in _members(info.annotation) else ""
     if isinstance(given, bool | int | float) and str in _members(info.annotation):
         return f'; put quotes around it: "{shown(given)}"'
-    if isinstance(given, int | float) and any(get_origin(member) is list for member in _members(info.annotation)):
+    if any(type(given) in get_args(member) for member in _members(info.annotation) if get_origin(member) is list):
         return f"; write [{shown(given)}]"
     return ""
 

@@ -9,12 +9,16 @@ from llmops.errors import nearest
 from llmops.methods.distill.options import Logits
 from llmops.models.builtin import BUILTIN
 from llmops.recipe.data_checks import near_files
-from llmops.recipe.model import Dims, folder_of, looks_like_hub_id
+from llmops.recipe.model import DIVIDED, LLAMA_LIKE, Dims, folder_of, looks_like_hub_id
 from llmops.recipe.schema import BASE, ModelSource, Variant
 from llmops.recipe.source import Problems, Trail, shown
 from llmops.recipe.students import changed
 
 __all__ = ["check_distill"]
+
+#: Keys of config.json that are sizes, beside those that begin with num_; and keys that make it another architecture.
+_SIZES = ("hidden_size", "intermediate_size", "head_dim", "max_position_embeddings", "n_embd", "n_layer", "n_head")
+_NO_SIZES = ("model_type", "architectures", "auto_map")
 
 
 def check_distill(problems: Problems, variant: Variant, dims: Dims | None, base_dir: Path) -> None:
@@ -74,7 +78,11 @@ def _check_config(problems: Problems, trail: Trail, options: Logits, dims: Dims 
         if key == "vocab_size" and dims is not None and value != dims.vocab:
             problems.add((*trail, key), f"given {shown(value)}; expected {dims.vocab}, the teacher's: its distribution "
                                         "is over its own tokens")
-        if key.startswith("num_") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if key in _NO_SIZES:
+            problems.add((*trail, key), f"given {shown(value)}; expected the teacher's own architecture: change sizes, "
+                                        "as num_hidden_layers or hidden_size, or name a `model`", key=True)
+        if (key.startswith("num_") or key in _SIZES) and (isinstance(value, bool) or not isinstance(value, int)
+                                                          or value < 1):
             problems.add((*trail, key), f"given {shown(value)}; expected a whole number, at least 1")
             return
     if dims is not None:
@@ -82,6 +90,12 @@ def _check_config(problems: Problems, trail: Trail, options: Logits, dims: Dims 
         if made.heads % made.kv_heads:
             problems.add(trail, f"given {made.heads} attention heads for {made.kv_heads} key-value heads; expected a "
                                 "multiple: change num_attention_heads or num_key_value_heads", key=True)
+        elif made.family in DIVIDED and made.hidden % made.heads:
+            problems.add(trail, f"given hidden_size {made.hidden} with {made.heads} attention heads; expected a "
+                                f"multiple of {made.heads}: transformers opens no {made.family} otherwise", key=True)
+        elif made.family in LLAMA_LIKE and made.head_dim % 2:
+            problems.add(trail, f"given heads of {made.head_dim}; expected an even head_dim: rotary positions turn "
+                                "pairs of it", key=True)
 
 
 def _check_model(problems: Problems, trail: Trail, name: str, base_dir: Path) -> None:

@@ -15,8 +15,8 @@ T are likely tokens: rows x epochs x tokens a row, a row of a local file taken a
 Without earlier rows no rate is known. What stays is what no machine of today does better: BEST FLOP a joule, an
 accelerator's peak; the figure is then a floor, and a plan that is over its budget even so is refused for sure.
 
-Left out: loading, the teacher's writing of data, harness tasks, idle power between windows. They are metered and count
-when they happen.
+Left out: loading, the teacher's writing of data, harness tasks that lm-eval brings, idle power between windows. They
+are metered and count when they happen.
 """
 
 from __future__ import annotations

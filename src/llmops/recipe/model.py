@@ -16,8 +16,8 @@ from llmops.methods.quantize.options import KV_RECORD
 from llmops.models.builtin import BUILTIN
 from llmops.recipe.schema import ModelSource
 
-__all__ = ["LINEARS", "LLAMA_LIKE", "POST_NORMS", "Dims", "bytes_per_weight", "dims_from_config", "folder_of",
-           "looks_like_hub_id", "read_dims"]
+__all__ = ["DIVIDED", "LINEARS", "LLAMA_LIKE", "POST_NORMS", "Dims", "bytes_per_weight", "dims_from_config",
+           "folder_of", "looks_like_hub_id", "read_dims"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 #: Families whose decoder layer holds exactly these linear layers.
@@ -25,6 +25,8 @@ LLAMA_LIKE = frozenset(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2",
                         "smollm3"))
 #: Those whose layers have norms between a branch and the residual stream, past which no rotation can be folded.
 POST_NORMS = frozenset(("gemma2", "gemma3_text", "olmo2"))
+#: Families whose config transformers refuses unless the hidden size is a multiple of the number of heads.
+DIVIDED = frozenset(("llama", "gemma2", "gemma3_text"))
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 #: Config keys that say how many experts a layer has.

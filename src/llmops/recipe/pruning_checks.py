@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmops.recipe.model import LLAMA_LIKE, Dims
+from llmops.recipe.model import DIVIDED, LLAMA_LIKE, Dims
 from llmops.recipe.schema import BASE, Variant
 from llmops.recipe.source import Problems, Trail, shown
 
@@ -21,6 +21,7 @@ KNOWN = LLAMA_LIKE | {"gpt_neox"}
 TIED = ("gpt_neox",)
 ALIVE = 0.9  # of a layer's rows have to keep a weight (`methods.prune.patterns.MOST_SILENCED`)
 SHARES = ("parameters", "latency", "joules")
+WORKLOAD = ("prompt_tokens", "new_tokens", "batch_size", "repeats")
 WIDTHS = ("hidden", "intermediate", "heads", "kv_heads")
 
 
@@ -111,6 +112,7 @@ def check_depth(problems: Problems, trail: Trail, options: Depth, available: int
     """available: layers of the parent, dims: of the same; None where that is not known."""
     if not _one_target(problems, trail, options, ("layers",)):
         return
+    _check_workload(problems, trail, options, dims)
     if dims is not None and available is not None and dims.family in LLAMA_LIKE:
         _check_share(problems, trail, options, dims.parameters(1) / dims.parameters(available),
                      "one layer and what is around it")
@@ -158,6 +160,7 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
     """dims: of the parent, None where they are not known."""
     if not _one_target(problems, trail, options, WIDTHS):
         return
+    _check_workload(problems, trail, options, dims)
     searched = any(getattr(options, name) is not None for name in SHARES)
     for key in ("axes", "multiple"):
         if key in options.model_fields_set and not searched and not (key == "multiple" and options.steps > 1):
@@ -179,7 +182,8 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
         if asked is not None and asked > size:
             problems.add((*trail, name), f"given {asked}; expected 1 to {size}, what there is to keep")
             fits = False
-    _check_share(problems, trail, options, _narrowest(options, dims), "the smallest shape that is searched")
+    _check_share(problems, trail, options, _narrowest(options, dims), "the smallest shape that is searched, "
+                 f"{', '.join(options.axes)} in multiples of {options.multiple},")
     if fits:
         (_check_tied if dims.family in TIED else _check_heads)(problems, trail, options, dims)
 
@@ -191,10 +195,26 @@ def _check_share(problems: Problems, trail: Trail, options: Any, least: float, w
                                              "parameters: expected a larger share")
 
 
+def _check_workload(problems: Problems, trail: Trail, options: Any, dims: Dims | None) -> None:
+    """What is decoded to measure candidates: only where one is measured, and within the context."""
+    if options.latency is None and options.joules is None:
+        for key in WORKLOAD:
+            if key in options.model_fields_set:
+                problems.add((*trail, key), f"given {key} with a target that is not measured; expected latency or "
+                                            f"joules as the target, or no {key}", key=True)
+        return
+    tokens = options.prompt_tokens + options.new_tokens
+    if dims is not None and dims.context is not None and tokens > dims.context:
+        long = "prompt_tokens" if options.prompt_tokens >= options.new_tokens else "new_tokens"
+        problems.add((*trail, long if long in options.model_fields_set else "latency"),
+                     f"given {options.prompt_tokens} prompt_tokens and {options.new_tokens} new_tokens, {tokens} "
+                     f"together; expected at most the {dims.context} of the model's context")
+
+
 def _narrowest(options: Width, dims: Dims) -> float:
     """Share of the parameters that the deepest cut of all `axes` leaves (`build/shape_search.py`)."""
     unit = options.multiple
-    sizes: dict[str, int] = {axis: max(unit, getattr(dims, axis) // 8 // unit * unit)
+    sizes: dict[str, int] = {axis: min(getattr(dims, axis), max(unit, getattr(dims, axis) // 8 // unit * unit))
                              for axis in ("hidden", "intermediate") if axis in options.axes}
     if "heads" in options.axes or (dims.family in TIED and "hidden" in options.axes):
         groups = max(1, dims.kv_heads // 8)
@@ -202,6 +222,17 @@ def _narrowest(options: Width, dims: Dims) -> float:
     return replace(dims, hidden=sizes.get("hidden", dims.hidden), heads=sizes.get("heads", dims.heads),
                    intermediate=sizes.get("intermediate", dims.intermediate),
                    kv_heads=sizes.get("kv_heads", dims.kv_heads)).parameters() / dims.parameters()
+
+
+def _check_divided(problems: Problems, trail: Trail, options: Width, dims: Dims) -> None:
+    """Hidden sizes that transformers does not open: heads that are there as asked, or as they are."""
+    heads = options.heads or dims.heads
+    hidden = options.hidden or dims.hidden
+    if (options.hidden or options.heads) and hidden % heads:
+        near = [size for size in (hidden // heads * heads, (hidden // heads + 1) * heads) if 0 < size <= dims.hidden]
+        problems.add((*trail, "hidden" if options.hidden else "heads"),
+                     f"given {hidden} hidden features with {heads} heads; expected a multiple of {heads}, as "
+                     f"{' or '.join(map(str, near))}: transformers opens no {dims.family} otherwise")
 
 
 def _check_tied(problems: Problems, trail: Trail, options: Width, dims: Dims) -> None:
@@ -229,6 +260,8 @@ def _check_heads(problems: Problems, trail: Trail, options: Width, dims: Dims) -
     elif heads // groups > per_group:
         problems.add(key, f"given {heads} heads in {groups} KV groups, {heads // groups} each; expected at most "
                           f"{per_group} each, what a group has: heads: {groups * per_group}, or more kv_heads")
+    elif dims.family in DIVIDED:
+        _check_divided(problems, trail, options, dims)
 
 
 def _one_target(problems: Problems, trail: Trail, options: Any, shape: Sequence[str]) -> bool:

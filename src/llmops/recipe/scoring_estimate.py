@@ -7,7 +7,8 @@
 Likely tokens of a score over its data's D (`energy_estimate.likely_tokens`): exact_match D (prompt and answer once);
 multiple_choice CHOICES x D at most (a row holds all its choices, each is run with the whole question); preference
 PREFERENCE x D (the prompt twice); perplexity D, or max_tokens, times context / stride where windows overlap. Harness
-tasks bring their data, whose length nobody knows before: they are left out, and named.
+tasks of one's own over local files by `harness_estimate.py`; those that lm-eval brings have data whose length nobody
+knows before: they are left out, and named.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from llmops.evaluate.options import Evaluation
 from llmops.measure.options import MeasureOptions
+from llmops.recipe.harness_estimate import harness_tokens
 from llmops.recipe.schema import BASE, Recipe
 
 __all__ = ["measuring_flops", "scoring_tokens", "window_j"]
@@ -30,7 +32,9 @@ def scoring_tokens(recipe: Recipe, variant: str, likely: Likely) -> tuple[float,
     total, left_out, text = 0.0, [], False
     for entry in recipe.evaluate:
         if entry.metric == "harness":
-            left_out.append(f"{entry.id} (lm-eval brings its data)")
+            tasks = harness_tokens(entry.options, recipe.base_dir)
+            total += sum(tokens or 0.0 for tokens in tasks.values())
+            left_out += [f"harness:{task} (lm-eval brings its data)" for task in tasks if tasks[task] is None]
             continue
         found = likely(recipe, [entry.options.data])
         if found is None:

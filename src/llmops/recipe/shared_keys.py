@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SIGNAL_PARTS", "answer_parts", "foreign", "signal_parts", "writer_of", "writers_of", "written_names",
            "written_parts", "written_print"]
 
-SIGNALS_VERSION = 1  # raise it when the same teacher would leave other signals
+SIGNALS_VERSION = 2  # raise it when the same teacher would leave other signals
 ANSWERS_VERSION = 1  # raise it when the same teacher would give other answers
 WRITTEN_VERSION = 1  # raise it when the same teacher would write other data
 #: Parts of the key of signals, as messages call them.

@@ -79,7 +79,7 @@ def card(row: Row, rows: Sequence[Row]) -> str:
     head = yaml.safe_dump(front_matter(row), sort_keys=False, allow_unicode=True, width=1000)
     sections = [_title(row), intended(row, rows), _making(row, rows), _scores(row), by_group(row), _sizes(row),
                 _speed(row), _energy(row), _built(row), record(row, rows), _trained(row),
-                _use(row), _limits(row), _origin(row)]
+                _use(row), _limits(row), _origin(row, rows)]
     return f"---\n{head}---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -302,18 +302,22 @@ def _limits(row: Row) -> str:
     lines = [f"- stated: {safe(each)}" for each in group(row, "card").get("limitations") or []]
     lines += [f"- {safe(warning)}" for warning in group(row, "verdict").get("warnings") or []]
     lines += [f"- not measured: {safe(name)}: {safe(reason)}" for name, reason in nulls([row])]
-    if any(found.provenance == "estimated" for name, _, found in quantities(row) if name == "energy"):
+    if any(found.provenance == "estimated" for name, _, found in quantities(row)
+           if name in ("energy", "building")):
         lines.append("- energy marked ~ is estimated, not measured")
     lines.append("- scores hold for the data named above; nothing else was tested, safety and bias included")
     return section("Limits, and what was not measured", "\n".join(lines))
 
 
-def _origin(row: Row) -> str:
+def _origin(row: Row, rows: Sequence[Row]) -> str:
     identity, building = group(row, "identity"), group(row, "building")
     facts: list[tuple[str, object]] = [
         (key.replace("_", " "), identity.get(key))
         for key in ("run", "run_id", "variant", "parent", "teacher", "seed", "key", "recipe_sha256", "utc")]
-    facts += [(f"data {name}, SHA-256", digest) for name, digest in group(building, "data_sha256").items()]
+    facts += [(f"data {name} of {name_of(each)}, SHA-256", digest) for each in reversed(lineage(row, rows))
+              for name, digest in group(each, "building", "data_sha256").items()]
+    facts += [(f"questions of {score_id}, SHA-256 of their items", group(row, "quality", score_id).get("items_sha256"))
+              for score_id in score_ids([row])]
     facts += [(f"data, {name}", count) for name, count in group(building, "data").items()]
     facts += [(f"protocol of {score_id}", flat({key: value for key, value in group(
         row, "quality", score_id, "protocol").items() if value is not None})) for score_id in score_ids([row])]

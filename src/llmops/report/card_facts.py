@@ -63,7 +63,7 @@ def by_group(row: Row) -> str:
     parts = [_groups(row, score_id, column) for score_id in score_ids([row])
              for column in group(row, "quality", score_id, "slices")]
     note = (f"Differences are paired and against {safe(parent_of(row) or 'the parent')}; p is corrected by Holm over a "
-            f"column. Bold: lost most, of the groups with at least {SMALL} items.")
+            f"column. Bold: lost most, where one lost, of the groups with at least {SMALL} items.")
     return section("Scores by group", "\n\n".join(parts), note) if parts else ""
 
 

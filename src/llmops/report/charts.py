@@ -23,7 +23,8 @@ __all__ = ["Axis", "Dot", "scatter", "shape"]
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 16, 58
 LOG_FROM = 12.0
-LETTER = 6.7  # mean width of a label's letter
+LETTER = 7.4  # mean width of a label's letter
+CAP = 3.5  # half the stroke across the end of an interval
 MOST_NAMES = 40  # dots; with more, only those on the Pareto line are named
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -94,7 +95,8 @@ class Axis:
         worth, unit = scaled(max(abs(self.high) / 1.07, 1e-12), self.unit)
         plain = [tick / worth for tick in self.ticks()]
         places = next((n for n in range(7) if all(abs(round(t, n) - t) < 1e-6 * max(1, abs(t)) for t in plain)), 3)
-        return (lambda tick: f"{tick / worth:g}" if self.log else number(tick / worth, decimals=places)), unit
+        return (lambda tick: f"{tick / worth:g}" if self.log or places > 4 else number(tick / worth, decimals=places)
+                ), unit
 
 
 def scatter(dots: Sequence[Dot], *, label: str, x_title: str, y_title: str, y_less: bool = False) -> Markup:
@@ -179,8 +181,12 @@ def _bars(dot: Dot, x_axis: Axis, y_axis: Axis) -> Markup:
     path = ""
     if dot.y.ci95:
         path += f"M{px} {_px(y_axis(dot.y.ci95[0]))}V{_px(y_axis(dot.y.ci95[1]))}"
-    if dot.x.ci95:
+        path += "".join(f"M{_px(x_axis(dot.x.value or 0) - CAP)} {_px(y_axis(end))}h{_px(2 * CAP)}"
+                        for end in dot.y.ci95 if y_axis.low <= end <= y_axis.high)
+    if dot.x.ci95:  # an end without a stroke across it lies beyond the picture
         path += f"M{_px(x_axis(dot.x.ci95[0]))} {py}H{_px(x_axis(dot.x.ci95[1]))}"
+        path += "".join(f"M{_px(x_axis(end))} {_px(y_axis(dot.y.value or 0) - CAP)}v{_px(2 * CAP)}"
+                        for end in dot.x.ci95 if x_axis.low <= end <= x_axis.high)
     return tag("path", d=path, class_="interval", aria_hidden="true") if path else raw("")
 
 
@@ -215,10 +221,10 @@ def _boxes(dot: Dot, px: float, py: float, x_axis: Axis, y_axis: Axis) -> list[B
     """What a dot covers: its mark and its two bars."""
     found = [(px - 8, py - 8, px + 8, py + 8)]
     if dot.x.ci95:
-        found.append((x_axis(dot.x.ci95[0]), py - 1, x_axis(dot.x.ci95[1]), py + 1))
+        found.append((x_axis(dot.x.ci95[0]), py - CAP, x_axis(dot.x.ci95[1]), py + CAP))
     if dot.y.ci95:
         ends = sorted((y_axis(dot.y.ci95[0]), y_axis(dot.y.ci95[1])))
-        found.append((px - 1, ends[0], px + 1, ends[1]))
+        found.append((px - CAP, ends[0], px + CAP, ends[1]))
     return found
 
 

@@ -27,7 +27,7 @@ from llmops.report.reading import (
     score_ids,
     versus,
 )
-from llmops.report.words import what
+from llmops.report.words import marked, what
 
 __all__ = ["Cell", "Column", "Tone", "columns", "score_titles"]
 
@@ -79,7 +79,7 @@ def _what() -> Column:
         zeros = group(row, "transform").get("sparsity_saves")
         chain = group(row, "transform").get("chain") or []
         tip = " -> ".join(map(str, chain)) + (f"; zeros: {zeros}" if zeros else "")
-        return Cell(what(row) + (" †" if zeros else ""), what(row), tip)
+        return Cell(marked(row), what(row), tip)
 
     return Column("what", "what", "the last step", cell, keep=1, right=False)
 

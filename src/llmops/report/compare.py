@@ -38,7 +38,7 @@ from llmops.report.reading import (
     status_text,
     versus,
 )
-from llmops.report.words import what
+from llmops.report.words import marked, zeros_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,11 +116,12 @@ def compare_table(rows: Sequence[Row], names: Sequence[str] = (), *, against: st
     problems = list(dict.fromkeys(cell.problem for line in lines for cell in line.cells.values() if cell.problem))
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption=Text("\n".join([
         f"differences against {reference}: scores as value - reference, costs as a factor; 95% intervals; ~ estimated",
+        *zeros_note(chosen.values()),
         *(f"({number}) not comparable: {problem}" for number, problem in enumerate(problems, 1))]), style="dim"))
     made.add_column("")
     for label in chosen:
         made.add_column(Text(label if label != reference else f"{label} (reference)"), justify="right")
-    made.add_row("what", *(Text(what(row)) for row in chosen.values()))
+    made.add_row("what", *(Text(marked(row)) for row in chosen.values()))
     if any(state_of(row) != "ok" for row in chosen.values()):
         made.add_row("state", *(Text(status_text(row)) for row in chosen.values()))
     for line in lines:

@@ -9,6 +9,7 @@ from typing import Any
 from llmops.quantity import Quantity
 from llmops.report import provenance
 from llmops.report.figures import interval, number, show
+from llmops.report.markdown import pairs
 from llmops.report.markup import Markup, tag
 from llmops.report.reading import (
     Row,
@@ -143,7 +144,8 @@ def nulls(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:
         root = not group(row, "transform").get("kind")  # the model as it came is not built, nor compared with itself
         lacking = [(path, each.method) for name, path, each in quantities(row)
                    if each.value is None and not (root and (name == "building" or path.endswith("_to_base")))]
-        lacking += [(f"all of {name}", "not in the row: the variant was not scored, or this was not measured")
+        why = "the recipe has no `measure:`" if group(row, "quality") else "the variant was not scored"
+        lacking += [(f"all of {name}", why if name != "quality" else "the variant was not scored")
                     for name in ("quality", "latency", "energy") if not group(row, name)]
         if group(row, "energy") and not group(row, "energy", batch):
             lacking.append(("energy", figure(row, "energy", batch, "joules_per_token").method))
@@ -171,10 +173,16 @@ def _plain(body: Any) -> str:
     """A flat mapping as `key value, key value`."""
     if not isinstance(body, Mapping):
         return str(body)
-    return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in body.items() if value is not None)
+    return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in body.items()
+                     if value is not None and key not in TOLD_ELSEWHERE)
+
+
+TOLD_ELSEWHERE = ("beside", "conditions")  # of a workload: warnings of each row; what drifted, in the ledger
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(_short, value))
     if isinstance(value, float):
         return number(value)
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
@@ -210,7 +218,7 @@ VOLATILE = {"load_average_1m", "gpus"}  # differ from one variant to the next on
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
+        return pairs(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

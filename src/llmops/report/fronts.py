@@ -27,7 +27,7 @@ from llmops.report.reading import (
     state_of,
 )
 from llmops.report.sections import NOTHING, Page, scrolled, sign
-from llmops.report.words import what
+from llmops.report.words import marked
 
 __all__ = ["CHARTED", "charted"]
 
@@ -78,7 +78,7 @@ def _chart(page: Page, front: Front, found: Sequence[Point], shown: bool) -> Mar
     picture = charts.scatter(dots, label=f"{name}, {len(dots)} variants", x_title=x_title, y_title=y_title, y_less=less)
     absent = [f"{name_of(row)} ({_absence(row, front)})" for row in page.rows if name_of(row) not in placed]
     line = (f"Pareto line: {', '.join(sorted(best))}. Further left is cheaper, further up is better. Bars are 95% "
-            "intervals.")
+            "intervals; one without an end goes on beyond the picture.")
     caption = tag("figcaption", _key(dots), tag("p", line),
                   tag("p", "Not shown: ", "; ".join(absent), class_="dim") if absent else None)
     return tag("figure", scrolled(f"Chart of {name}", picture), caption,
@@ -96,7 +96,7 @@ def _absence(row: Row, front: Front) -> str:
 def _tip(row: Row, front: Front) -> str:
     score_id, by, batch = front
     worth, price = score(row, score_id), cost(row, by, batch or "1")
-    return (f"{name_of(row)} ({what(row)}): {score_id} {show(worth, with_interval=True)}; {COSTS[by].title}"
+    return (f"{name_of(row)} ({marked(row)}): {score_id} {show(worth, with_interval=True)}; {COSTS[by].title}"
             f"{f' at batch {batch}' if batch else ''} {show(price, with_interval=True)}, {price.provenance}")
 
 

@@ -35,24 +35,24 @@ def gaps(row: Row, score_id: str, other: str) -> list[tuple[str, str, Quantity]]
 
 
 def worst_group(row: Row, score_id: str, other: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(column, group, its comparison) of the group that lost most in each column."""
-    return [(column, str(body["worst"]), body["groups"][body["worst"]])
-            for column, body in columns_of(row, score_id, other).items() if body.get("worst") in body.get("groups", {})]
+    """(column, group, its comparison) of the group that lost most in each column where one lost anything."""
+    sign = 1 if rising([row], score_id) else -1
+    found = [(column, str(body["worst"]), body["groups"][body["worst"]])
+             for column, body in columns_of(row, score_id, other).items()
+             if body.get("worst") in body.get("groups", {})]
+    return [each for each in found if sign * (quantity(each[2].get("delta"), "").value or 0.0) < 0]
 
 
 def worst_lines(row: Row, scores: Iterable[str] | None = None) -> list[str]:
     """`exact_match:test, attribute=food: -0.12 [-0.2, -0.05] against tuned (all items -0.03)`, for each column.
 
-    scores: default all. Only where the group lost something.
+    scores: default all.
     """
     lines = []
     for score_id in score_ids([row]) if scores is None else scores:
-        sign = 1 if rising([row], score_id) else -1
         for column, name, body in worst_group(row, score_id, "parent"):
             delta = quantity(body.get("delta"), "no difference is in the row")
             whole = quantity(versus(row, score_id, "parent").get("delta"), "no difference is in the row")
-            if delta.value is None or sign * delta.value >= 0:
-                continue
             p = body.get("p_holm")
             lines.append(f"{score_id}, {column}={name}: {show(delta, with_interval=True, difference=True)} against "
                          f"{parent_of(row)} (all items {show(whole, difference=True)})"

@@ -39,10 +39,10 @@ CONTENTS = {
     "teaching": "Teachers",
     "loss": "Loss",
     "bits": "Bits by layer",
-    "details": "Every figure",
     "use": "Intended use",
     "method": "Method",
     "environment": "Environment",
+    "details": "Every figure",
     "log": "Log"}
 
 
@@ -76,8 +76,8 @@ def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
     body = [sections.outcome(seen), sections.family(seen), fronts.charted(seen), sections.tabled(seen),
             slices.section(seen), why.section(seen, explained), breakeven.section(seen), spending.section(seen),
             building.building(seen), teaching.teaching(seen), building.curves(seen), bits.bits(seen),
-            details.every_figure(seen), stated.section(seen), details.method(seen),
-            details.environment(seen), details.logged(log or [])] if rows else [
+            stated.section(seen), details.method(seen), details.environment(seen),
+            details.every_figure(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     return shell(title, _subtitle(rows), [before, *body], footer=_footer(rows), home=home)
 

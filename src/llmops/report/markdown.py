@@ -9,7 +9,7 @@ from llmops.report.figures import show, told
 from llmops.report.markup import UNSEEN
 from llmops.report.reading import Row, figure
 
-__all__ = ["clean", "code", "figures", "flat", "safe", "section", "table"]
+__all__ = ["clean", "code", "figures", "flat", "pairs", "safe", "section", "table"]
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
@@ -35,9 +35,16 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def flat(value: object) -> object:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items() if not isinstance(each, Mapping | list))
+        return pairs({key: each for key, each in value.items() if not isinstance(each, Mapping | list)})
     plain = isinstance(value, list) and all(isinstance(each, str) for each in value)
     return ", ".join(map(str, value)) if plain and isinstance(value, list) else value
+
+
+def pairs(body: Mapping[str, object]) -> str:
+    """`key value, key value`; of sentences `key: a sentence; key: another`."""
+    if any(" " in str(each) for each in body.values()):
+        return "; ".join(f"{key}: {each}" for key, each in body.items())
+    return ", ".join(f"{key} {each}" for key, each in body.items())
 
 
 def clean(value: object) -> str:

@@ -302,6 +302,8 @@ def different_protocol(row: Row, other: Row, score_id: str) -> str | None:
         return f"different protocol: {key} is {one.get(key)!r} here and {two.get(key)!r} there"
     if a.get("n") != b.get("n"):
         return f"different items: {a.get('n')} here and {b.get('n')} there"
+    if (asked := a.get("items_sha256")) and (theirs := b.get("items_sha256")) and asked != theirs:
+        return "different items: other questions, or asked in other words"
     return None
 
 

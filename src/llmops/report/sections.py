@@ -5,7 +5,8 @@ Every function takes a `Page` and returns markup, empty where there is nothing t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +35,9 @@ from llmops.report.reading import (
     versus,
 )
 from llmops.report.table import legend, marks
-from llmops.report.words import what
+from llmops.report.words import ZEROS_NOTE, what
 
-__all__ = ["NOTHING", "Page", "family", "outcome", "scrolled", "sign", "tabled"]
+__all__ = ["NOTHING", "Page", "alike", "family", "outcome", "scrolled", "sign", "tabled"]
 
 NOTHING = Markup("")
 
@@ -78,8 +79,7 @@ class Page:
             found.append(tag("span", "simulated", class_="badge bad", title="imitated in full precision"))
         if group(row, "transform").get("sparsity_saves"):
             found.append(tag("span", "zeros save no time", class_="badge dim",
-                             title="zeros in dense tensors: no time saved (N:M only where a kernel for it "
-                                   "runs), bytes only when compressed on disk"))
+                             title=ZEROS_NOTE.removeprefix("† ")))
         return found
 
 
@@ -102,10 +102,19 @@ def outcome(page: Page) -> Markup:
     troubles = tag("ul", [tag("li", page.link(row), " ", status_text(row)) for row in lost],
                    class_="troubles") if lost else NOTHING
     said = (str(each) for row in page.rows for each in group(row, "verdict").get("warnings") or [])
-    warnings = list(dict.fromkeys(said))
+    warnings = alike(said)
     cautions = tag("ul", [tag("li", each) for each in warnings], class_="cautions") if warnings else NOTHING
     return tag("section", tag("h2", "Outcome", id="outcome"), head, facts, _goals(page), troubles, cautions,
                aria_labelledby="outcome")
+
+
+def alike(lines: Iterable[str]) -> list[str]:
+    """Each line once; of lines that differ in figures alone the first, with how many more there are."""
+    found: dict[str, dict[str, None]] = {}
+    for line in lines:
+        found.setdefault(re.sub(r"\d+(\.\d+)?", "#", line), {})[line] = None
+    return [next(iter(same)) + (f" (and {len(same) - 1} more, with other figures)" if len(same) > 1 else "")
+            for same in found.values()]
 
 
 def _facts(page: Page, row: Row) -> Markup:
@@ -124,7 +133,8 @@ def _facts(page: Page, row: Row) -> Markup:
                   f"{show(speed, with_interval=True)} of base" if speed.value is not None else ""))
     cards.append(("size on disk", figure(row, "size", "disk_bytes"), _share(page, row)))
     return tag("dl", [tag("div", tag("dt", title), tag("dd", tag("b", show(found), title=told(found)),
-                                                      tag("span", note) if note else None))
+                                                      tag("span", note or "not measured")
+                                                      if note or found.value is None else None))
                       for title, found, note in cards], class_="cards")
 
 

@@ -9,7 +9,7 @@ from llmops.report.figures import show, told
 from llmops.report.markup import Child, Markup, tag
 from llmops.report.reading import Row, group, name_of
 from llmops.report.sections import scrolled
-from llmops.report.words import what
+from llmops.report.words import marked, zeros_note
 
 __all__ = ["side_by_side"]
 
@@ -24,12 +24,12 @@ def side_by_side(rows: Sequence[Row], paired: Paired | None = None) -> Markup:
     against, labels = next(iter(by_name)), list(by_name)
     lines = compare(rows, labels, against=against, paired=paired)
     head = tag("tr", tag("th", "figure", scope="col"), [
-        tag("th", label, tag("br"), tag("span", what(by_name[label]), class_="dim"),
+        tag("th", label, tag("br"), tag("span", marked(by_name[label]), class_="dim"),
             scope="col", class_="num") for label in labels])
     body = [tag("tr", tag("th", line.figure, scope="row"),
                 [_cell(cell, line.kind, label == against) for label, cell in line.cells.items()]) for line in lines]
     note = (f"Against {against}: scores as value less reference, paired where both answered the same items; costs as a "
-            "factor. 95% intervals; ~ estimated.")
+            f"factor. 95% intervals; ~ estimated{''.join(f'; {said}' for said in zeros_note(rows))}.")
     table = tag("table", tag("caption", "Side by side", class_="unseen"), tag("thead", head), tag("tbody", body),
                 class_="plain")
     return tag("section", tag("h2", "Side by side", id="side"), tag("p", note, class_="dim"),

@@ -21,8 +21,8 @@ def section(page: Page) -> Markup:
     if not tables:
         return NOTHING
     note = ("Score of every group, and beneath it the paired difference from the parent with its 95% interval; bold: "
-            f"the group that lost most (of those with at least {SMALL} items or clusters). A group's p is corrected by "
-            "Holm over its column.")
+            f"the group that lost most, where one lost (of those with at least {SMALL} items or clusters). A group's p "
+            "is corrected by Holm over its column.")
     return tag("section", tag("h2", "Groups", id="slices"), tag("p", note, class_="dim"), tables,
                aria_labelledby="slices")
 
@@ -34,7 +34,8 @@ def _named(rows: Iterable[Row], score_id: str) -> list[str]:
 def _table(page: Page, score_id: str, column: str) -> Markup:
     rows = [row for row in page.rows if group(row, "quality", score_id, "slices", column)]
     names = list(dict.fromkeys(name for row in rows for name in group(row, "quality", score_id, "slices", column)))
-    head = tag("tr", [tag("th", each, scope="col") for each in ("variant", *(f"{column}={name}" for name in names))])
+    head = tag("tr", tag("th", "variant", scope="col"), [tag("th", f"{column}={name}", scope="col", class_="num")
+                                                         for name in names])
     body = []
     for row in rows:
         worst = {each: name for each, name, _ in worst_group(row, score_id, "parent")}.get(column)

@@ -25,6 +25,7 @@ from llmops.report.reading import (
     status_text,
     tree,
 )
+from llmops.report.words import zeros_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,9 +100,7 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
         found.append("J/base: energy per token against base, ↓ saves, ↑ costs more, = no saving shown")
     if {"speed", "energy"} & ids:
         found.append(f"speed and energy at batch {batch_of(rows)}")
-    if any("†" in cell.text for _, _, cell in cells):
-        found.append("† zeros in dense tensors: no time saved (N:M only where a kernel for it runs), bytes only when "
-                     "compressed on disk")
+    found += zeros_note(rows)
     if any(group(row, "transform").get("simulated") for row in rows):
         found.append("simulated: compression is imitated in full precision; its size, speed and energy are not those "
                      "of the real thing")
@@ -109,8 +108,8 @@ def legend(rows: Sequence[Row], shown: Sequence[Column]) -> list[str]:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """`tuned-w2 broken: why`, for every row that is not ok."""
-    return [f"{name_of(row)} {_short(status_text(row))}" for row in rows if state_of(row) != "ok"]
+    """`tuned-w2 broken: why`, for every row that is not ok, with what to do about it, which is said last."""
+    return [f"{name_of(row)} {_short(status_text(row), 3 * REASON)}" for row in rows if state_of(row) != "ok"]
 
 
 def goal_lines(rows: Sequence[Row]) -> list[str]:
@@ -181,7 +180,8 @@ def _nulls(shown: Sequence[Column], rows: Sequence[Row]) -> list[str]:
             continue
         cells = [column.cell(row) for row in whole]
         if cells and all(cell.value is None for cell in cells):
-            found.append(_short(f"- {column.title}: {cells[0].tip}"))
+            made = [cell for row, cell in zip(whole, cells, strict=True) if group(row, "transform").get("kind")]
+            found.append(_short(f"- {column.title}: {(made or cells)[0].tip}"))  # nobody built the base
     if any(column.id == "energy" for column in shown) and "J/token" not in "".join(found):
         missing = sorted({figure(row, "energy", batch_of(rows), "joules_per_token").method for row in whole
                           if figure(row, "energy", batch_of(rows), "joules_per_token").value is None})

@@ -24,7 +24,7 @@ __all__ = ["MOST_OVERLAID", "Mark", "Training", "overlaid", "sample", "strip", "
 
 MOST_POINTS = 240  # of a line
 MOST_OVERLAID = 6  # lines in one picture; there is a class and a pattern of dashes for each
-WIDTH, LEFT, RIGHT = 360, 54, 10
+WIDTH, LEFT, RIGHT = 360, 66, 10
 
 
 @dataclass(frozen=True)

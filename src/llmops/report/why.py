@@ -90,7 +90,8 @@ def _caption(layers: Mapping[str, Any]) -> str:
     worst = ", ".join(f"{_called(each)} ({number(each['kl'])}, {each['turned']} answers)" for each in swaps[:3])
     return (f"Each layer of the variant alone in the other's place: KL in nats a token, on {layers['tokens']:,} tokens "
             f"of {layers['answers']} answers of {layers['score']}. All together: {number(layers['whole']['kl'])}, "
-            f"{layers['whole']['turned']} answers change. Most: {worst or 'nothing differs'}.")
+            f"{layers['whole']['turned']} answers change. Most: {worst or 'nothing differs'}. The darker, the more (on "
+            "a logarithmic scale; grey: least, or nothing).")
 
 
 def layer_map(layers: Mapping[str, Any], title: str) -> Markup:
@@ -102,7 +103,7 @@ def layer_map(layers: Mapping[str, Any], title: str) -> Markup:
     blocks = sorted({each["block"] for each in inside}) or [0]
     wide = min(64.0, MOST / len(blocks))
     shade = shades([each["kl"] for each in swaps])
-    below = TOP + len(kinds) * ROW + 18
+    below = TOP + len(kinds) * ROW + 18 + (6 if outside else 0)
     cells = [_cell(each, LEFT + wide * blocks.index(each["block"]), TOP + kinds.index(each["kind"]) * ROW, wide, shade)
              for each in inside]
     cells += [_cell(each, LEFT, below + place * ROW, wide, shade) for place, each in enumerate(outside)]
@@ -113,9 +114,10 @@ def layer_map(layers: Mapping[str, Any], title: str) -> Markup:
               for place, each in enumerate(outside)]
     names += [tag("text", str(block), x=f"{LEFT + wide * (place + 0.5):.1f}", y=TOP + len(kinds) * ROW + 12,
                   text_anchor="middle") for place, block in enumerate(blocks) if inside and place % every == 0]
+    names += [tag("text", "block", x=LEFT - 8, y=TOP + len(kinds) * ROW + 12, text_anchor="end")] if inside else []
     text = f"what each layer does alone, {title}"
     return tag("svg", tag("title", text), tag("desc", _caption(layers)), tag("g", names, aria_hidden="true"), cells,
-               viewBox=f"0 0 {LEFT + MOST + 24} {below + max(1, len(outside)) * ROW}", role="img", aria_label=text,
+               viewBox=f"0 0 {LEFT + MOST + 24} {below + len(outside) * ROW}", role="img", aria_label=text,
                class_="small heat")
 
 

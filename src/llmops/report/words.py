@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llmops.report.reading import Row, group, parent_of
 
-__all__ = ["healed", "what"]
+__all__ = ["ZEROS_NOTE", "healed", "marked", "what", "zeros_note"]
+
+#: What † stands for, wherever a row with zeros of its own or of an ancestor is shown beside others.
+ZEROS_NOTE = ("† zeros in dense tensors: no time saved (N:M only where a kernel for it runs), bytes only when "
+              "compressed on disk")
 
 
 def what(row: Row) -> str:
@@ -20,6 +24,16 @@ def what(row: Row) -> str:
     words = [*words, f"kv {options['kv_cache']}"] if options.get("kv_cache") else words
     simulated = ["simulated"] if group(row, "transform").get("simulated") else []
     return " ".join([str(method), *words, *(["qat"] if healed(row) else []), *simulated])
+
+
+def marked(row: Row) -> str:
+    """`what`, with a † where the row has zeros that save nothing by themselves: `wanda 50% †`."""
+    return what(row) + (" †" if group(row, "transform").get("sparsity_saves") else "")
+
+
+def zeros_note(rows: Iterable[Row]) -> list[str]:
+    """`ZEROS_NOTE`, where one of the rows is marked by it."""
+    return [ZEROS_NOTE] if any(group(row, "transform").get("sparsity_saves") for row in rows) else []
 
 
 def healed(row: Row) -> bool:
@@ -56,12 +70,25 @@ def _zeros(options: Mapping[str, Any]) -> list[str]:
 
 
 def _size(options: Mapping[str, Any]) -> list[str]:
-    """What a structural step leaves, or what share it is to reach: `3 layers`, `hidden 192`, `0.7x parameters`."""
+    """What a structural step leaves, or what share it is to reach, and how its layers were chosen: `3 layers by
+    perplexity`, `hidden 192`, `0.7x parameters`."""
     kept = options.get("layers")
     words = [f"{len(kept) if isinstance(kept, list) else kept} layers"] if kept is not None else []
     widths = ("hidden", "intermediate", "heads", "kv_heads")
     words += [f"{name} {options[name]}" for name in widths if options.get(name)]
-    return words + [f"{options[name]:g}x {name}" for name in ("parameters", "latency", "joules") if options.get(name)]
+    words += [f"{options[name]:g}x {name}" for name in ("parameters", "latency", "joules") if options.get(name)]
+    words += [f"by {str(options['choose']).replace('_', ' ')}"] if options.get("choose") not in (None, "even") else []
+    return words + (["contiguous"] if options.get("contiguous") else [])
+
+
+def _taught(options: Mapping[str, Any]) -> list[str]:
+    """Of a distillation, its teacher and what is not as by default: `of tuned reverse_kl on-policy 60 steps`."""
+    words = [f"of {options['teacher']}"] if options.get("teacher") else []
+    words += [options["loss"]] if options.get("loss") not in (None, "forward_kl") else []
+    student = options.get("student") or {}
+    words += [str(student.get("model") or "fresh")] if student else []
+    words += [name.replace("_", "-") for name in ("offline", "on_policy") if options.get(name) is not None]
+    return [*words, *_training(options)]
 
 
 FORMATS = ("w8a8", "fp8", "mxfp4", "nvfp4")  # which fix their groups themselves
@@ -93,5 +120,5 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
                        *([str(o["solver"])] if o.get("solver") else [])],
     "hqq": lambda o: _scheme({**o, "group_size": o.get("group_size") or 64}),
     "kv_cache": lambda o: [str(o.get("dtype"))],
-    "logits": lambda o: [*([f"of {o['teacher']}"] if o.get("teacher") else []), *_training(o)],
+    "logits": _taught,
 }

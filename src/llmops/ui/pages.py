@@ -30,13 +30,14 @@ from llmops.report.reading import (
 )
 from llmops.report.sections import scrolled
 from llmops.report.side import side_by_side
-from llmops.report.words import what
+from llmops.report.words import marked, zeros_note
 from llmops.store import Store
 
 __all__ = ["comparison", "listing", "missing", "run_page"]
 
 COLUMNS = ("run", "variant", "made by", "state", "score", "value", "energy per token", "time per token", "on disk",
            "verdict", "when")
+NUMBERS = ("value", "energy per token", "time per token", "on disk")
 STATES = ("ok", "broken", "failed", "skipped")
 
 
@@ -45,8 +46,8 @@ def listing(store: Store) -> str:
     names = runs(store)
     found = [(name, row) for name in names for row in rows_of(str(store.runs), name)]
     states = [state for state in STATES if any(state_of(row) == state for _, row in found)]
-    titles = [tag("th", tag("button", title, type="button", aria_label=f"sort by {title}"), scope="col")
-              for title in COLUMNS]
+    titles = [tag("th", tag("button", title, type="button", aria_label=f"sort by {title}"), scope="col",
+                  class_="num" if title in NUMBERS else None) for title in COLUMNS]
     head = tag("tr", tag("th", tag("span", "compare", class_="unseen"), scope="col"), titles)
     lines = [_line(name, row, place) for place, (name, row) in enumerate(found)]
     table = tag("table", tag("caption", "All variants of all runs", class_="unseen"), tag("thead", head),
@@ -54,6 +55,7 @@ def listing(store: Store) -> str:
     body = [tag("section", tag("h2", "Variants of all runs", id="runs"), _filters(names, states),
                 tag("form", tag("p", tag("button", "Compare the ticked", type="submit"), class_="tools"),
                     scrolled("Table of all variants", table), method="get", action="/compare"),
+                [tag("p", said, class_="dim") for said in zeros_note(row for _, row in found)],
                 aria_labelledby="runs")] if found else [
         tag("p", f"{store.runs} holds no run yet; `llmops tune RECIPE` makes one.")]
     return shell("Runs", f"{len(names)} runs, {len(found)} variants in {store.runs}", body, home="/")
@@ -79,7 +81,7 @@ def _line(name: str, row: Row, place: int) -> Markup:
     verdict = group(row, "verdict")
     marks = [word for word, on in (("★ winner", verdict.get("winner")), ("Pareto", verdict.get("pareto"))) if on]
     cells = [tag("td", tag("a", name, href=f"/run/{quoted(name)}"), data_v=name),
-             tag("th", name_of(row), scope="row", class_="name", data_v=name_of(row)), tag("td", what(row)),
+             tag("th", name_of(row), scope="row", class_="name", data_v=name_of(row)), tag("td", marked(row)),
              tag("td", state_of(row), class_=None if state_of(row) == "ok" else "bad",
                  title=group(row, "status").get("reason")),
              tag("td", score_id or "")]
@@ -87,7 +89,7 @@ def _line(name: str, row: Row, place: int) -> Markup:
                   data_v=None if each.value is None else f"{each.value:.9g}") if each else tag("td", "")
               for place_, each in enumerate(figures)]
     utc = str(group(row, "identity").get("utc") or "")
-    cells += [tag("td", ", ".join(marks)), tag("td", utc, data_v=utc)]
+    cells += [tag("td", "".join(marks[:1]), title=", ".join(marks) or None), tag("td", utc, data_v=utc)]
     box = tag("input", type="checkbox", name="v", value=f"{name}/{name_of(row)}",
               aria_label=f"compare {name}/{name_of(row)}")
     return tag("tr", tag("td", box), cells, data_place=place, data_run=name, data_state=state_of(row),

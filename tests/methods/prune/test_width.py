@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tests.twins import MIXTURES, NAMES, config_of, tokens, twin
 
 from llmops.build.cutting import cut_to
@@ -15,9 +17,10 @@ from llmops.errors import LlmopsError
 from llmops.importance import run_influence, width_importance
 from llmops.methods.prune.depth import block_influence, in_rounds, least_run
 from llmops.methods.prune.width import aggregate, keep_channels, keep_heads, widths_in_rounds
-from llmops.models.arch import decoder_layers
+from llmops.models.arch import DIVIDED, decoder_layers
 from llmops.models.narrow import Cut, narrow
 from llmops.models.widths import Shape, norms_of, parameters_of, resized, shape_of
+from llmops.recipe.model import DIVIDED as DIVIDED_FAMILIES
 
 
 def everything(model: Any) -> Cut:
@@ -75,6 +78,31 @@ def test_paths_ascend_and_stay_within_the_model() -> None:
         for shape in shapes:
             assert shape.hidden % 32 == shape.intermediate % 32 == 0 and shape.heads == 2 * shape.kv_heads
             assert 32 <= shape.hidden <= 256 and 1 <= shape.kv_heads <= 4
+
+
+@pytest.mark.parametrize("heads", [(9, 3), (15, 5), (14, 7)])
+def test_paths_of_a_model_whose_heads_divide_hidden_hold_only_shapes_that_open(heads: tuple[int, int]) -> None:
+    full = Shape(heads[0] * 64, 1536, *heads, 64, divided=True)
+    found = paths(full, ["hidden", "intermediate", "heads"], 32)
+    assert {"intermediate", "heads", "all"} <= set(found)
+    for shapes in found.values():
+        for before, shape in zip(shapes, shapes[1:], strict=False):
+            assert all(shape.sizes()[letter] >= size for letter, size in before.sizes().items())
+        assert all(shape.hidden % shape.heads == shape.hidden % 32 == 0 and shape.hidden <= full.hidden
+                   for shape in shapes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen2", "qwen3", "mistral"])
+def test_transformers_still_refuses_the_same_configs(name: str) -> None:
+    config = copy.deepcopy(twin(name)[0].config)
+    assert (config.model_type in DIVIDED) == (config.model_type in DIVIDED_FAMILIES) == shape_of(twin(name)[0]).divided
+    config.head_dim, config.hidden_size = 64, config.num_attention_heads * 32 + 1
+    try:
+        config.validate()
+        refused = False
+    except StrictDataclassError:
+        refused = True
+    assert refused == (config.model_type in DIVIDED)
 
 
 # -------------------------------------------------------------------------------------------------------- importance

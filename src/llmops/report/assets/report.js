@@ -112,10 +112,12 @@
 
   // Printing opens the folds, unless they would be a book; what was closed is closed again.
   const MOST_PRINTED = 24;
+  const MOST_LINES = 600;
   let opened = [];
   addEventListener("beforeprint", () => {
     const folds = all("details:not([open])");
-    opened = folds.length > MOST_PRINTED ? [] : folds;
+    let left = MOST_LINES;
+    opened = folds.length > MOST_PRINTED ? [] : folds.filter(fold => (left -= all("tr", fold).length) >= 0);
     opened.forEach(fold => { fold.open = true; });
   });
   addEventListener("afterprint", () => { opened.forEach(fold => { fold.open = false; }); opened = []; });

@@ -30,7 +30,8 @@ class MeasuredMasks(Masks):
     ratios: Ratios = Field("uniform", description="sparsity of each decoder block, `sparsity` on average: the same; "
                                                   "less where there are more outliers (owl); or where the measured "
                                                   "divergence of the output is least (sensitivity)")
-    reach: float = Field(0.08, gt=0, lt=1, description="how far a block's sparsity may be from the average")
+    reach: float = Field(0.08, gt=0, lt=1, description="owl: half of how far apart the sparsities of blocks are; "
+                                                           "sensitivity: how far each may be from the average")
     outliers: float = Field(5.0, gt=1, description="owl: times the mean score of its block from which an entry counts "
                                                    "as an outlier")
     sequential: bool = Field(True, description="measure each layer of a block with those before it pruned; false: all "
