@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from _quantize_case import difference
+from _quantize_pairs import difference
 from _runner.tables import head, line
 from llmops import calibrate
 from llmops.data.options import Limits
@@ -87,10 +87,10 @@ def orders(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[st
                 losses = {method: of[method][kind] for method in ORDER}
                 made.append({"sparsity": sparsity, "pattern": pattern, "tool": tool, "of": KINDS[kind],
                              "pairs": len(base[kind]), "dense": fmean(base[kind]),
-                             "rises": {method: difference(losses[method], base[kind]) for method in ORDER},
-                             "wanda_minus_sparsegpt": difference(losses["wanda"], losses["sparsegpt"]),
-                             "magnitude_minus_wanda": difference(losses["magnitude"], losses["wanda"]),
-                             "magnitude_minus_sparsegpt": difference(losses["magnitude"], losses["sparsegpt"])})
+                             "rises": {method: difference([losses[method]], [base[kind]]) for method in ORDER},
+                             "wanda_minus_sparsegpt": difference([losses["wanda"]], [losses["sparsegpt"]]),
+                             "magnitude_minus_wanda": difference([losses["magnitude"]], [losses["wanda"]]),
+                             "magnitude_minus_sparsegpt": difference([losses["magnitude"]], [losses["sparsegpt"]])})
     return made
 
 

@@ -1,7 +1,8 @@
 """What every contender of bench_quantize.py is given, and what is made of its answers: rows, pairs, tables. No torch.
 
-A *cell* is one method at one width and group size; every contender of the method takes it in turn. Its answer is a
-dense model, whatever its own format is, so that all are scored by one evaluator and no kernel has a say.
+A *cell* is one method at one width and group size, of one draw of the model (`_quantize_draws.py`); every contender of
+the method takes it in turn. Its answer is a dense model, whatever its own format is, so that all are scored by one
+evaluator and no kernel has a say. A row without a draw is of draw 0, the model as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from _quantize_pairs import common, gathered, paired, paired_divergences
 
 OURS = "llmops"
 #: contender -> (method, tool, module that the tool's Python must be able to import)
@@ -69,33 +72,6 @@ def skipped(method: str, bits: int) -> str:
     return ""
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """(ratio of the perplexities, half width of its 95 % interval) from the mean losses of the same windows.
-
-    The ratio is exp of the mean difference; its interval is Student's over the windows, on the log scale.
-    """
-    mean, half = difference(ours, theirs)
-    return math.exp(mean), math.exp(mean) * half
-
-
-def paired_divergences(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """(ratio of the mean divergences, half width of its 95 % interval), of the same pieces of text. The interval is
-    Student's of the difference, over the peer's mean."""
-    mean, half = difference(ours, theirs)
-    base = statistics.fmean(theirs)
-    return 1 + mean / base, half / base
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % interval by Student's t) of the pairs' differences."""
-    from llmops.measure.intervals import mean_interval  # needs scipy, which no peer's Python must have
-
-    if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} and {len(theirs)} windows; expected the same ones, at least one")
-    mean, interval = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
-    return mean, math.inf if interval is None else interval[1] - mean
-
-
 def standing(ratio: float, half_width: float) -> str:
     """What a ratio of ours to a peer's comes to: "ahead" or "behind" only where its interval leaves out 1, "equal"
     where all windows agree, else "level"."""
@@ -117,28 +93,35 @@ def picked(names: Iterable[str], only: str | None) -> list[str]:
 
 
 def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Iterable[tuple[int, int]],
-           names: Iterable[str]) -> list[dict[str, Any]]:
-    """The peers' rows of earlier runs that this run need not compute: same model, calibration, protocol (and steps, for
-    AutoRound), a cell of `cells` (bits, group) and a contender of `names`. Of several the first that was scored.
+           names: Iterable[str], draws: Iterable[int] = (0,), code: str | None = None) -> list[dict[str, Any]]:
+    """The rows of earlier runs that this run need not compute: same model, calibration, protocol (and steps, for
+    AutoRound), a cell of `cells` (bits, group), one of `draws` and a contender of `names`. Of several the first that
+    was scored.
 
     results: entries of the lists "results" of earlier files. like: this run's entry, without rows. Perplexities do not
-    hang on the machine's load; times do, and are left behind. Ours are never taken: they change with the code.
+    hang on the machine's load; times do, and are left behind. Ours change with the code: they are taken only where
+    `code` is what their rows say.
     """
-    wanted, found = set(cells), {}
+    wanted, draws, found = set(cells), set(draws), {}
     for result in results:
         if any(result[key] != like[key] for key in ("model", "calibration", "protocol")) or not math.isclose(
                 result["base"]["perplexity"], like["base"]["perplexity"], rel_tol=1e-6):
             continue
         for row in result["rows"]:
-            where = (row["contender"], row["bits"], row["group"])
-            if (row["tool"] == OURS or row["contender"] not in names or where[1:] not in wanted
-                    or row.get("failed", "").startswith("not run")
+            where = place(row)
+            if ((row["tool"] == OURS and row.get("code", "") != code) or row["contender"] not in names
+                    or where[1:3] not in wanted or where[3] not in draws or row.get("failed", "").startswith("not run")
                     or (row["method"] == "autoround" and result["iterations"] != like["iterations"])):
                 continue
             if where not in found or ("failed" in found[where] and "failed" not in row):
                 found[where] = {key: value for key, value in row.items()
                                 if key not in ("seconds", "cpu_seconds", "peak_bytes")} | {"stored": True}
     return list(found.values())
+
+
+def place(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    """What a row is of: (contender, bits, group, draw)."""
+    return row["contender"], row["bits"], row["group"], row.get("draw", 0)
 
 
 def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity") -> dict[str, Any] | None:
@@ -162,38 +145,48 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
     rounding as published tables have it (llm-compressor's), which errs more than ours.
 
     Where the divergence was measured, the same for it under names that begin with divergence_: least of ours, least of
-    the peers', their ratio.
+    the peers', their ratio. Whatever stands side by side is taken over the draws that all of it has.
     """
+    rows = gathered(rows)
     made: list[dict[str, Any]] = []
     for bits, group in sorted({(row["bits"], row["group"]) for row in rows}, reverse=True):
         here = [row for row in rows if (row["bits"], row["group"]) == (bits, group)]
         methods = list(dict.fromkeys(row["method"] for row in here))
         for method in [*methods, "best"]:
-            some = here if method == "best" else [row for row in here if row["method"] == method]
+            those = here if method == "best" else [row for row in here if row["method"] == method]
+            some = common(those)
             mine, peer = best(some, ours=True), best(some, ours=False)
             if mine is None or peer is None:
                 continue
-            ratio, half = paired(mine["losses"], peer["losses"])
-            made.append({"bits": bits, "group": group, "method": method, "ours": mine["perplexity"],
+            ratio, half = paired(*(_each(row, "losses") for row in (mine, peer)))
+            made.append({"bits": bits, "group": group, "method": method, "draws": len(mine["draws"]),
+                         "ours": mine["perplexity"],
                          "ours_by": mine["contender"], "peer": peer["perplexity"], "peer_by": peer["contender"],
-                         "ratio": ratio, "half_width": half, "won": ratio <= 1, **_nearer(some)})
-        scored = {row["contender"]: row["perplexity"] for row in here if "perplexity" in row}
+                         "ratio": ratio, "half_width": half, "won": ratio <= 1, **_nearer(those)})
         for plain, whose in (("rtn-llmops", ""), ("rtn-llmcompressor", ", absmax / 7.5 at 4 bits")):
-            if "gptq-llmops" in scored and scored.get(plain, 0) > base:
+            some = common([row for row in here if row["contender"] in ("gptq-llmops", plain)])
+            scored = {row["contender"]: row["perplexity"] for row in some}
+            if len(scored) == 2 and scored[plain] > base:
                 made.append({"bits": bits, "group": group, "method": f"gptq wins back of rtn's rise{whose}",
                              "plain": plain, "share": won_back(base, scored[plain], scored["gptq-llmops"])})
     return made
 
 
 def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The divergence part of a verdict, empty where ours or no peer's was measured."""
+    """The divergence part of a verdict, empty where ours or no peer's was measured. rows: gathered."""
+    rows = common(rows, "divergence")
     mine, peer = best(rows, ours=True, key="divergence"), best(rows, ours=False, key="divergence")
     if mine is None or peer is None:
         return {}
-    ratio, half = paired_divergences(mine["divergences"], peer["divergences"])
+    ratio, half = paired_divergences(*(_each(row, "divergences") for row in (mine, peer)))
     return {"divergence_ours": mine["divergence"], "divergence_ours_by": mine["contender"],
             "divergence_peer": peer["divergence"], "divergence_peer_by": peer["contender"],
             "divergence_ratio": ratio, "divergence_half_width": half}
+
+
+def _each(row: dict[str, Any], key: str) -> list[list[float]]:
+    """What a gathered row has under `key`, draw by draw."""
+    return [each[key] for each in row["draws"].values()]
 
 
 def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -201,14 +194,14 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     a method are taken in turn, so both stood in the same minute); memory of its first cell, in a fresh process."""
     made = []
     for name, (method, tool, _) in CONTENDERS.items():
-        mine = {(row["bits"], row["group"]): row for row in rows if row["contender"] == name and "seconds" in row}
+        mine = {place(row)[1:]: row for row in rows if row["contender"] == name and "seconds" in row}
         if not mine:
             continue
         line: dict[str, Any] = {"contender": name, "method": method, "tool": tool, "cells": len(mine),
                                 "seconds": statistics.median(row["seconds"] for row in mine.values()),
                                 "cpu_seconds": statistics.median(row["cpu_seconds"] for row in mine.values()),
                                 "peak_bytes": next(iter(mine.values()))["peak_bytes"]}
-        own = {(row["bits"], row["group"]): row for row in rows if "seconds" in row and row["tool"] == OURS
+        own = {place(row)[1:]: row for row in rows if "seconds" in row and row["tool"] == OURS
                and row["method"] == method}
         both = [cell for cell in mine if cell in own]
         if tool != OURS and both:
@@ -219,9 +212,9 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def perplexity_table(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
-    """Contenders down, widths and groups across; a task score, where there is one, in parentheses. A row that says it
-    is of an "earlier" code gets an asterisk."""
-    return _contender_table(rows, _shown, _shown(base))
+    """Contenders down, widths and groups across; means of the draws that all of a method have; a task score, where
+    there is one, in parentheses (of draw 0). A row that says it is of an "earlier" code gets an asterisk."""
+    return _contender_table(_alike(rows), _shown, _shown(base))
 
 
 def divergence_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -229,7 +222,20 @@ def divergence_table(rows: Sequence[dict[str, Any]]) -> str:
     def shown(row: dict[str, Any] | None) -> str:
         return f"{row['divergence']:.3g}" if row and "divergence" in row else ""
 
-    return _contender_table([row for row in rows if "divergence" in row], shown, "0") if any(map(shown, rows)) else ""
+    rows = [row for row in _alike(row for row in rows if "divergence" in row) if "divergence" in row]
+    return _contender_table(rows, shown, "0") if rows else ""
+
+
+def _alike(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows gathered, those of a method in the same cell over the draws that all of them have."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in gathered(rows):
+        cells.setdefault((row["method"], row["bits"], row["group"]), []).append(row)
+    made = []
+    for some in cells.values():
+        cut = {row["contender"]: row for row in common(some)}
+        made += [cut.get(row["contender"], row) for row in some]
+    return made
 
 
 def _contender_table(rows: Sequence[dict[str, Any]], shown: Callable[[dict[str, Any] | None], str], exact: str) -> str:
@@ -265,11 +271,11 @@ def speed_table(lines: Sequence[dict[str, Any]]) -> str:
 def verdict_table(lines: Sequence[dict[str, Any]]) -> str:
     """One row a verdict. Ours is ahead or behind where the interval leaves out 1."""
     nearer = any("divergence_ratio" in line for line in lines)
-    made = ["| bits | group | method | ours | best peer | ours / peer | |" + (" KL, ours / peer | |" if nearer else ""),
-            "|-:|-:|-|-:|-:|-:|-|" + ("-:|-|" if nearer else "")]
+    made = ["| bits | group | method | draws | ours | best peer | ours / peer | |" + (
+        " KL, ours / peer | |" if nearer else ""), "|-:|-:|-|-:|-:|-:|-:|-|" + ("-:|-|" if nearer else "")]
     for line in lines:
         if "share" in line:
-            made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['share']:.0%} | | | |"
+            made.append(f"| {line['bits']} | {line['group']} | {line['method']} | | {line['share']:.0%} | | | |"
                         + (" | |" if nearer else ""))
             continue
         ratio = (f"| {line['ratio']:.4f} +- {line['half_width']:.4f} | "
@@ -278,6 +284,7 @@ def verdict_table(lines: Sequence[dict[str, Any]]) -> str:
         if "divergence_ratio" in line:
             ours, width = line["divergence_ratio"], line["divergence_half_width"]
             apart = f" {ours:.2f} +- {width:.2f} | {standing(ours, width)} |"
-        made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['ours']:.5g} ({line['ours_by']}) | "
+        made.append(f"| {line['bits']} | {line['group']} | {line['method']} | {line['draws']} | "
+                    f"{line['ours']:.5g} ({line['ours_by']}) | "
                     f"{line['peer']:.5g} ({line['peer_by']}) {ratio}{apart}")
     return "\n".join(made)

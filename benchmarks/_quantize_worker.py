@@ -1,7 +1,8 @@
 """One contender of bench_quantize.py, alive from cell to cell: `python _quantize_worker.py CONTENDER CASE_JSON`.
 
-Messages are JSON lines: {"bits": ..., "group": ..., "out": folder} comes in on stdin; out on stdout, which nothing else
-may write to, goes {"ready": true} once and for every cell {"seconds", "cpu_seconds", "peak_bytes"} or {"failed"}. The
+Messages are JSON lines: {"bits": ..., "group": ..., "out": folder, "case": what differs from CASE_JSON in its draw}
+comes in on stdin; out on stdout, which nothing else may write to, goes {"ready": true} once and for every cell
+{"seconds", "cpu_seconds", "peak_bytes"} or {"failed"}. The
 model is loaded afresh for every cell, before the clock starts; peak_bytes is the most resident memory from there on
 over what was resident when the clock started. The answer is written after the clock has stopped: `dense.safetensors`
 with the weights that the tool's own dequantization gives, or, from GPTQModel, its checkpoint as it saves it.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,13 +231,14 @@ IMPORTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    contender, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
+    contender, first = sys.argv[1], Case(**json.loads(sys.argv[2]))
     mouth = Mouth()
     import torch
 
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(first.threads)
 
     def answer(cell: dict[str, Any]) -> dict[str, Any]:
+        case = replace(first, **cell.get("case", {}))
         model = None if contender == "gptq-gptqmodel" else load(case)
         CLOCK.start()
         dense = SOLVERS[contender](model, case, cell["bits"], cell["group"])

@@ -34,8 +34,9 @@ import torch
 
 from _prune_models import given_model, outlier_model
 from _prune_order import answer_losses, order_table, orders, uneven, uneven_table
-from _quantize_case import Case, paired
+from _quantize_case import Case
 from _quantize_models import Scorer, add_options, dense_state, prepared, pretrained_text, put, wanted_models
+from _quantize_pairs import paired
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
 from _runner.results import FOLDER, Results, add_option
@@ -153,7 +154,7 @@ def beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         each[key] == row[key] for key in ("method", "sparsity", "pattern"))), None)
     if mine is None or mine is row:
         return ["", "", ""]
-    value, half = paired(mine["losses"], row["losses"])
+    value, half = paired([mine["losses"]], [row["losses"]])
     return [f"{value:.4f} +- {half:.4f}", *(shown(ratio(mine[key], row[key])) if len(mine[key]) == len(row[key]) else
                                             "not all turns" for key in TIMES)]
 

@@ -11,8 +11,13 @@ take its cells in turn, one after the other, so that a machine that slows down s
     s, CPU s     of the quantization alone; medians over the cells of a method, and of ours / theirs cell by cell
     MiB          most resident memory over that of the loaded model, in the first cell of a fresh process
 
+What a small model says of one rounding is in part chance: `--draws N` repeats every cell on the same function with its
+channels permuted, and other calibration crops (`_quantize_draws.py`). Ratios are then of the means over draws, their
+intervals of draws and windows both (`_quantize_pairs.py`).
+
 Peers need not be run again after a change of ours: `--only ours --against RESULTS.json...` takes their cells from
-earlier results of the same model, calibration and protocol. Perplexities are the same in every run, so such a table has
+earlier results of the same model, calibration and protocol (and ours of the same code, so that a run that was cut off
+goes on with `--against` its own file). Perplexities are the same in every run, so such a table has
 them; it has no times, which are compared within one run alone. `--only peers` makes the other half. The file is written
 after every cell.
 
@@ -40,6 +45,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +61,7 @@ from _quantize_case import (
     methods_of,
     perplexity_table,
     picked,
+    place,
     skipped,
     speed_table,
     speeds,
@@ -61,29 +69,34 @@ from _quantize_case import (
     verdict_table,
     verdicts,
 )
+from _quantize_draws import code, drawn
 from _quantize_models import Scorer, add_options, dense_state, prepared, put, wanted_models
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
 from _runner.results import FOLDER, Results, add_option
 
 
-def cell(worker: Contender, bits: int, group: int, model: Any, scorer: Scorer, place: Path, late: bool,
-         ) -> dict[str, Any]:
-    """One row: what the contender spent, and what its answer is worth."""
+def cell(worker: Contender, bits: int, group: int, differs: dict[str, Any], model: Any, scorer: Scorer, folder: Path,
+         late: bool) -> dict[str, Any]:
+    """One row: what the contender spent, and what its answer is worth. differs: the draw's part of the case."""
     method, tool, _ = CONTENDERS[worker.name]
     row: dict[str, Any] = {"contender": worker.name, "method": method, "tool": tool, "bits": bits, "group": group}
+    if differs:
+        row["draw"] = differs["seed"]
+    if tool == OURS:
+        row["code"] = code()
     if why := "not run: out of time" if late else skipped(method, bits):
         return {**row, "failed": why}
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    row |= worker.ask(bits=bits, group=group, out=str(place))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    row |= worker.ask(bits=bits, group=group, out=str(folder), case=differs)
     if "failed" not in row:
         try:
-            put(model, dense_state(place))
+            put(model, dense_state(folder))
             row |= scorer(model)
         except Exception as error:
             row["failed"] = f"its answer cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}"
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return row
 
 
@@ -94,23 +107,25 @@ def race(asked: argparse.Namespace, case: Case, scorer: Scorer, pythons: dict[st
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
-    scorer = scorer.beside(model)
+    scorers = (scorer.beside(model), replace(scorer.beside(model), questions=None))
     workers: dict[str, Contender] = {}
-    done, rows = {(row["contender"], row["bits"], row["group"]) for row in rows}, list(rows)
-    for bits in asked.bits:
-        for group in asked.groups:
-            for name in (name for names in methods_of(pythons).values() for name in names):
-                if (name, bits, group) in done:
-                    continue
-                if name not in workers:
-                    workers[name] = Contender(name, "_quantize_worker.py", case.as_dict(), pythons[name], asked.logs,
-                                              threads=case.threads, GPTQMODEL_CPU_WORKERS="2")
-                late = time.monotonic() > asked.until
-                row = cell(workers[name], bits, group, model, scorer, asked.logs / "answer", late)
-                rows.append(row)
-                keep(rows)
-                told = row.get("failed") or f"{row['perplexity']:.5g} after {row['cpu_seconds']:.1f} CPU s"
-                print(f"  {name} {bits} bits, groups of {group}: {told}", file=sys.stderr, flush=True)
+    done, rows = set(map(place, rows)), list(rows)
+    names = [name for names in methods_of(pythons).values() for name in names]
+    differs: dict[int, dict[str, Any]] = {}
+    for draw, bits, group, name in product(range(0 if asked.gather else asked.draws), asked.bits, asked.groups, names):
+        if (name, bits, group, draw) in done:
+            continue
+        if draw not in differs:
+            differs[draw] = drawn(case, draw)
+        if name not in workers:
+            workers[name] = Contender(name, "_quantize_worker.py", case.as_dict(), pythons[name], asked.logs,
+                                      threads=case.threads, GPTQMODEL_CPU_WORKERS="2")
+        late = time.monotonic() > asked.until
+        row = cell(workers[name], bits, group, differs[draw], model, scorers[draw > 0], asked.logs / "answer", late)
+        rows.append(row)
+        keep(rows)
+        told = row.get("failed") or f"{row['perplexity']:.5g} after {row['cpu_seconds']:.1f} CPU s"
+        print(f"  draw {draw}: {name} {bits} bits, groups of {group}: {told}", file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.end()
     return rows
@@ -123,7 +138,8 @@ def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str],
     like["iterations"] = asked.iterations
     taken = [] if asked.make_models else stored(
         [each for path in asked.against for each in json.loads(path.read_text())["results"]], like,
-        [(bits, group) for bits in asked.bits for group in asked.groups], asked.contenders or list(CONTENDERS))
+        [(bits, group) for bits in asked.bits for group in asked.groups], asked.contenders or list(CONTENDERS),
+        range(asked.draws), code())
 
     def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
         timed = [] if asked.only or asked.against else speeds(rows)
@@ -171,9 +187,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
     parser.add_argument("--only", choices=["ours", "peers"], help="run no others; no times are compared then")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="results of earlier runs: the peers' cells "
-                        "that are in them are not run again; no times are compared then")
+                        "that are in them are not run again, nor ours of the very same code; no times are compared")
+    parser.add_argument("--gather", action="store_true", help="run nothing: one file of what --against holds")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])
+    parser.add_argument("--draws", type=int, default=1, help="of the model with its channels in another order and of "
+                        "the calibration crops, the first as it is (%(default)s); exact match is taken of that alone")
     parser.add_argument("--iterations", type=int, default=200, help="steps of AutoRound")
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell is begun after so many, or after an "
                                                                           "interrupt; its row says so")

@@ -34,15 +34,19 @@ Peers run at their defaults. Ours were developed on the built-in model (LOG.md),
 sizes on purpose, which favours what looks at them; the second model is the fairer one. Peers' cells may be of an
 earlier run than ours (perplexities do not hang on the machine's load); times are not compared here.
 
-An interval is Student's, 95 %, over the differences on the same windows. *Ahead* and *behind* are where it leaves out
-1, all else is *level*. KL is the divergence from the float32 model on the first 8,192 tokens that are scored, nats a
-token, its interval over pieces of 256; it is there for the peers that were run since it is measured.
+A draw is the same function in other numbers: the channels of the stream, of each MLP and within the heads of values in
+another order (so that other weights share a group and are rounded together), and other calibration crops; draw 0 is the
+model as it is. Every contender of a draw gets the same. Perplexities and KL are means over the draws that all
+tools of a method have in a cell, exact match is of draw 0; column `draws` says how many. An interval is 95 %,
+over the differences on the same windows and, from two draws on, over draws (`benchmarks/_quantize_pairs.py`). *Ahead*
+and *behind* are where it leaves out 1, all else is *level*. With one draw it says nothing of the chance of one
+rounding, which on `tiny` is 1 to 3 % of the perplexity at 4 bits for GPTQ and 4 to 5 % for methods without data, and
+0.2 % at 8 bits (standard deviations over draws): read a cell of one draw there with that in mind. KL is the divergence
+from the float32 model on the first 8,192 tokens that are scored, nats a token, its interval over pieces of 256.
 
 Of `tiny` read 3 and 2 bits, and at 4 and 8 the divergence. It was tuned on questions and is scored here on prose, some
 of which it has forgotten: rounding that moves it back a little *lowers* its perplexity (cells below the float32
-model's, some of them with the largest divergence of their column). So differences of a few per cent at 4 and 8 bits
-are in part the chance of one rounding, which an interval over windows does not hold: other draws of the calibration
-crops move GPTQ by as much (LOG.md)."""
+model's, some of them with the largest divergence of their column)."""
 
 CELLS = ("| model | perplexity: ahead | level | behind | at or below | at 3 and 2 bits: ahead | level | behind | "
          "KL: ahead | level | behind |")

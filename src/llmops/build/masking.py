@@ -104,7 +104,7 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
 
     def once(H: Tensor) -> Factor:
         """Layers that share an input (q, k and v; gate and up) share its factorisation."""
-        return factorize(H, options.pattern, damping=options.damping, order=options.order, overwrite=True)
+        return factorize(H, options.pattern, damping=options.damping, order=options.order)
 
     compute = torch.float32 if job.model.device.type == "cpu" else None
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=options.sequential,

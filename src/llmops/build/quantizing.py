@@ -101,7 +101,7 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
         """Layers that share an input share its factorisation, unless groups differ from layer to layer."""
         if len(sizes) > 1:
             return H
-        return factorize(H, group_size=min(sizes), damping=options.damping, order=options.order, overwrite=True)
+        return factorize(H, group_size=min(sizes), damping=options.damping, order=options.order)
 
     bits = FLOATS.get(options.number_format or "", options.bits)
     sizes = {each.group_size for each in chosen.values()} if chosen else {group_of(bits, options.group)}

@@ -20,7 +20,7 @@ LEAST_PAIRS = 5  # of blocks, before a difference is said to be shown
 MEDIAN_FACTOR = math.sqrt(math.pi / 2)
 
 
-def t_quantile(degrees: int) -> float:
+def t_quantile(degrees: float) -> float:
     """The 97.5 % quantile of Student's t, for two-sided intervals of 95 %."""
     from scipy.stats import t
 

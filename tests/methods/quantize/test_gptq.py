@@ -107,10 +107,27 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert (U.double().t() @ U.double() - inverse).norm() < 1e-3 * inverse.norm()
 
 
+@pytest.mark.parametrize("size", [129, 301, 640])
+def test_the_factor_made_by_halves_is_as_exact_as_lapack(size: int) -> None:
+    """Against float64, on inputs whose sizes span four orders of magnitude, and after dampings that failed."""
+    draw = torch.Generator().manual_seed(size)
+    X = torch.randn(size // 2, size, generator=draw) * torch.logspace(-2, 2, size)[torch.randperm(size, generator=draw)]
+    H = X.t() @ X * (2 / len(X))
+    before = H.clone()
+    U, damping, failed = inverse_factor(H, 1e-9)
+    assert failed and failed[0] == 1e-9 and damping > failed[-1] and torch.equal(H, before)
+    U, damping, _ = inverse_factor(H, 0.01)
+    exact = H.double() + damping * H.double().diagonal().mean() * torch.eye(size)
+    apart = (U.double() @ exact @ U.double().t() - torch.eye(size)).norm()
+    R = torch.linalg.cholesky(exact.float().flip(0, 1)).flip(0, 1)
+    peer = torch.linalg.solve_triangular(R, torch.eye(size), upper=True).double()
+    assert apart < 2 * (peer @ exact @ peer.t() - torch.eye(size)).norm() + 1e-6
+
+
 @pytest.mark.parametrize("order", ["groups", "activation", "none"])
 def test_a_factor_made_once_serves_every_layer_that_shares_the_input(order: str) -> None:
     W, H = made(columns=288)  # large enough to be inverted in halves
-    factor = factorize(H.clone(), group_size=32, order=order, overwrite=True)
+    factor = factorize(H.clone(), group_size=32, order=order)
     for rows in (W[:8], W[8:]):
         shared, told = gptq(rows, factor, bits=3, group_size=32, clip="mse")
         alone, also = gptq(rows, H, bits=3, group_size=32, clip="mse", order=order)

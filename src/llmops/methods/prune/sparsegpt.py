@@ -86,9 +86,8 @@ class Factor:
     failed: tuple[float, ...]
 
 
-def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05, order: str = "auto",
-              overwrite: bool = False) -> Factor:
-    """What `sparsegpt` makes of H first. overwrite: H is lost, its memory serves. Cost: in^3. Raises as `sparsegpt`."""
+def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05, order: str = "auto") -> Factor:
+    """What `sparsegpt` makes of H first. Cost: in^3. Raises as `sparsegpt`."""
     if order not in ORDERS:
         raise LlmopsError(unknown("order", order, ORDERS))
     if not _finite(H):
@@ -102,7 +101,7 @@ def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05
         groups = torch.argsort(importance.view(-1, every).mean(1), descending=True, stable=True)
         perm = (groups.unsqueeze(1) * every + torch.arange(every, device=H.device)).flatten()
         live = live[perm]
-    U, used, failed = inverse_factor(H, damping, perm, overwrite=overwrite)
+    U, used, failed = inverse_factor(H, damping, perm)
     diagonal = U.diagonal().clone()
     return Factor(U.div_(diagonal.unsqueeze(1)), diagonal, live, perm, pattern, used, failed)
 

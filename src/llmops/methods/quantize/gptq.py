@@ -14,14 +14,15 @@ again; GPTQ does so in one fixed order of columns for all rows at once (arXiv 22
     E       E / diag U
 
 `w_t` is W transposed, so that a column is contiguous; the rows of U are divided by their diagonal once, and errors by
-nothing. Updates are lazy on two levels: within a step of at most 32 columns one at a time, to the rest of the block of
+nothing. Updates are lazy on two levels: within a step of at most 16 columns one at a time, to the rest of the block of
 128 as one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all
 layers that share an input.
 
 Deliberate differences from the paper and from others:
 
 - U comes from one Cholesky factorisation: of H with both axes reversed, whose factor, reversed back, is R with
-  H = R R^T upper triangular, and U = R^-1. The inverse of H is never formed; float32 is enough.
+  H = R R^T upper triangular, and U = R^-1. The inverse of H is never formed; float32 is enough. Factor and inverse are
+  made together, by halves, in matrix products.
 - order "groups" takes group after group by falling mean of diag(H), and the columns of a group by falling diag(H):
   large errors come early, while many columns can still make up for them, and a group's columns stay together. Order
   "activation" takes all columns by falling diag(H), with the grids of groups fixed beforehand on the original columns.
@@ -57,7 +58,8 @@ __all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "i
 
 ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
-_STEP = 32  # columns updated one by one
+_STEP = 16  # columns updated one by one
+_SMALL = 128  # rows of a matrix that LAPACK factorises
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,18 @@ class Factor:
     dead: int
 
 
-def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: str = "groups",
-              overwrite: bool = False) -> Factor:
+def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: str = "groups") -> Factor:
     """What `gptq` makes of H first, for groups of `group_size` columns (-1: all).
 
-    overwrite: H is lost, and nothing of its size but the factor is allocated. Cost: in^3. Raises as `gptq`.
+    Nothing of the size of H but the factor is allocated. Cost: in^3. Raises as `gptq`.
     """
     _check_hessian(H, order)
     diagonal = H.diagonal().float().clone()
     size = grouped(diagonal.unsqueeze(0), group_size).shape[-1]
     perm = _order(diagonal, order, size)
-    U, used, failed = inverse_factor(H, damping, perm, overwrite=overwrite)
+    U, used, failed = inverse_factor(H, damping, perm)
     importance = torch.empty_like(diagonal)
-    importance[perm] = torch.linalg.vector_norm(U, dim=0).pow_(-2)
+    importance[perm] = _squares(U).reciprocal_()
     scale = U.diagonal().clone()
     return Factor(U.div_(scale.unsqueeze(1)), scale, perm, importance, order, size, used, failed,
                   int((diagonal <= 0).sum()))
@@ -142,7 +143,7 @@ def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, sym
 
     def fitted(part: Tensor, columns: Tensor) -> AnyGrid:
         """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
-        return fit(part, kind, symmetric, dtype or W.dtype, clip, factor.importance[columns].view(-1, size))
+        return fit(part, kind, symmetric, dtype or W.dtype, clip, factor.importance[columns].view(-1, size), quick=True)
 
     fresh = factor.order != "activation" and groups > 1  # each group's grid is made when it is reached
     columns = torch.arange(groups * size, device=W.device)
@@ -152,12 +153,10 @@ def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, sym
     return work.weight(group_size), Solved(factor.damping, factor.failed, factor.dead, loss)
 
 
-def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
-                   overwrite: bool = False) -> tuple[Tensor, float, tuple[float, ...]]:
+def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tuple[Tensor, float, tuple[float, ...]]:
     """(U, damping used, dampings that failed): upper triangular U, float32, with (H + damping mean(diag) I)^-1 = U^T U.
 
-    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. overwrite: H's memory
-    serves the inversion. Raises StepError.
+    H is taken in the order `perm`; features whose diagonal is 0 get the mean of the others. Raises StepError.
     """
     order = (torch.arange(len(H), device=H.device) if perm is None else perm).flip(0)
     diagonal = H.diagonal().float()[order]
@@ -166,17 +165,12 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
     diagonal = torch.where(live, diagonal, mean)
     failed: list[float] = []
     while damping <= MOST_DAMPING * (1 + 1e-6):
-        A = H.float()[order.unsqueeze(1), order]  # anew for every try, so that it can be solved in place
+        A = _reordered(H, order)  # anew for every try, so that it can be solved in place
         A.diagonal().copy_(diagonal + damping * mean)
-        info = torch.empty((), dtype=torch.int32, device=A.device)
-        torch.linalg.cholesky_ex(A.t(), out=(A.t(), info))  # R reversed, in place: H = R R^T, R upper triangular
-        L = A.t()
-        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
-            usable = overwrite and H.dtype == L.dtype and H.is_contiguous()
-            spare = H.view(-1) if usable else L.new_empty((len(L) + 1)**2 // 4)
-            with Products():
-                inverse = _inverted(L.tril_(), spare)
-            return _turned(inverse), damping, tuple(failed)
+        with Products():
+            solved = _invert_factor(A)
+        if solved:
+            return _turned(A.tril_()), damping, tuple(failed)
         failed.append(damping)
         damping *= 10
     raise StepError(f"the Hessian of the layer's inputs could not be factorised with damping "
@@ -184,19 +178,45 @@ def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None, *,
                     "calibration tokens, or use another method for this layer (ignore)")
 
 
-def _inverted(L: Tensor, spare: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, in its own place: [-L22^-1 L21 L11^-1] under the inverted halves.
+def _squares(U: Tensor, rows: int = 64) -> Tensor:
+    """Sum of squares of each column; torch's norm along the rows of a matrix takes eight times as long."""
+    total = torch.zeros_like(U[0])
+    for part in U.split(rows):
+        total += part.square().sum(0)
+    return total
 
-    spare: at least a quarter as many numbers as L has, which are lost.
+
+def _reordered(H: Tensor, order: Tensor, rows: int = 64) -> Tensor:
+    """H with rows and columns in another order, float32; a few rows at a time, for nothing of its size beside it."""
+    A = torch.empty_like(H, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for some, part in zip(order.split(rows), A.split(rows), strict=True):
+        part.copy_(H.index_select(0, some).index_select(1, order))
+    return A
+
+
+def _invert_factor(A: Tensor) -> bool:
+    """Put L^-1, A = L L^T, into the lower triangle of A (above it, nothing of use); whether A is positive definite.
+
+    By halves: L21 = A21 L11^-T, A22 <- A22 - L21 L21^T, and -L22^-1 L21 L11^-1 under the inverted halves; all but the
+    smallest blocks are matrix products. Only the lower triangle is read, and the quarter above it holds what is
+    between two products.
     """
-    n = len(L)
-    if n <= 128:
-        return L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
+    n = len(A)
+    if n <= _SMALL:
+        L, info = torch.linalg.cholesky_ex(A)
+        A.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=A.dtype, device=A.device), upper=False))
+        return int(info) == 0 and bool(torch.isfinite(A.diagonal()).all())
     half = n // 2
-    upper, lower, below = _inverted(L[:half, :half], spare), _inverted(L[half:, half:], spare), L[half:, :half]
-    product = torch.mm(lower, below, out=spare[:below.numel()].view(below.shape))
-    torch.mm(product, upper, out=below).neg_()
-    return L
+    upper, below, lower, room = A[:half, :half], A[half:, :half], A[half:, half:], A[:half, half:].t()
+    if not _invert_factor(upper):
+        return False
+    below.copy_(torch.mm(below, upper.tril_().t(), out=room))
+    lower.addmm_(below, below.t(), alpha=-1)
+    if not _invert_factor(lower):
+        return False
+    torch.mm(lower.tril_(), below, out=room)
+    torch.mm(room, upper, out=below).neg_()
+    return True
 
 
 def _turned(X: Tensor, rows: int = 16) -> Tensor:
@@ -252,14 +272,14 @@ class _Pass:
 
         Where all are of one group they are counted in its steps meanwhile: a division for all in place of one for each.
         """
-        part, W = self.factor.U[first:last, first:last], self.w_t[first:last]
+        W, later = self.w_t[first:last], self.factor.U[first:last, first:last].triu(1)
         group_of = (self.factor.perm[first:last] // self.size).tolist()
         grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(group_of)}
         alone = grids[group_of[0]][0] if len(grids) == 1 else None
         if alone is not None:
             W.div_(alone)
-        every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), strict=True)
-        for i, (g, w, steps, error) in enumerate(every):
+        every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), later.unbind(), strict=True)
+        for i, (g, w, steps, error, row) in enumerate(every):
             scale, rounded = grids[g]
             rounded(w if alone is not None else w / scale, steps)
             if self.keep_t is not None:
@@ -268,8 +288,7 @@ class _Pass:
                 torch.sub(w, steps, out=error)
             else:
                 torch.addcmul(w, steps, scale, value=-1, out=error)
-            if i + 1 < len(W):
-                W[i + 1:].addr_(part[i, i + 1:], error, alpha=-1)
+            W.addr_(row, error, alpha=-1)  # nothing to those that are done; a slice would take longer
         if alone is not None:
             E.mul_(alone)
 

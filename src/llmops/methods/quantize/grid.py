@@ -123,19 +123,24 @@ def grouped(W: Tensor, group_size: int) -> Tensor:
 
 @overload
 def fit(G: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, clip: str = ...,
-        importance: Tensor | None = ...) -> Grid: ...
+        importance: Tensor | None = ..., quick: bool = ...) -> Grid: ...
 
 
 @overload
 def fit(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, clip: str = ...,
-        importance: Tensor | None = ...) -> AnyGrid: ...
+        importance: Tensor | None = ..., quick: bool = ...) -> AnyGrid: ...
 
 
 def fit(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, clip: str = "absmax",
-        importance: Tensor | None = None) -> AnyGrid:
-    """The grid of G (out, groups, group), float32. clip: "absmax" (up to the largest weight) or "mse" (`searched`)."""
+        importance: Tensor | None = None, quick: bool = False) -> AnyGrid:
+    """The grid of G (out, groups, group), float32. clip: "absmax" (up to the largest weight) or "mse" (`searched`).
+
+    quick: try every fourth range and then those around the best, 15 instead of 37: at most 0.15 % more squared error
+    over a layer (2 to 4 bits, groups of 32 and 128; a group's error may have more than one valley).
+    """
     if clip == "mse":
-        return searched(G, bits, symmetric, dtype, importance)
+        return (searched(G, bits, symmetric, dtype, importance, SHRINK[4::4], 2) if quick
+                else searched(G, bits, symmetric, dtype, importance))
     if clip != "absmax":
         raise LlmopsError(f'unknown clip "{clip}"; expected absmax or mse')
     if len(_whole(bits, symmetric)) > 1:
@@ -180,18 +185,19 @@ def both_ways(grid: AnyGrid) -> tuple[Any, ...]:
 
 
 def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importance: Tensor | None = None,
-             ranges: tuple[float, ...] = SHRINK[1:]) -> AnyGrid:
+             ranges: tuple[float, ...] = SHRINK[1:], finer: int = 0) -> AnyGrid:
     """The grid over p [min, max] whose p of `ranges` or 1 leaves the least squared error, chosen for every scale.
 
     A narrower range clips the few outermost weights and rounds all others more finely. p = 1 is tried first and only a
     lower error replaces it. A scale that is a power of two has its neighbours tried instead. importance: weights of the
-    squared errors, (groups, group) or (1, 1); all equal by default. Cost: len(ranges) passes over G, twice as many
-    where a grid can be turned round.
+    squared errors, (groups, group) or (1, 1); all equal by default. finer: of integers, how far around the best p, in
+    steps of SHRINK, a second round looks. Cost: len(ranges) passes over G, twice as many where a grid can be turned
+    round.
     """
     rows = max(1, 4 * AT_ONCE // max(1, G[:1].numel()))
     if isinstance(bits, int) and len(G) > rows:  # no row hangs on another; what a pass leaves lies in a cache
         rows = -(-len(G) // -(-len(G) // rows))  # all parts alike
-        parts: list[Any] = [searched(part, bits, symmetric, dtype, importance, ranges) for part in G.split(rows)]
+        parts: list[Any] = [searched(part, bits, symmetric, dtype, importance, ranges, finer) for part in G.split(rows)]
         zeros = [part.zero for part in parts if part.zero is not None]
         return Grid(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None, bits)
     G = G.detach().contiguous()  # a transposed one would make every pass several times slower
@@ -199,14 +205,21 @@ def searched(G: Tensor, bits: Kind, symmetric: bool, dtype: torch.dtype, importa
     if isinstance(bits, FloatFormat):
         return _searched_floats(G, low, high, bits, dtype, importance)
     p = torch.tensor((*_whole(bits, symmetric), *ranges), device=G.device).view(-1, 1, 1)
-    return _best(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance)
+    best, at, least = _best(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance)
+    if not finer:
+        return best
+    beside = torch.tensor([way * step for step in range(1, finer + 1) for way in (-1, 1)], device=G.device)
+    p = (p.flatten()[at] + beside.view(-1, 1, 1) / 50).clamp_(max=1)
+    found, _, error = _best(G, grid_between(low * p, high * p, bits, symmetric, dtype), importance)
+    return best.where(error >= least, found)
 
 
 AT_ONCE = 1 << 16  # numbers that `searched` tries at once
 
 
-def _best(G: Tensor, tried: Grid, importance: Tensor | None) -> Grid:
-    """For each group the first of the grids `tried`, whose scales are (ranges, out, groups), with the least error.
+def _best(G: Tensor, tried: Grid, importance: Tensor | None) -> tuple[Grid, Tensor, Tensor]:
+    """For each group the first of the grids `tried`, whose scales are (ranges, out, groups), with the least error; its
+    number, and that error.
 
     Each either way round, where that makes a difference: a grid and the one turned round have the same ratios G / s,
     and differ in where they are clamped. G: (out, groups, group).
@@ -224,14 +237,15 @@ def _best(G: Tensor, tried: Grid, importance: Tensor | None) -> Grid:
         rounded, squared = ratio.round(), torch.empty_like(ratio)
         for way, end in enumerate(ends):
             bottom, top = (each[here] if isinstance(each, Tensor) else each for each in end)
-            torch.clamp(rounded, bottom, top, out=squared).sub_(ratio).square_()
+            torch.clamp(rounded, bottom, top, out=squared)
+            torch.ops.aten.mse_loss.out(squared, ratio, 0, out=squared)  # (a - b)^2, each, in one pass
             error[here, way] = _summed(squared, importance)
-    which = error.mul_(scale.square().unsqueeze(1)).flatten(0, 1).argmin(0, keepdim=True)
+    least, which = error.mul_(scale.square().unsqueeze(1)).flatten(0, 1).min(0, keepdim=True)
     at = which.div(len(ends), rounding_mode="floor")
     chosen = tried.scale.gather(0, at)[0]
     if len(ends) > 1:
         chosen = torch.where(which[0] % 2 == 1, -chosen, chosen)
-    return Grid(chosen, None if tried.zero is None else tried.zero.gather(0, at)[0], tried.bits)
+    return Grid(chosen, None if tried.zero is None else tried.zero.gather(0, at)[0], tried.bits), at[0], least[0]
 
 
 def _searched_floats(G: Tensor, low: Tensor, high: Tensor, kind: FloatFormat, dtype: torch.dtype,
