@@ -100,7 +100,7 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
         raise LlmopsError(f'statistic "{statistic}" needs calibration tokens (samples, length); none were given')
     path, blocks = decoder_layers(model)
     todo = _targets(model, path, blocks, ignore)
-    stream = Stream(model, blocks, tokens, _batch(blocks, todo, tokens, batch_size, sequential), device, compute) \
+    stream = Stream(model, blocks, tokens, _batch(blocks, todo, tokens, batch_size), device, compute) \
         if make is not None and tokens is not None else None
     routing = _begun(routing, tokens)
     outside = [(full, layer) for full, layer in todo.items() if not full.startswith(f"{path}.")]
@@ -313,10 +313,10 @@ def _is_tied(model: nn.Module, head: nn.Linear) -> bool:
     return embedding is not None and getattr(embedding, "weight", None) is head.weight
 
 
-def _batch(blocks: nn.ModuleList, todo: Mapping[str, nn.Linear], tokens: Tensor, batch_size: int,
-           sequential: bool) -> int:
-    """Samples of a batch: all of them where layers take turns and what a block makes of all fits into `WHOLE` bytes."""
-    if not sequential or any(map(expert_of, todo)):
+def _batch(blocks: nn.ModuleList, todo: Mapping[str, nn.Linear], tokens: Tensor, batch_size: int) -> int:
+    """Samples of a batch: all of them where what a block makes of all fits into `WHOLE` bytes, and there are no
+    experts."""
+    if any(map(expert_of, todo)):
         return batch_size
     width = max(sum(layer.in_features + layer.out_features for _, layer in linear_layers(block)) for block in blocks)
     return len(tokens) if 4 * width * tokens.numel() <= WHOLE else batch_size

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tests.runs import TUNED, recipe, workplace
+from tests.test_quantizing import job
 
 import llmops
+from llmops import calibrate
+from llmops.build.variant import apply_step
+from llmops.methods.prune.options import Sparsegpt, Wanda
 from llmops.models.load import load
 from llmops.models.zeros import linear_weights, lost_zeros, off_pattern, zero_bits
 from llmops.recipe import parse_recipe
@@ -174,3 +178,22 @@ def test_zeros_are_said_to_save_nothing_but_bytes_in_every_table(done: tuple[dic
 def test_a_second_run_does_nothing(done: tuple[dict[str, Any], Path, Any]) -> None:
     again = llmops.plan(done[2], runs=done[1])
     assert all(stage.built for stage in again.stages)
+
+
+@pytest.mark.parametrize(("method", "name", "turns"), [("wanda", "llama", False), ("sparsegpt", "llama", False),
+                                                       ("wanda", "olmoe", False), ("sparsegpt", "olmoe", True)])
+def test_layers_of_a_block_are_measured_at_once_where_what_is_measured_fits(
+        method: str, name: str, turns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    walk = calibrate.walk
+
+    def noted(*args: Any, sequential: bool, **named: Any) -> None:
+        asked.append(sequential)
+        walk(*args, sequential=sequential, **named)
+
+    monkeypatch.setattr(calibrate, "walk", noted)
+    options = {"wanda": Wanda, "sparsegpt": Sparsegpt}[method].model_validate({"method": method, **SEEN})
+    given = job(workplace(tmp_path, name), name)
+    apply_step("prune", given, options)
+    apply_step("prune", job(tmp_path, name), options.model_copy(update={"sequential": not turns}))
+    assert asked == [turns, not turns]

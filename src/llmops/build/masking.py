@@ -19,6 +19,7 @@ from llmops.methods.prune.patterns import MOST_SILENCED, silenced_rows
 from llmops.methods.prune.sparsegpt import Factor, Pruned, factorize, sparsegpt
 from llmops.methods.prune.wanda import wanda_mask
 from llmops.models import parity
+from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing, fuse_experts
 from llmops.models.save import save_dense
 
@@ -84,7 +85,7 @@ def wanda_step(job: Job, options: Wanda) -> Work:
                 else wanda_mask(layer.weight, x_norm, share, options.pattern))
         return zeroed(name, layer.weight, mask)
 
-    calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, sequential=options.sequential,
+    calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, sequential=bool(options.sequential),
                    progress=bar(job), routing=routing)
     return _pruned(job, options, [calibrated(tokens), *ratios.events, *routing.events(BY_SIZE)], tokens, ratios)
 
@@ -107,7 +108,9 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
         return factorize(H, options.pattern, damping=options.damping, order=options.order)
 
     compute = torch.float32 if job.model.device.type == "cpu" else None
-    calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=options.sequential,
+    turns = any(expert_of(name) is not None for name, _ in job.model.named_modules()) \
+        if options.sequential is None else options.sequential
+    calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=turns,
                    compute=compute, once=once, progress=bar(job), routing=routing)
     events = [calibrated(tokens), *ratios.events, *_troubles(solved), *routing.events(BY_SIZE)]
     return _pruned(job, options, events, tokens, ratios)

@@ -29,8 +29,6 @@ Deliberate differences:
   taken by falling mean of diag(H), not from left to right: those whose errors cost most come while many others can
   still make up for them. "auto" is that for patterns, and left to right without one, where columns of one size in a
   block would all have to lose the same share.
-- damping is 0.05 of the mean diagonal, five times the paper's, as for GPTQ and for its reason: H comes from a few
-  thousand tokens (LOG.md).
 - exactly `round(sparsity * entries)` of every block are dropped, whatever the ties.
 - U comes from one Cholesky factorisation (`quantize.gptq.inverse_factor`); damping that is too small for it is
   multiplied by 10, up to 1, and reported, never replaced by plain magnitude.
@@ -86,7 +84,7 @@ class Factor:
     failed: tuple[float, ...]
 
 
-def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05, order: str = "auto") -> Factor:
+def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.01, order: str = "auto") -> Factor:
     """What `sparsegpt` makes of H first. Cost: in^3. Raises as `sparsegpt`."""
     if order not in ORDERS:
         raise LlmopsError(unknown("order", order, ORDERS))
@@ -108,7 +106,7 @@ def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.05
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def sparsegpt(W: Tensor, H: Tensor | Factor, sparsity: float, pattern: str = "unstructured", *,
-              damping: float = 0.05, block: int = 128, order: str = "auto") -> tuple[Tensor, Pruned]:
+              damping: float = 0.01, block: int = 128, order: str = "auto") -> tuple[Tensor, Pruned]:
     """(the pruned weight, float32, (out, in); what happened).
 
     W: (out, in); H: (in, in), 2/N X X^T, any constant factor does, or its `factorize` for this pattern, which has then

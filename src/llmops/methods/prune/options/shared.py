@@ -34,7 +34,9 @@ class MeasuredMasks(Masks):
                                                            "sensitivity: how far each may be from the average")
     outliers: float = Field(5.0, gt=1, description="owl: times the mean score of its block from which an entry counts "
                                                    "as an outlier")
-    sequential: bool = Field(True, description="measure each layer of a block with those before it pruned; false: all "
-                                               "of a block at once, as the papers do")
+    sequential: bool | None = Field(None, description="measure each layer of a block with those before it pruned; "
+                                                      "false: all of a block at once, as the papers do (default: "
+                                                      "false; true for sparsegpt on a mixture of experts, whose "
+                                                      "Hessians would all lie in memory)")
     experts: Literal["routed", "all"] = Field("routed", description="what experts of a mixture are measured on: the "
                                                                     "tokens that were sent to them, or all")
