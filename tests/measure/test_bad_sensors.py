@@ -18,7 +18,7 @@ from llmops.measure import sensors
 from llmops.recipe import parse_recipe
 from llmops.runner import run
 
-SMALL = {"prompt_tokens": 8, "new_tokens": 2, "batch_sizes": [1], "repeats": 2}
+SMALL = {"prompt_tokens": 8, "new_tokens": 2, "batch_sizes": [1], "repeats": 2, "idle_s": 0.05}
 W8 = {"w8": {"quantize": {"method": "rtn", "scheme": "w8a16"}}}
 
 
