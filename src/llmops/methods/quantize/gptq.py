@@ -13,10 +13,11 @@ again; GPTQ does so in one fixed order of columns for all rows at once (arXiv 22
     Q       steps       lambda     damping * mean(diag H)
     E       E / diag U
 
-`w_t` is W transposed, so that a column is contiguous; the rows of U are divided by their diagonal once, and errors by
-nothing. Updates are lazy on two levels: within a step of at most 16 columns one at a time, to the rest of the block of
-128 as one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all
-layers that share an input.
+`w_t` is W transposed, so that a column is contiguous, with the rows of all layers that are solved together beside each
+other; a column that is done holds its steps. The rows of U are divided by their diagonal once, and errors by nothing.
+Updates are lazy on two levels: within a step of at most 16 columns one at a time, to the rest of the block of 128 as
+one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all layers
+that share an input.
 
 Deliberate differences from the paper and from others:
 
