@@ -193,6 +193,8 @@ def _summary(recipe: Recipe, name: str) -> str:
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{100 * options.sparsity:.4g}%", *([options.pattern] if options.pattern != "unstructured" else [])]
+        words += [value for name, plain in (("scope", "layer"), ("ratios", "uniform"))
+                  if (value := getattr(options, name, plain)) != plain]
     if variant.method in ("depth", "width"):
         words += _size_words(options)
     if hasattr(options, "rank"):
@@ -202,7 +204,7 @@ def _summary(recipe: Recipe, name: str) -> str:
     if hasattr(options, "epochs"):
         epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
         words.append(f"{options.max_steps} steps" if options.max_steps else epochs)
-    if variant.kind != "quantize" and quantized_by(recipe.variants, name) is not None:
+    if variant.kind in ("finetune", "distill") and quantized_by(recipe.variants, name) is not None:
         words.append("qat")  # trained through the rounding of its parent, and stored in its bits
     return " ".join(words)
 
@@ -223,8 +225,9 @@ def _size_words(options: Any) -> list[str]:
     words = [f"{layers if isinstance(layers, int) else len(layers)} layers"] if layers is not None else []
     words += [f"{name} {getattr(options, name)}" for name in ("hidden", "intermediate", "heads", "kv_heads")
               if getattr(options, name, None) is not None]
-    return words + [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
-                    if getattr(options, name) is not None]
+    words += [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
+              if getattr(options, name) is not None]
+    return words + ([f"by {options.choose}"] if getattr(options, "choose", "even") != "even" else [])
 
 
 def _adapter_words(options: Any) -> list[str]:
