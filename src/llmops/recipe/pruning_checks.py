@@ -196,8 +196,8 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
             fits = False
     named = [name for name in WIDTHS if getattr(options, name) is not None]
     if named and all(getattr(options, name) == full[name] for name in named):
-        problems.add((*trail, named[0]), f"given {', '.join(f'{name} {full[name]}' for name in named)}, what the parent "
-                     "has: nothing would be cut; expected less of one of them, or no such step", key=True)
+        problems.add((*trail, named[0]), f"given {', '.join(f'{name} {full[name]}' for name in named)}, what the "
+                     "parent has: nothing would be cut; expected less of one of them, or no such step", key=True)
         return
     _check_share(problems, trail, options, _narrowest(options, dims), "the smallest shape that is searched, "
                  f"{', '.join(options.axes)} in multiples of {options.multiple},")
