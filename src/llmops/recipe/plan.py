@@ -56,9 +56,15 @@ class Stage:
     estimate: Estimate
     summary: str = ""
     teacher: str | None = None
+    writers: tuple[str, ...] = ()
     signals: dict[str, str] | None = None
     written: dict[str, dict[str, str]] = field(default_factory=dict)
     answers: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def taught_by(self) -> str | None:
+        """The teacher, or the one variant that wrote what is read."""
+        return self.teacher or (self.writers[0] if len(set(self.writers)) == 1 else None)
 
     @property
     def shares(self) -> list[str]:
@@ -172,7 +178,8 @@ def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, 
         parent_keys=tuple(keys[parent] for parent in parents), key=key, key_parts=parts, score_key=score,
         scored_here=variant.score if variant is not None else True,
         built=variant is None or (store / key / "llmops.json").is_file(), scored=(key, score) in scored,
-        estimate=figures, summary=_summary(recipe, name), teacher=variant.teacher if variant is not None else None)
+        estimate=figures, summary=_summary(recipe, name), teacher=variant.teacher if variant is not None else None,
+        writers=variant.writers if variant is not None else ())
 
 
 def _summary(recipe: Recipe, name: str) -> str:
