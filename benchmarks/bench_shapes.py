@@ -10,8 +10,9 @@ thread, every second turn backwards. A line is a pruned model and a piece of wor
 
     parameters   over those of the whole; and again without embeddings and head, as the blocks alone have them
     FLOPs        of that very work over the whole's, counted operation by operation by torch
-    time         median over the whole's, wall clock, with the 95 % bootstrap interval of that ratio over the turns
-    over ...     that time over the share of the parameters, of the blocks' alone, of the FLOPs: 1 is in proportion
+    time, CPU    median over the whole's, by the clock on the wall and by the process's own, which a machine that does
+                 other things changes less; with 95 % bootstrap intervals of the ratios over the turns
+    over ...     CPU time over the share of the parameters, of the blocks' alone, of the FLOPs: 1 is in proportion
 
 A model of few, small layers spends much of a decoded token outside of its matrices, which cutting width makes no
 cheaper; a larger one shows what is left of that. 2 minutes, and 15 for 135 M parameters.
@@ -23,6 +24,7 @@ import argparse
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -42,9 +44,10 @@ WHOLE, PRUNED = "tuned", ("narrow-healed", "shallow-healed")
 #: piece of work -> (prompts together, tokens of each, tokens decoded after them: 1 is the prefill alone)
 WORK = {"prefill, 1 x 128 tokens": (1, 128, 1), "prefill, 16 x 64 tokens": (16, 64, 1),
         "decode, 1 row": (1, 64, 32), "decode, 8 rows": (8, 64, 32)}
+CLOCKS = ("wall", "cpu")
 SHARES = ("all", "blocks", "flops")
-TITLES = ("pruned", "parameters", "of the blocks", "work", "FLOPs", "time", "times as fast", "time over parameters",
-          "over the blocks'", "over FLOPs")
+TITLES = ("pruned", "parameters", "of the blocks", "work", "FLOPs", "time", "CPU time", "times as fast",
+          "CPU over parameters", "over the blocks'", "over FLOPs")
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -133,15 +136,24 @@ def flops(model: Any, prompts: Tensor, new: int) -> int:
 
 
 @torch.inference_mode()
-def times(models: Mapping[str, Any], prompts: Tensor, new: int, turns: int) -> dict[str, list[float]]:
-    """Model -> seconds of each turn, a first turn that warms up left out."""
+def times(models: Mapping[str, Any], prompts: Tensor, new: int, turns: int) -> dict[str, dict[str, list[float]]]:
+    """Clock ("wall", "cpu") -> model -> seconds of each turn, a first turn that warms up left out."""
     runners = {name: Runner(model) for name, model in models.items()}
-    found: dict[str, list[float]] = {name: [] for name in models}
+    found: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in models} for clock in CLOCKS}
     for turn, name in in_turn(list(models), turns + 1):
-        taken = runners[name].request(prompts, new)
-        if turn:
-            found[name].append(taken.prefill_s if new == 1 else taken.decode_s)
+        began = now()
+        token, cache = runners[name].prefill(prompts, new)
+        if new > 1:
+            began = now()
+        for _ in range(new - 1):
+            token, cache = runners[name].step(token, cache)
+        for clock, start, end in zip(CLOCKS, began, now(), strict=True):
+            found[clock][name] += [end - start] if turn else []
     return found
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def measured(models: Mapping[str, Any], tokenizer: Any, turns: int, keep: Callable[[list[dict[str, Any]]], None],
@@ -155,19 +167,20 @@ def measured(models: Mapping[str, Any], tokenizer: Any, turns: int, keep: Callab
         counted = {name: flops(model, prompts, new) for name, model in models.items()}
         taken = times(models, prompts, new, turns)
         for name in pruned:
-            ratio = median_ratio(taken[name], taken[whole])
-            lines.append({"pruned": name, "work": what, "whole_s": median(taken[whole]), "s": median(taken[name]),
+            wall, cpu = (taken[clock] for clock in CLOCKS)
+            lines.append({"pruned": name, "work": what, "whole_s": median(wall[whole]), "s": median(wall[name]),
                           **{f"{key}_share": sizes[name][key] / sizes[whole][key] for key in ("all", "blocks")},
-                          "flops_share": counted[name] / counted[whole], "time": ratio,
-                          "faster": median_ratio(taken[whole], taken[name])})
+                          "flops_share": counted[name] / counted[whole], "time": median_ratio(wall[name], wall[whole]),
+                          "cpu": median_ratio(cpu[name], cpu[whole]),
+                          "faster": median_ratio(wall[whole], wall[name])})
         keep(lines)
     return lines
 
 
 def cells(line: Mapping[str, Any]) -> list[str]:
     return [line["pruned"], f"{line['all_share']:.3f}", f"{line['blocks_share']:.3f}", line["work"],
-            f"{line['flops_share']:.3f}", shown(line["time"], 3), shown(line["faster"]),
-            *(f"{line['time']['ratio'] / line[f'{key}_share']:.2f}" for key in SHARES)]
+            f"{line['flops_share']:.3f}", shown(line["time"], 3), shown(line["cpu"], 3),
+            shown(line["faster"]), *(f"{line['cpu']['ratio'] / line[f'{key}_share']:.2f}" for key in SHARES)]
 
 
 def scores(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -215,7 +228,7 @@ def main() -> None:
         if passing is not None:
             shutil.rmtree(passing, ignore_errors=True)
     print(f"\nbeside {places[0].name}, {asked.dtype}, {asked.turns} turns. {scores(accuracy)}\n")
-    print(table(TITLES, map(cells, sorted(lines, key=lambda line: places_of(line, models))), "lrrlrrrrrr"))
+    print(table(TITLES, map(cells, sorted(lines, key=lambda line: places_of(line, models))), "lrrlrrrrrrr"))
     file.end(lines=lines)
 
 
