@@ -197,7 +197,7 @@ def folders(asked: argparse.Namespace, runs: Path) -> list[Path]:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = parser(__doc__, "benchmarks/results/shapes-DATE.json, or the next free shapes-DATE-N.json")
     options.add_argument("--folders", nargs="+", type=Path, help="the whole model and those that were cut from it")
     options.add_argument("--model", help="folder or hub id of another model to cut")
     options.add_argument("--length", type=int, default=128, help="with --model: tokens of a crop, of 16 it is cut by")

@@ -17,10 +17,10 @@ __all__ = ["FOLDER", "Results", "add_option", "free", "parser", "write"]
 FOLDER = Path(__file__).parents[1] / "results"
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with the option of the file."""
+def parser(doc: str | None, default: str = "nowhere") -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with the option of the file. default: as there."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_option(made)
+    add_option(made, default)
     return made
 
 
