@@ -39,7 +39,7 @@ from _quantize_models import Scorer, add_options, dense_state, prepared, pretrai
 from _quantize_pairs import paired
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
-from _runner.results import FOLDER, Results, add_option
+from _runner.results import Results, add_option, free
 from _runner.tables import head, line
 from _runner.turns import in_turn, ratio, shown
 
@@ -167,7 +167,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), help="instead of all")
     parser.add_argument("--cells", nargs="+", default=[f"{s}/{p}" for s, p in CELLS], help="SPARSITY/PATTERN")
     parser.add_argument("--repeats", type=int, default=3)
-    add_option(parser, "benchmarks/results/prune-DATE.json")
+    add_option(parser, "benchmarks/results/prune-DATE.json, or the next free prune-DATE-N.json")
     asked = parser.parse_args()
     if "given" in asked.models and (asked.model is None or not asked.model.exists()):
         parser.error(f"--models given with --model {asked.model}; expected a model's folder, or a GGUF file")
@@ -182,7 +182,7 @@ def main() -> None:
     if asked.peer_python:
         record["versions"] |= versions_there(asked.peer_python, {"llmcompressor": "llmcompressor"})
     print(said(record))
-    file = Results(asked.out or FOLDER / f"prune-{record['date']}.json", record)
+    file = Results(asked.out or free(f"prune-{record['date']}"), record)
     done: list[dict[str, Any]] = []
     for name in wanted_models(asked):
         done.append(compare(name, asked, lambda more: file.keep(results=[*done, more])))
