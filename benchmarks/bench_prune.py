@@ -75,28 +75,39 @@ def race(asked: argparse.Namespace, case: Case, model: Any, scorer: Scorer, rows
         here = [name for name in names if (pattern == "unstructured" or name not in UNSTRUCTURED)
                 and (name, sparsity, pattern, draw) not in done]
         differs = drawn(case, draw) if here else {}
-        fresh = {name: {"contender": name, "method": CONTENDERS[name][0], "tool": CONTENDERS[name][1],
-                        "sparsity": sparsity, "pattern": pattern, "times": [], "cpu_times": []} | (
-                     {"draw": draw} if draw else {}) | (
-                     {"code": code(SOURCES)} if CONTENDERS[name][1] == OURS else {}) for name in here}
+        fresh = {name: blank(name, sparsity, pattern, draw) for name in here}
         for repeat, name in in_turn(here, asked.repeats if draw == 0 else 1):
             if name not in workers:
                 workers[name] = Contender(name, "_prune_worker.py", case.as_dict(), sys.executable if CONTENDERS[name][
                     1] == OURS else asked.peer_python, asked.logs, threads=case.threads)
-            place_of = asked.logs / "answer"
-            shutil.rmtree(place_of, ignore_errors=True)
-            place_of.mkdir(parents=True)
+            folder = asked.logs / "answer"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             take(fresh[name], workers[name].ask(sparsity=sparsity, pattern=pattern, case=differs,
-                                                out=str(place_of) if repeat == 0 else ""))
+                                                out=str(folder) if repeat == 0 else ""))
             if repeat == 0 and "failed" not in fresh[name]:
-                fresh[name] |= scored(place_of, model, scorer if draw == 0 else replace(scorer, questions=None))
+                fresh[name] |= scored(folder, model, scorer if draw == 0 else replace(scorer, questions=None))
                 print(f"  draw {draw}: {name} {sparsity} {pattern}: perplexity {fresh[name]['perplexity']:.5g}, "
                       f"{fresh[name]['times'][0]:.1f} s", file=sys.stderr, flush=True)
-        rows += fresh.values()
+        rows = ordered([*rows, *fresh.values()], asked.cells)
         keep(rows)
     for worker in workers.values():
         worker.end()
     return rows
+
+
+def blank(name: str, sparsity: float, pattern: str, draw: int) -> dict[str, Any]:
+    """The row of a contender that has not been asked yet. Ours say of which code they are."""
+    method, tool = CONTENDERS[name]
+    return {"contender": name, "method": method, "tool": tool, "sparsity": sparsity, "pattern": pattern,
+            "times": [], "cpu_times": []} | ({"draw": draw} if draw else {}) | (
+                {"code": code(SOURCES)} if tool == OURS else {})
+
+
+def ordered(rows: list[dict[str, Any]], cells: list[tuple[float, str]]) -> list[dict[str, Any]]:
+    """Draw by draw, cell by cell as they were asked for, contenders as in `CONTENDERS`: as without earlier rows."""
+    return sorted(rows, key=lambda row: (row.get("draw", 0), cells.index((row["sparsity"], row["pattern"])),
+                                         list(CONTENDERS).index(row["contender"])))
 
 
 def able(asked: argparse.Namespace) -> list[str]:
