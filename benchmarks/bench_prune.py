@@ -49,7 +49,7 @@ from _quantize_models import Scorer, add_options, dense_state, prepared, pretrai
 from _quantize_pairs import alike
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
-from _runner.results import FOLDER, Results, add_option
+from _runner.results import Results, add_option, free
 from _runner.tables import head, line
 from _runner.turns import in_turn, shown
 
@@ -220,7 +220,7 @@ def options() -> argparse.Namespace:
                         "the calibration crops, the first as it is (%(default)s); exact match is taken of that alone")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="results of earlier runs, whose rows are "
                         "not run again")
-    add_option(parser, "benchmarks/results/prune-DATE.json")
+    add_option(parser, "benchmarks/results/prune-DATE.json, or the next free prune-DATE-N.json")
     asked = parser.parse_args()
     if "given" in asked.models and (asked.model is None or not asked.model.exists()):
         parser.error(f"--models given with --model {asked.model}; expected a model's folder, or a GGUF file")
@@ -236,7 +236,7 @@ def main() -> None:
     if asked.peer_python:
         record["versions"] |= versions_there(asked.peer_python, {"llmcompressor": "llmcompressor"})
     print(said(record))
-    file = Results(asked.out or FOLDER / f"prune-{record['date']}.json", record)
+    file = Results(asked.out or free(f"prune-{record['date']}"), record)
     done: list[dict[str, Any]] = []
     for name in wanted_models(asked):
         done.append(compare(name, asked, lambda more: file.keep(results=[*done, more])))
