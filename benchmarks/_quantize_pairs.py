@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["alike", "common", "difference", "gathered", "over", "paired", "paired_divergences"]
+__all__ = ["alike", "common", "difference", "gathered", "paired", "paired_divergences"]
 
 Draws = Sequence[Sequence[float]]  # (draws, windows)
 CELL = ("bits", "group")  # what a row is of beside its contender and draw, by name
