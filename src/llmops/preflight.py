@@ -2,7 +2,8 @@
 
 The recipe has been validated by then; this reads the data itself: rows that cannot be read, training rows that stand in
 a scored split or in the held-out data, held-out rows that stand in a scored split, a template that drops the
-terminator, rows with nothing to train on, rows of one answer for a step that compares two, signals of another teacher.
+terminator, rows with nothing to train on, rows of one answer for a step that compares two, signals of another teacher;
+of a model on the hub, whose config.json is not read before, what its dimensions do not allow.
 Found here they cost a second (exit 2, nothing done); found by the step they would cost the steps before it.
 `preflight_report` is the same proof as figures, for each data and length that a step trains on or holds out.
 
@@ -20,10 +21,12 @@ from llmops.errors import DataError, ModelError
 from llmops.methods.finetune.options import Training
 from llmops.models.builtin import locate
 from llmops.recipe.cache_checks import check_caches
+from llmops.recipe.checks import check_steps
+from llmops.recipe.model import dims_of_file, folder_of
 from llmops.recipe.plan import Plan
 from llmops.recipe.schema import Recipe
 from llmops.recipe.shared_keys import writer_of
-from llmops.recipe.source import parse
+from llmops.recipe.source import Problems, from_values, parse
 
 __all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
 
@@ -54,10 +57,11 @@ _ENDS = {True: "yes", False: "NO", None: "as the teacher ends its answers"}
 def preflight(plan: Plan) -> list[str]:
     """Check the data of every stage that is not done; returns a line for each training set, for the log.
 
-    Raises DataError, RecipeError for signals of another teacher or data, ModelError when the tokenizer cannot be
-    loaded.
+    Raises DataError, RecipeError for signals of another teacher or data and for steps that the model's dimensions do
+    not allow, ModelError when the tokenizer cannot be loaded.
     """
     check_caches(plan)
+    _check_dimensions(plan.recipe)
     found = _check(plan, {stage.variant for stage in plan.stages if not stage.built})
     return [f"data {use.data}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in report.items()
                                              if count and what != "longest") for use, _, report, _ in found]
@@ -153,6 +157,21 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
     for name in sorted(variants):
         _check_student(recipe, name, tokenizer)
     return [(use, rows(use.data), *_proved(use, rows(use.data), recipe, tokenizer)) for use in uses]
+
+
+def _check_dimensions(recipe: Recipe) -> None:
+    """Raise RecipeError, with file and line, for steps of a hub model that its dimensions do not allow: of folders and
+    built-in models reading the recipe has told them."""
+    if folder_of(recipe.model, recipe.base_dir) is not None:
+        return
+    from llmops.models.load import hub_config
+
+    file = hub_config(recipe.model.id, recipe.model.revision)
+    dims = dims_of_file(file)[0] if file is not None else None
+    if dims is not None:
+        problems = Problems(parse(recipe.text, recipe.file) if recipe.text else from_values({}, recipe.file))
+        check_steps(problems, recipe.variants, recipe.data, list(recipe.data), dims)
+        problems.raise_if_any()
 
 
 def _check_student(recipe: Recipe, name: str, tokenizer: Any) -> None:
