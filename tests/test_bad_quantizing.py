@@ -76,11 +76,11 @@ def test_less_data_than_asked_for_is_told(place: Path, method: str) -> None:
     short.limits = lambda key: DataSource(source="train.jsonl", samples=200)
     work = apply_step("quantize", short, METHODS[method].model_copy(update={"group_size": 32, "iterations": 1}
                                                                     if method == "autoround" else {}))
-    told = [event for event in work.events if "fewer than the 200 crops of 32 asked for: crops overlap" in event]
+    told = [event for event in work.events if "fewer than the 200 crops of 32 asked for: " in event]
     assert len(told) == 1 and told[0].startswith("calib has ")
     enough = job(place)
     enough.limits = lambda key: DataSource(source="train.jsonl", samples=2)
-    assert not any("overlap" in event for event in apply_step("quantize", enough, METHODS["gptq"]).events)
+    assert not any("asked for" in event for event in apply_step("quantize", enough, METHODS["gptq"]).events)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
