@@ -157,3 +157,17 @@ def test_a_hub_models_dimensions_are_checked_before_its_weights_are_loaded(
         preflight(plan_of(recipe, tmp_path))
     (tmp_path / "config.json").unlink()  # not there, or of a family that is not known: loading the model will tell
     assert preflight(plan_of(recipe, tmp_path)) == []
+
+
+def test_calibration_data_that_does_not_fill_a_crop_is_told_before_anything_is_built(tmp_path: Path) -> None:
+    """The context of the built-in model is 512, so a crop of 2,048 is one of 512."""
+    text = ("version: 1\nname: thin\nmodel: builtin:tiny\ndata:\n  calib: {source: calib.txt}\nvariants:\n"
+            "  a: {quantize: {method: gptq, scheme: w4a16, data: calib, length: 16}}\n"
+            "  b: {from: base, prune: {method: wanda, sparsity: 0.5, data: calib}}\n")
+    (tmp_path / "calib.txt").write_text("Ada lives in Adaville. " * 20)
+    recipe = parse_recipe(text, file="thin.yaml", base_dir=tmp_path)
+    with pytest.raises(DataError, match=r"variant b: calib: its 1 rows have \d+ tokens, and one calibration crop needs "
+                                        "512"):
+        preflight(plan_of(recipe, tmp_path))
+    (tmp_path / "calib.txt").write_text("Ada lives in Adaville. " * 200)
+    assert preflight(plan_of(parse_recipe(text, file="thin.yaml", base_dir=tmp_path), tmp_path)) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.data.makers import (
@@ -20,12 +22,15 @@ from llmops.data.render import (
     IGNORED,
     answer_crops,
     calibration_tokens,
+    check_crop,
     choice_examples,
     collate,
     encode,
     prompts_and_answers,
+    sequences,
     text_stream,
 )
+from llmops.data.sources import Rows
 from llmops.errors import DataError
 
 STRICT = Limits(dropped=0.0, truncated=0.0)
@@ -217,6 +222,16 @@ def test_crops_of_chats_and_pairs_are_rendered_by_the_template() -> None:
 def test_too_little_text_for_one_crop_says_how_much_there_is() -> None:
     with pytest.raises(DataError, match=r"its 1 rows have \d tokens, and one calibration crop needs 64; use more rows"):
         calibration_tokens(text_rows("Five."), make_tokenizer(), samples=2, length=64, seed=0)
+
+
+@pytest.mark.parametrize("rows", [text_rows(*["Five."] * 200), message_rows(*[chat("Two?", "Five.")] * 200)])
+def test_whether_a_crop_fits_is_known_from_as_few_rows_as_it_takes(rows: Rows) -> None:
+    tokenizer = make_tokenizer("chatml")
+    most = len([token for ids in sequences(rows, tokenizer) for token in ids])
+    check_crop(rows, tokenizer, most)
+    check_crop(replace(rows, rows=[*rows.rows[:64], None]), tokenizer, most // 4)  # the last is never looked at
+    with pytest.raises(DataError, match=f"its 200 rows have {most} tokens, and one calibration crop needs {most + 1}"):
+        check_crop(rows, tokenizer, most + 1)
 
 
 # batches -------------------------------------------------------------------------------------------------------------
