@@ -12,6 +12,7 @@ from torch import nn
 from llmops import calibrate
 from llmops.calibrate import Block, block_influence, block_scores, walk, walk_blocks
 from llmops.errors import LlmopsError, StepError
+from llmops.gathering import STATISTICS
 from llmops.methods.prune import block_influence as influence
 from llmops.methods.prune import magnitude_mask, wanda_mask
 from llmops.methods.quantize import rtn
@@ -227,6 +228,17 @@ def test_layers_that_take_turns_see_the_earlier_ones_updated(name: str, whole: i
     for key, value in brute.state_dict().items():
         if key.startswith((f"{path}.0.", f"{path}.1.")):
             torch.testing.assert_close(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("width", [48, 200, 1100])
+def test_a_hessian_summed_some_rows_at_a_time_is_whole(width: int) -> None:
+    made = STATISTICS["hessian"]
+    assert made is not None
+    x, summed = torch.randn(96, width, generator=torch.Generator().manual_seed(width)), made()
+    for part in x.split(50):
+        summed.add(part)
+    H, exact = summed.result(96), x.double().t() @ x.double() * (2 / 96)
+    assert torch.equal(H, H.t()) and (H.double() - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_layers_that_share_an_input_share_its_statistic() -> None:

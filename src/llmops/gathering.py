@@ -70,19 +70,25 @@ class _Hessian:
         wide = x.float()
         if self.total is None:
             self.total = wide.new_zeros(wide.shape[1], wide.shape[1])
+        rows = _rows(self.total)
         with Products():
-            for first in range(0, len(self.total), _ROWS):
-                self.total[first:first + _ROWS, first:].addmm_(wide[:, first:first + _ROWS].t(), wide[:, first:])
+            for first in range(0, len(self.total), rows):
+                self.total[first:first + rows, first:].addmm_(wide[:, first:first + rows].t(), wide[:, first:])
 
     def result(self, tokens: int) -> Tensor:
         assert self.total is not None
         H = self.total.mul_(2.0 / tokens)  # the only one: it is in^2
-        for first in range(0, len(H), _ROWS):
-            H[first + _ROWS:, first:first + _ROWS] = H[first:first + _ROWS, first + _ROWS:].t()
+        rows = _rows(H)
+        for first in range(0, len(H), rows):
+            H[first + rows:, first:first + rows] = H[first:first + rows, first + rows:].t()
         return H
 
 
-_ROWS = 128  # of a Hessian that are summed together
+def _rows(H: Tensor) -> int:
+    """Rows of a Hessian that are summed together: a sixteenth, so that little below the diagonal is."""
+    return max(64, len(H) // 16)
+
+
 STATISTICS: dict[str, Callable[[], Any] | None] = {"none": None, "x_norm": _Norm, "x_absmax": _AbsMax,
                                                    "hessian": _Hessian}
 

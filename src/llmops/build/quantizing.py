@@ -22,10 +22,11 @@ from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.build.kept import Kept
 from llmops.build.layer_schemes import Chosen, scheme, shared
 from llmops.build.preparing import Prepared, awq_factors, folded, head_awq_factors, prepare
+from llmops.build.solving import Together
 from llmops.methods.quantize.autoround import Product, Tuned, autoround, inputs_of
 from llmops.methods.quantize.awq import awq_clip
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
-from llmops.methods.quantize.gptq import Factor, Solved, factorize, gptq
+from llmops.methods.quantize.gptq import Factor, Solved, factorize
 from llmops.methods.quantize.grid import group_of
 from llmops.methods.quantize.hqq import hqq
 from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant, WeightOnly
@@ -93,8 +94,7 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
         if H is None:  # an expert that saw too little
             weights[name] = rtn(layer.weight, **how(name), dtype=job.storage)
             return weights[name].dequantize().to(layer.weight.dtype)
-        weights[name], solved[name] = gptq(layer.weight, H, **how(name), damping=options.damping, order=options.order,
-                                           clip=options.clip, dtype=job.storage)
+        weights[name], solved[name] = solve(name, layer, H)
         return weights[name].dequantize().to(layer.weight.dtype)
 
     def once(H: Tensor) -> Tensor | Factor:
@@ -108,6 +108,8 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ready = prepare(job, options, chosen)
     how = _schemes(job, options, chosen, ready)
+    solve = Together(job.model, options.ignore, how, damping=options.damping, order=options.order, clip=options.clip,
+                     dtype=job.storage)
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True, prepare=ready.block,
                    tail=ready.tail, compute=ready.compute(computed(job)), once=once, progress=bar(job), routing=routing)
     return _quantized(job, options, weights, ready, tokens, [*_troubles(solved), *routing.events(INSTEAD)])

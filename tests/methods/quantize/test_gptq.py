@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.quantize import QuantizedWeight, gptq, packing, rtn
-from llmops.methods.quantize.gptq import factorize, inverse_factor
+from llmops.methods.quantize.gptq import factorize, gptq_alike, inverse_factor
 from llmops.methods.quantize.grid import fit
 
 
@@ -139,6 +139,27 @@ def test_a_factor_made_once_serves_every_layer_that_shares_the_input(order: str)
         gptq(W, factor, bits=3, group_size=96)
     with pytest.raises(LlmopsError, match="group_size 40 does not divide"):
         factorize(H, group_size=40)
+
+
+@pytest.mark.parametrize("order", ["groups", "activation"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_solved_together_are_what_they_are_alone(order: str, symmetric: bool) -> None:
+    W, H = made(rows=40)
+    W[3, :10] = 0  # zeros stay, and are in the way of nobody else
+    factor = factorize(H, group_size=32, order=order)
+    parts = list(W.split([8, 20, 12]))
+    together = gptq_alike(parts, factor, bits=3, group_size=32, symmetric=symmetric, clip="mse")
+    assert len(together) == 3
+    for part, (weight, told) in zip(parts, together, strict=True):
+        alone, also = gptq(part, factor, bits=3, group_size=32, symmetric=symmetric, clip="mse")
+        torch.testing.assert_close(weight.scale, alone.scale, rtol=1e-5, atol=0)  # products of other shapes, summed so
+        assert (weight.codes != alone.codes).float().mean() < 2e-3  # what was a tie may turn
+        assert symmetric or torch.equal(weight.zero_point, alone.zero_point)  # type: ignore[arg-type]
+        assert told.loss == pytest.approx(also.loss, rel=1e-4)
+        assert (told.damping, told.failed, told.dead) == (also.damping, also.failed, also.dead)
+        assert weight.codes.untyped_storage().nbytes() == part.numel()  # a view would keep all of them alive
+    with pytest.raises(LlmopsError, match="weight holds NaN"):
+        gptq_alike([W, W * float("nan")], factor, bits=3, group_size=32)
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_change_nothing_else() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, grid, packing, rtn
@@ -98,12 +100,37 @@ def test_the_searched_clip_is_the_best_of_its_grid_in_every_group(bits: int, gro
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_searched_a_few_at_a_time_get_the_same_grids(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = rtn(weight_of(), bits=4, group_size=32, symmetric=symmetric, clip="mse")
-    monkeypatch.setattr(grid, "AT_ONCE", 96)  # three rows of 128
-    few = rtn(weight_of(), bits=4, group_size=32, symmetric=symmetric, clip="mse")
-    assert torch.equal(few.codes, whole.codes) and torch.equal(few.scale, whole.scale)
-    assert symmetric or torch.equal(few.zero_point, whole.zero_point)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("numbers", "beside"), [(96, 5), (1 << 10, 64), (1 << 9, 3)])
+def test_rows_and_groups_searched_a_few_at_a_time_get_the_same_grids(symmetric: bool, numbers: int, beside: int,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    W, weights = weight_of(), torch.rand(4, 32, generator=torch.Generator().manual_seed(5)) + 0.1
+
+    def found() -> list[grid.Grid]:
+        G = W.view(16, 4, 32)
+        return [grid.fit(G, 4, symmetric, torch.float32, "mse", importance, quick=quick)
+                for importance in (None, weights) for quick in (True, False)]
+
+    whole = found()
+    monkeypatch.setattr(grid, "AT_ONCE", numbers)
+    monkeypatch.setattr(grid, "_BESIDE", beside)
+    for few, all_at_once in zip(found(), whole, strict=True):
+        assert torch.equal(few.scale, all_at_once.scale)
+        assert symmetric or torch.equal(few.zero, all_at_once.zero)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, True), (4, False), (8, True)])
+def test_the_quick_search_is_nearly_as_good_as_the_whole_one_by_weighted_error(bits: int, symmetric: bool) -> None:
+    draw = torch.Generator().manual_seed(7)
+    G = torch.randn(64, 4, 32, generator=draw) ** 3
+    importance = torch.rand(4, 32, generator=draw) + 0.1
+
+    def lost(**how: Any) -> Tensor:
+        made = grid.fit(G, bits, symmetric, torch.float32, "mse", **how)
+        return (made.nearest(G) - G).square().mul(importance).sum(-1)
+
+    whole, quick, blind = lost(importance=importance), lost(importance=importance, quick=True), lost()
+    assert float(quick.sum()) < 1.01 * float(whole.sum())
+    assert float(whole.sum()) < float(blind.sum()) * (0.995 if bits < 8 else 1.0001)
 
 
 def test_the_searched_clip_keeps_zeros_and_refuses_unknown_names() -> None:

@@ -13,10 +13,11 @@ again; GPTQ does so in one fixed order of columns for all rows at once (arXiv 22
     Q       steps       lambda     damping * mean(diag H)
     E       E / diag U
 
-`w_t` is W transposed, so that a column is contiguous; the rows of U are divided by their diagonal once, and errors by
-nothing. Updates are lazy on two levels: within a step of at most 16 columns one at a time, to the rest of the block of
-128 as one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all
-layers that share an input.
+`w_t` is W transposed, so that a column is contiguous, with the rows of all layers that are solved together beside each
+other; a column that is done holds its steps. The rows of U are divided by their diagonal once, and errors by nothing.
+Updates are lazy on two levels: within a step of at most 16 columns one at a time, to the rest of the block of 128 as
+one matrix product a step, to the rest of W as one a block. What H alone decides (`Factor`) is made once for all layers
+that share an input.
 
 Deliberate differences from the paper and from others:
 
@@ -41,8 +42,8 @@ Deliberate differences from the paper and from others:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -54,12 +55,12 @@ from llmops.methods.quantize.grid import AnyGrid, Kind, check, fit, group_of, gr
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.ops.float32 import Products
 
-__all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "inverse_factor"]
+__all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "gptq_alike", "inverse_factor"]
 
 ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
 _STEP = 16  # columns updated one by one
-_SMALL = 128  # rows of a matrix that LAPACK factorises
+_SMALL = 96  # rows of a matrix that LAPACK factorises
 
 
 @dataclass(frozen=True)
@@ -130,27 +131,59 @@ def gptq(W: Tensor, H: Tensor | Factor, *, bits: Kind, group_size: int = -1, sym
     multiplications. Raises LlmopsError as `rtn` does, or when H does not fit W or holds NaN; StepError when H cannot be
     factorised with damping up to 1.
     """
-    check(W, bits)
-    inputs = len(H.U) if isinstance(H, Factor) else len(H)
-    if inputs != W.shape[1]:
-        raise LlmopsError(f"H is {(inputs, inputs)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
-    kind = bound(bits, W)
-    G = grouped(W, group_of(bits, group_size)).float()
-    _, groups, size = G.shape
+    weight, factor, loss = _solved([W], H, bits, group_size, symmetric, damping, block, order, clip, dtype)
+    return weight, _told(factor, loss)
+
+
+def gptq_alike(weights: Sequence[Tensor], H: Tensor | Factor, *, bits: int, group_size: int = -1,
+               symmetric: bool = True, damping: float = 0.05, block: int = 128, order: str = "groups",
+               clip: str = "absmax", dtype: torch.dtype | None = None) -> list[tuple[QuantizedWeight, Solved]]:
+    """`gptq` of each of `weights`, (out, in) all of one dtype, that see the inputs behind `H`.
+
+    All rows go through one pass over the columns, since none hangs on another. Raises as `gptq`.
+    """
+    made, factor, loss = _solved(weights, H, bits, group_size, symmetric, damping, block, order, clip, dtype)
+    assert isinstance(made, QuantizedWeight)
+
+    def each(rows: Tensor) -> list[Tensor]:
+        return [part.clone() for part in rows.split([len(W) for W in weights])]
+
+    zeros = each(made.zero_point) if made.zero_point is not None else [None] * len(weights)
+    return [(replace(made, codes=codes, scale=scale, zero_point=zero), _told(factor, part)) for codes, scale, zero, part
+            in zip(each(made.codes), each(made.scale), zeros, each(loss), strict=True)]
+
+
+def _solved(weights: Sequence[Tensor], H: Tensor | Factor, bits: Kind, group_size: int, symmetric: bool, damping: float,
+            block: int, order: str, clip: str, dtype: torch.dtype | None
+            ) -> tuple[QuantizedWeight | FloatWeight, Factor, Tensor]:
+    """(the quantized weights, one under the other, the factor they were solved with, the loss of each row)."""
+    first, inputs = weights[0], len(H.U) if isinstance(H, Factor) else len(H)
+    for W in weights:
+        check(W, bits)
+        if inputs != W.shape[1]:
+            raise LlmopsError(f"H is {inputs, inputs}; expected {W.shape[1], W.shape[1]}, one row per input feature")
+    kind = bound(bits, first)
+    _, groups, size = grouped(first, group_of(bits, group_size)).shape
     factor = H if isinstance(H, Factor) else factorize(H, group_size=size, damping=damping, order=order)
     if factor.size != size:
         raise LlmopsError(f"H was factorised for groups of {factor.size}; expected groups of {size}, as the weight has")
 
-    def fitted(part: Tensor, columns: Tensor) -> AnyGrid:
-        """The grid of groups `part` (out, some, group) that are made of `columns`, in this order."""
-        return fit(part, kind, symmetric, dtype or W.dtype, clip, factor.importance[columns].view(-1, size), quick=True)
+    def fitted(part: Tensor, importance: Tensor) -> AnyGrid:
+        """The grid of groups `part` (out, some, group) whose columns have this importance (some, group)."""
+        return fit(part, kind, symmetric, dtype or first.dtype, clip, importance, quick=True)
 
-    fresh = factor.order != "activation" and groups > 1  # each group's grid is made when it is reached
-    columns = torch.arange(groups * size, device=W.device)
-    grid = fit(G, kind, symmetric, dtype or W.dtype, "absmax") if fresh else fitted(G, columns)
-    work = _Pass(G.flatten(1), factor, grid, size, fitted if fresh else None)
+    if factor.order != "activation" and groups > 1:  # each group's grid is made when it is reached
+        work = _Pass(weights, factor, [None] * groups, fitted)
+    else:
+        whole = fitted(grouped(torch.cat([W.detach() for W in weights]), size).float(),
+                       factor.importance.view(-1, size))
+        work = _Pass(weights, factor, [whole.part(g) for g in range(groups)], None)
     loss = work.solve(block)
-    return work.weight(group_size), Solved(factor.damping, factor.failed, factor.dead, loss)
+    return work.weight(group_size), factor, loss
+
+
+def _told(factor: Factor, loss: Tensor) -> Solved:
+    return Solved(factor.damping, factor.failed, factor.dead, float(loss.sum()))
 
 
 def inverse_factor(H: Tensor, damping: float, perm: Tensor | None = None) -> tuple[Tensor, float, tuple[float, ...]]:
@@ -234,71 +267,77 @@ def _turned(X: Tensor, rows: int = 16) -> Tensor:
 class _Pass:
     """One pass over the columns. Everything is transposed, (in, out) and (groups, out), and in the order of solving."""
 
-    def __init__(self, W: Tensor, factor: Factor, grid: AnyGrid, size: int,
+    def __init__(self, weights: Sequence[Tensor], factor: Factor, grids: list[Any],
                  fresh: Callable[[Tensor, Tensor], AnyGrid] | None) -> None:
-        self.factor, self.size, self.fresh = factor, size, fresh
-        self.w_t = W.t()[factor.perm].contiguous()
-        self.keep_t = self.w_t != 0 if bool((W == 0).any()) else None
-        self.steps_t = torch.empty_like(self.w_t)
-        self.grids: list[Any] = [grid.part(g) for g in range(grid.scale.shape[1])]
+        self.factor, self.size, self.grids, self.fresh = factor, factor.size, grids, fresh
+        rows = [len(W) for W in weights]
+        self.w_t = torch.empty(len(factor.perm), sum(rows), device=factor.perm.device)  # columns that are done: steps
+        for W, part in zip(weights, self.w_t.split(rows, 1), strict=True):
+            part.copy_(W.detach().float().t().contiguous().index_select(0, factor.perm))
+        self.keep_t = self.w_t != 0 if bool((self.w_t == 0).any()) else None
+        self.group_of = (factor.perm // self.size).tolist()
+        self.importance = factor.importance[factor.perm]
+        self.room = self.w_t.new_empty(3, _STEP, sum(rows)).unbind()  # weights, steps, errors of the columns of a step
+        self.rows = [part.unbind() for part in self.room]
 
-    def solve(self, block: int) -> float:
-        """Fill `steps_t` and return the loss. Cost: rows in^2 multiplications, nearly all in matrix products."""
-        n, U, perm = len(self.w_t), self.factor.U, self.factor.perm
+    def solve(self, block: int) -> Tensor:
+        """Turn weights into steps and return the loss of each row. Cost: rows in^2 multiplications, nearly all in
+        matrix products."""
+        n, U = len(self.w_t), self.factor.U
         step = next(s for s in range(min(_STEP, self.size), 0, -1) if self.size % s == 0) if self.fresh else _STEP
         unit = max(self.size, step) if self.fresh else step  # whole groups in a block: their weights are up to date
         block = -(-block // unit) * unit
-        loss = torch.zeros(())
+        loss = self.w_t.new_zeros(self.w_t.shape[1])
         for start in range(0, n, block):
             stop = min(start + block, n)
             E = torch.empty_like(self.w_t[start:stop])
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 if self.fresh is not None and first % self.size == 0:
-                    columns = perm[first:first + self.size]
-                    now = self.w_t[first:first + self.size].t().unsqueeze(1)
-                    self.grids[int(columns[0]) // self.size] = self.fresh(now, columns)
-                self._columns(first, last, E[first - start:last - start])
+                    end = first + self.size
+                    self.grids[self.group_of[first]] = self.fresh(self.w_t[first:end].t().unsqueeze(1),
+                                                                  self.importance[first:end].unsqueeze(0))
+                errors = E[first - start:last - start]
+                self._columns(first, last, errors)
                 if last < stop:
-                    self.w_t[last:stop].addmm_(U[first:last, last:stop].t(), E[first - start:last - start], alpha=-1)
+                    self.w_t[last:stop].addmm_(U[first:last, last:stop].t(), errors, alpha=-1)
             if stop < n:
-                self.w_t[stop:].addmm_(U[start:stop, stop:].t(), E, alpha=-1)
-            loss = loss + E.div_(self.factor.diagonal[start:stop].unsqueeze(1)).square_().sum() / 2
-        self.w_t = self.w_t.new_empty(0)  # done with, and large
-        return float(loss)
+                with Products():
+                    self.w_t[stop:].addmm_(U[start:stop, stop:].t(), E, alpha=-1)
+            loss += E.div_(self.factor.diagonal[start:stop].unsqueeze(1)).square_().sum(0)
+        return loss / 2
 
     def _columns(self, first: int, last: int, E: Tensor) -> None:
         """Round columns first..last one by one; E (last - first, out) takes their errors.
 
         Where all are of one group they are counted in its steps meanwhile: a division for all in place of one for each.
         """
-        W, later = self.w_t[first:last], self.factor.U[first:last, first:last].triu(1)
-        group_of = (self.factor.perm[first:last] // self.size).tolist()
-        grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(group_of)}
-        alone = grids[group_of[0]][0] if len(grids) == 1 else None
-        if alone is not None:
-            W.div_(alone)
-        every = zip(group_of, W.unbind(), self.steps_t[first:last].unbind(), E.unbind(), later.unbind(), strict=True)
-        for i, (g, w, steps, error, row) in enumerate(every):
+        W, steps, errors = (part[:last - first] for part in self.room)
+        groups = self.group_of[first:last]
+        grids = {g: (self.grids[g].scale[:, 0].float(), self.grids[g].rounder()) for g in set(groups)}
+        alone = grids[groups[0]][0] if len(grids) == 1 else None
+        torch.div(self.w_t[first:last], 1.0 if alone is None else alone, out=W)
+        rows = self.factor.U[first:last, first:last].unbind()
+        for i, (g, row, w, q, error) in enumerate(zip(groups, rows, *self.rows, strict=False)):
             scale, rounded = grids[g]
-            rounded(w if alone is not None else w / scale, steps)
+            rounded(w if alone is not None else w / scale, q)
             if self.keep_t is not None:
-                steps *= self.keep_t[first + i]
+                q *= self.keep_t[first + i]
             if alone is not None:
-                torch.sub(w, steps, out=error)
+                torch.sub(w, q, out=error)
             else:
-                torch.addcmul(w, steps, scale, value=-1, out=error)
+                torch.addcmul(w, q, scale, value=-1, out=error)
             W.addr_(row, error, alpha=-1)  # nothing to those that are done; a slice would take longer
-        if alone is not None:
-            E.mul_(alone)
+        self.w_t[first:last] = steps
+        torch.mul(errors, 1.0 if alone is None else alone, out=E)
 
     def weight(self, group_size: int) -> QuantizedWeight | FloatWeight:
         """The result, its columns in their own order."""
-        steps = torch.empty_like(self.steps_t)
-        steps[self.factor.perm] = self.steps_t
-        rows = steps.shape[1]
+        steps = torch.empty_like(self.w_t)
+        steps[self.factor.perm] = self.w_t
+        self.w_t = steps  # the other one goes: they are large
         whole: AnyGrid = self.grids[0].joined(self.grids)
-        return whole.weight(steps.t().reshape(rows, len(self.grids), self.size), group_size)
+        return whole.weight(steps.t().reshape(steps.shape[1], len(self.grids), self.size), group_size)
 
 
 def _order(diagonal: Tensor, order: str, size: int) -> Tensor:
