@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from _quantize_pairs import common, gathered, paired, paired_divergences
+from _quantize_pairs import common, gathered, over, paired, paired_divergences
 
 OURS = "llmops"
 #: contender -> (method, tool, module that the tool's Python must be able to import)
@@ -31,7 +31,10 @@ CONTENDERS: dict[str, tuple[str, str, str]] = {
     "awq-llmops": ("awq", OURS, "llmops"),
     "awq-llmcompressor": ("awq", "llm-compressor", "llmcompressor"),
     "autoround-llmops": ("autoround", OURS, "llmops"),
-    "autoround-autoround": ("autoround", "auto-round", "auto_round")}
+    "autoround-autoround": ("autoround", "auto-round", "auto_round"),
+    "factors+gptq-llmops": ("awq's factors, gptq", OURS, "llmops"),
+    "factors+autoround-llmops": ("awq's factors, autoround", OURS, "llmops"),
+    "factors+autoround+distill-llmops": ("awq's factors, autoround, distilled", OURS, "llmops")}
 #: Packages whose versions belong beside the figures, by module.
 PACKAGES = {"llmcompressor": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "gptqmodel": "gptqmodel",
             "auto_round": "auto-round"}
@@ -67,7 +70,7 @@ def methods_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 def skipped(method: str, bits: int) -> str:
     """Why a cell is not run, or ""."""
-    if bits == 8 and method in ("awq", "autoround"):
+    if bits == 8 and ("awq" in method or "autoround" in method):
         return "not run: at 8 bits plain rounding is already exact to three digits"
     return ""
 
@@ -111,7 +114,7 @@ def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Itera
             where = place(row)
             if ((row["tool"] == OURS and row.get("code", "") != code) or row["contender"] not in names
                     or where[1:3] not in wanted or where[3] not in draws or row.get("failed", "").startswith("not run")
-                    or (row["method"] == "autoround" and result["iterations"] != like["iterations"])):
+                    or ("autoround" in row["method"] and result["iterations"] != like["iterations"])):
                 continue
             if where not in found or ("failed" in found[where] and "failed" not in row):
                 found[where] = {key: value for key, value in row.items()
@@ -134,6 +137,20 @@ def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity")
         found, key=lambda row: float(row[key]))
 
 
+def contending(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gathered rows that may be the best of their side: without those that another of it, which has all of their
+    draws, is below in these. So a method run on fewer draws does not take draws from a verdict that it cannot win."""
+
+    def behind(row: dict[str, Any], other: dict[str, Any]) -> bool:
+        if not (row["tool"] == OURS) == (other["tool"] == OURS) or not other["draws"].keys() >= row["draws"].keys():
+            return False
+        mine, its = (over(each["draws"], row["draws"])["perplexity"] for each in (row, other))
+        return bool(its < mine)
+
+    scored = [row for row in rows if "perplexity" in row]
+    return [row for row in scored if not any(behind(row, other) for other in scored)]
+
+
 def won_back(base: float, plain: float, solved: float) -> float:
     """The share of round-to-nearest's rise in perplexity that a method takes back: 1 all of it, below 0 it adds."""
     return (plain - solved) / (plain - base)
@@ -141,7 +158,7 @@ def won_back(base: float, plain: float, solved: float) -> float:
 
 def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]]:
     """One line per width, group and method: ours beside the best peer with the same method, and ours of all methods
-    beside the best of all peers (method "best"); and what our GPTQ wins back of our rounding to nearest, and of plain
+    beside the best of all peers (method "best", over the draws that all have which may be it); and what our GPTQ wins back of our rounding to nearest, and of plain
     rounding as published tables have it (llm-compressor's), which errs more than ours.
 
     Where the divergence was measured, the same for it under names that begin with divergence_: least of ours, least of
@@ -153,7 +170,7 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
         here = [row for row in rows if (row["bits"], row["group"]) == (bits, group)]
         methods = list(dict.fromkeys(row["method"] for row in here))
         for method in [*methods, "best"]:
-            those = here if method == "best" else [row for row in here if row["method"] == method]
+            those = contending(here) if method == "best" else [row for row in here if row["method"] == method]
             some = common(those)
             mine, peer = best(some, ours=True), best(some, ours=False)
             if mine is None or peer is None:

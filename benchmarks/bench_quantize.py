@@ -34,6 +34,9 @@ project); without it the second model is left out. Models are made once and kept
 same: symmetric grids but for HQQ, whose zero point is what it fits (theirs is a float, which no integer format stores;
 ours is stored in the bits of a weight); `lm_head` dense; every other option of a tool at its default, the steps of
 AutoRound aside (`--iterations`, for both).
+
+Combinations that no peer has stand for themselves and count among ours of all methods: GPTQ and AutoRound (as many
+steps) after AWQ's factors, and the latter with a `distill` child, 4 epochs over the same calibration tokens.
 """
 
 from __future__ import annotations
