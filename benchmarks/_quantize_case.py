@@ -96,14 +96,14 @@ def picked(names: Iterable[str], only: str | None) -> list[str]:
 
 
 def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Iterable[tuple[int, int]],
-           names: Iterable[str], draws: Iterable[int] = (0,), code: str | None = None) -> list[dict[str, Any]]:
+           names: Iterable[str], draws: Iterable[int] = (0,), codes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of earlier runs that this run need not compute: same model, calibration, protocol (and steps, for
     AutoRound), a cell of `cells` (bits, group), one of `draws` and a contender of `names`. Of several the first that
     was scored.
 
     results: entries of the lists "results" of earlier files. like: this run's entry, without rows. Perplexities do not
-    hang on the machine's load; times do, and are left behind. Ours change with the code: they are taken only where
-    `code` is what their rows say.
+    hang on the machine's load; times do, and are left behind. Ours change with the code: they are taken only where one
+    of `codes` is what their rows say.
     """
     wanted, draws, found = set(cells), set(draws), {}
     for result in results:
@@ -112,7 +112,7 @@ def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Itera
             continue
         for row in result["rows"]:
             where = place(row)
-            if ((row["tool"] == OURS and row.get("code", "") != code) or row["contender"] not in names
+            if ((row["tool"] == OURS and row.get("code", "") not in codes) or row["contender"] not in names
                     or where[1:3] not in wanted or where[3] not in draws or row.get("failed", "").startswith("not run")
                     or ("autoround" in row["method"] and result["iterations"] != like["iterations"])):
                 continue
@@ -137,18 +137,17 @@ def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity")
         found, key=lambda row: float(row[key]))
 
 
-def contending(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The gathered rows that may be the best of their side: without those that another of it, which has all of their
-    draws, is below in these. So a method run on fewer draws does not take draws from a verdict that it cannot win."""
+def contending(rows: Sequence[dict[str, Any]], key: str = "perplexity") -> list[dict[str, Any]]:
+    """The gathered rows that may have the least `key` of their side: without those that another of it, which has all of
+    their draws, is below in these. So a method run on fewer draws does not narrow a verdict that it cannot win."""
+    measured = [({draw for draw, each in row["draws"].items() if key in each}, row) for row in rows if key in row]
 
-    def behind(row: dict[str, Any], other: dict[str, Any]) -> bool:
-        if not (row["tool"] == OURS) == (other["tool"] == OURS) or not other["draws"].keys() >= row["draws"].keys():
-            return False
-        mine, its = (over(each["draws"], row["draws"])["perplexity"] for each in (row, other))
-        return bool(its < mine)
+    def beaten(draws: set[int], row: dict[str, Any]) -> bool:
+        mine = over(row["draws"], draws)[key]
+        return any((row["tool"] == OURS) == (other["tool"] == OURS) and its >= draws
+                   and over(other["draws"], draws)[key] < mine for its, other in measured)
 
-    scored = [row for row in rows if "perplexity" in row]
-    return [row for row in scored if not any(behind(row, other) for other in scored)]
+    return [row for draws, row in measured if not beaten(draws, row)]
 
 
 def won_back(base: float, plain: float, solved: float) -> float:
@@ -158,8 +157,9 @@ def won_back(base: float, plain: float, solved: float) -> float:
 
 def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]]:
     """One line per width, group and method: ours beside the best peer with the same method, and ours of all methods
-    beside the best of all peers (method "best", over the draws that all have which may be it); and what our GPTQ wins back of our rounding to nearest, and of plain
-    rounding as published tables have it (llm-compressor's), which errs more than ours.
+    beside the best of all peers (method "best", over the draws that all have which may be it); and what our GPTQ wins
+    back of our rounding to nearest, and of plain rounding as published tables have it (llm-compressor's), which errs
+    more than ours.
 
     Where the divergence was measured, the same for it under names that begin with divergence_: least of ours, least of
     the peers', their ratio. Whatever stands side by side is taken over the draws that all of it has.
@@ -170,8 +170,8 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
         here = [row for row in rows if (row["bits"], row["group"]) == (bits, group)]
         methods = list(dict.fromkeys(row["method"] for row in here))
         for method in [*methods, "best"]:
-            those = contending(here) if method == "best" else [row for row in here if row["method"] == method]
-            some = common(those)
+            those = here if method == "best" else [row for row in here if row["method"] == method]
+            some = common(contending(those) if method == "best" else those)
             mine, peer = best(some, ours=True), best(some, ours=False)
             if mine is None or peer is None:
                 continue
@@ -191,7 +191,7 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
 
 def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The divergence part of a verdict, empty where ours or no peer's was measured. rows: gathered."""
-    rows = common(rows, "divergence")
+    rows = common(contending(rows, "divergence") if len({row["method"] for row in rows}) > 1 else rows, "divergence")
     mine, peer = best(rows, ours=True, key="divergence"), best(rows, ours=False, key="divergence")
     if mine is None or peer is None:
         return {}
