@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,13 @@ from the float32 model on the first 8,192 tokens that are scored, nats a token, 
 
 Of `tiny` read 3 and 2 bits, and at 4 and 8 the divergence. It was tuned on questions and is scored here on prose, some
 of which it has forgotten: rounding that moves it back a little *lowers* its perplexity (cells below the float32
-model's, some of them with the largest divergence of their column)."""
+model's, some of them with the largest divergence of their column). RTN at 4 bits in groups of 128 is such a cell: the
+peers' grid of absmax / 7.5 has the higher divergence and the lower perplexity, and is left to them. The second model has
+seen its text several times, and rounding that makes it less sure of itself lowers its perplexity, too: a distillation
+that raised its divergence by a third took 9 % off (LOG.md). So read both columns there as well.
+
+Ours of all methods (`best`) counts combinations of its own: GPTQ and AutoRound after AWQ's factors, and the latter with a
+`distill` child, 4 epochs over the same calibration tokens, stored in the same bits and groups."""
 
 CELLS = ("| model | perplexity: ahead | level | behind | at or below | at 3 and 2 bits: ahead | level | behind | "
          "KL: ahead | level | behind |")
@@ -70,7 +77,9 @@ def _nearer(line: dict[str, Any]) -> str:
     """What the divergence says of a lost cell."""
     if "divergence_ratio" not in line:
         return ""
-    return f"; KL {line['divergence_ours']:.3g} against {line['divergence_peer']:.3g}"
+    nearer = standing(line["divergence_ratio"], line.get("divergence_half_width", math.inf)) == "ahead"
+    return (f"; KL {line['divergence_ours']:.3g} against {line['divergence_peer']:.3g}"
+            + (": ours is the nearer to the float model" if nearer else ""))
 
 
 def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
