@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from _quantize_pairs import difference
+from _prune_draws import CELL
+from _quantize_pairs import common, difference, gathered
 from _runner.tables import head, line
 from llmops import calibrate
 from llmops.data.options import Limits
@@ -71,27 +72,34 @@ def answer_losses(model: Any, tokenizer: Any, rows: Rows, at_once: int = 32) -> 
 def orders(base: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each cell, tool and kind of loss: the rises of SparseGPT, Wanda and magnitude and their differences.
 
-    Each is (mean, half width of its 95 % interval). Magnitude is ours beside every tool: there is one magnitude.
+    Each is (mean, half width of its 95 % interval), over the draws that all three have. Magnitude is ours beside every
+    tool: there is one magnitude.
     """
     made = []
     cells = dict.fromkeys((row["sparsity"], row["pattern"]) for row in rows)
     for sparsity, pattern in cells:
-        here = [row for row in rows if (row["sparsity"], row["pattern"]) == (sparsity, pattern) and "losses" in row]
+        here = [row for row in gathered(rows, CELL) if (row["sparsity"], row["pattern"]) == (sparsity, pattern)]
         for tool in dict.fromkeys(row["tool"] for row in here):
             of = {row["method"]: row for row in here if row["method"] == "magnitude" or row["tool"] == tool}
             if any(method not in of for method in ORDER):
                 continue
             for kind in KINDS:
-                if kind not in base:
-                    continue
-                losses = {method: of[method][kind] for method in ORDER}
-                made.append({"sparsity": sparsity, "pattern": pattern, "tool": tool, "of": KINDS[kind],
-                             "pairs": len(base[kind]), "dense": fmean(base[kind]),
-                             "rises": {method: difference([losses[method]], [base[kind]]) for method in ORDER},
-                             "wanda_minus_sparsegpt": difference([losses["wanda"]], [losses["sparsegpt"]]),
-                             "magnitude_minus_wanda": difference([losses["magnitude"]], [losses["wanda"]]),
-                             "magnitude_minus_sparsegpt": difference([losses["magnitude"]], [losses["sparsegpt"]])})
+                some = common([of[method] for method in ORDER], kind) if kind in base else []
+                if len(some) == len(ORDER):
+                    made.append({"sparsity": sparsity, "pattern": pattern, "tool": tool, "of": KINDS[kind],
+                                 **_standing(base[kind], some, kind)})
     return made
+
+
+def _standing(dense: Sequence[float], rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """One entry's figures. dense: the model's own losses; rows: gathered, those of ORDER, of the same draws."""
+    losses = {method: [draw[kind] for draw in row["draws"].values()] for method, row in zip(ORDER, rows, strict=True)}
+    draws = len(losses["wanda"])
+    return {"pairs": len(dense), "draws": draws, "dense": fmean(dense),
+            "rises": {method: difference(losses[method], [dense] * draws) for method in ORDER},
+            "wanda_minus_sparsegpt": difference(losses["wanda"], losses["sparsegpt"]),
+            "magnitude_minus_wanda": difference(losses["magnitude"], losses["wanda"]),
+            "magnitude_minus_sparsegpt": difference(losses["magnitude"], losses["sparsegpt"])}
 
 
 def sign(rise: float, other: float, apart: tuple[float, float]) -> str:

@@ -1,7 +1,7 @@
 """One contender of bench_prune.py, alive from cell to cell: `python _prune_worker.py CONTENDER CASE_JSON`.
 
 As `_quantize_worker.py`, with which it shares the clock, the loader and the form of an answer; a cell is {"sparsity",
-"pattern", "out"}, and the answer is dense weights with zeros in them.
+"pattern", "out", "case"}, and the answer is dense weights with zeros in them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ IMPORTS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    contender, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
+    contender, first = sys.argv[1], Case(**json.loads(sys.argv[2]))
     mouth = Mouth()
     import torch
 
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(first.threads)
 
     def answer(cell: dict[str, Any]) -> dict[str, Any]:
+        case = replace(first, **cell.get("case", {}))
         model = load(case)
         CLOCK.start()
         SOLVERS[contender](model, case, cell["sparsity"], cell["pattern"])

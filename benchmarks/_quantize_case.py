@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from _quantize_pairs import common, gathered, over, paired, paired_divergences
+from _quantize_pairs import alike, common, gathered, over, paired, paired_divergences
 
 OURS = "llmops"
 #: contender -> (method, tool, module that the tool's Python must be able to import)
@@ -231,7 +231,7 @@ def speeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def perplexity_table(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> str:
     """Contenders down, widths and groups across; means of the draws that all of a method have; a task score, where
     there is one, in parentheses (of draw 0). A row that says it is of an "earlier" code gets an asterisk."""
-    return _contender_table(_alike(rows), _shown, _shown(base))
+    return _contender_table(alike(rows), _shown, _shown(base))
 
 
 def divergence_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -239,20 +239,8 @@ def divergence_table(rows: Sequence[dict[str, Any]]) -> str:
     def shown(row: dict[str, Any] | None) -> str:
         return f"{row['divergence']:.3g}" if row and "divergence" in row else ""
 
-    rows = [row for row in _alike(row for row in rows if "divergence" in row) if "divergence" in row]
+    rows = [row for row in alike(row for row in rows if "divergence" in row) if "divergence" in row]
     return _contender_table(rows, shown, "0") if rows else ""
-
-
-def _alike(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows gathered, those of a method in the same cell over the draws that all of them have."""
-    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in gathered(rows):
-        cells.setdefault((row["method"], row["bits"], row["group"]), []).append(row)
-    made = []
-    for some in cells.values():
-        cut = {row["contender"]: row for row in common(some)}
-        made += [cut.get(row["contender"], row) for row in some]
-    return made
 
 
 def _contender_table(rows: Sequence[dict[str, Any]], shown: Callable[[dict[str, Any] | None], str], exact: str) -> str:

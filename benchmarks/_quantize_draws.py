@@ -10,6 +10,7 @@ seed. Draw 0 is the model as it is. All contenders of a draw get the same model 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ SOURCES = ("methods/quantize", "build/quantizing.py", "build/preparing.py", "bui
            "gathering.py", "block_stream.py", "models/fold.py", "models/rotate.py", "ops/float32.py")
 
 
-def code() -> str:
-    """A name of our quantizers as they stand, which changes whenever a letter of them does."""
+def code(sources: Sequence[str] = SOURCES) -> str:
+    """A name of our quantizers as they stand, which changes whenever a letter of them does. sources: of others."""
     root, found = Path(__file__).parents[1] / "src" / "llmops", hashlib.sha256()
-    for name in SOURCES:
+    for name in sources:
         for path in sorted((root / name).rglob("*.py")) or [root / name]:
             found.update(path.read_bytes())
     return found.hexdigest()[:12]

@@ -17,9 +17,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["common", "difference", "gathered", "paired", "paired_divergences"]
+__all__ = ["alike", "common", "difference", "gathered", "paired", "paired_divergences"]
 
 Draws = Sequence[Sequence[float]]  # (draws, windows)
+CELL = ("bits", "group")  # what a row is of beside its contender and draw, by name
 
 
 def paired(ours: Draws, theirs: Draws) -> tuple[float, float]:
@@ -59,13 +60,25 @@ def difference(ours: Draws, theirs: Draws) -> tuple[float, float]:
     return mean, t_quantile(freedom) * math.sqrt(square)
 
 
-def gathered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def gathered(rows: Iterable[dict[str, Any]], cell: Sequence[str] = CELL) -> list[dict[str, Any]]:
     """One row for all draws of a contender's cell, in the place of the first: what draw 0 has (task score, times,
     failures), the perplexity that the mean loss of its draws gives, their mean divergence, and `draws`, by number."""
     cells: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault((row["contender"], row["bits"], row["group"]), {})[row.get("draw", 0)] = row
+        cells.setdefault((row["contender"], *(row[key] for key in cell)), {})[row.get("draw", 0)] = row
     return [over(draws) for draws in cells.values()]
+
+
+def alike(rows: Iterable[dict[str, Any]], cell: Sequence[str] = CELL) -> list[dict[str, Any]]:
+    """The rows gathered, those of a method in the same cell over the draws that all of them have."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in gathered(rows, cell):
+        cells.setdefault((row["method"], *(row[key] for key in cell)), []).append(row)
+    made = []
+    for some in cells.values():
+        cut = {row["contender"]: row for row in common(some)}
+        made += [cut.get(row["contender"], row) for row in some]
+    return made
 
 
 def over(draws: Mapping[int, dict[str, Any]], some: Iterable[int] | None = None) -> dict[str, Any]:

@@ -76,7 +76,7 @@ from _quantize_draws import code, drawn
 from _quantize_models import Scorer, add_options, dense_state, prepared, put, wanted_models
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
-from _runner.results import FOLDER, Results, add_option
+from _runner.results import Results, add_option, free
 
 
 def cell(worker: Contender, bits: int, group: int, differs: dict[str, Any], model: Any, scorer: Scorer, folder: Path,
@@ -202,7 +202,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=1e9, help="no cell is begun after so many, or after an "
                                                                           "interrupt; its row says so")
     parser.add_argument("--make-models", action="store_true", help="make the models, score them, and stop")
-    add_option(parser, "benchmarks/results/quantize-DATE.json")
+    add_option(parser, "benchmarks/results/quantize-DATE.json, or the next free quantize-DATE-N.json")
     return parser.parse_args()
 
 
@@ -214,7 +214,7 @@ def main() -> None:
     record = about(asked, ("torch", "transformers"), threads=asked.threads, named=names)
     record["versions"] |= versions
     print(said(record), *(f"left out: {name}: {why}" for name, why in left.items()), sep="\n")
-    file = Results(asked.out or FOLDER / f"quantize-{record['date']}.json", {**record, "left_out": left})
+    file = Results(asked.out or free(f"quantize-{record['date']}"), {**record, "left_out": left})
     done: list[dict[str, Any]] = []
     asked.until = file.began + 60 * asked.minutes
     signal.signal(signal.SIGINT, lambda *_: setattr(asked, "until", 0.0))

@@ -33,7 +33,7 @@ from typing import Any
 
 from _runner.contender import Contender
 from _runner.machine import about, said, versions_there
-from _runner.results import FOLDER, Results, add_option
+from _runner.results import Results, add_option, free
 from _runner.tables import head, line
 from _runner.turns import in_turn, ratio, shown
 from _tune_case import (
@@ -225,7 +225,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--dry", action="store_true", help="with --gpu: tiny shapes on the CPU")
     parser.add_argument("--logs", type=Path, default=Path("/tmp/bench_tune"), help="folder for what workers print")
-    add_option(parser, "benchmarks/results/tune-DATE.json")
+    add_option(parser, "benchmarks/results/tune-DATE.json, or the next free tune-DATE-N.json")
     return parser.parse_args()
 
 
@@ -236,7 +236,7 @@ def main() -> None:
     print(said(record))
     if asked.dry:
         print("dry run: the code of --gpu on tiny shapes; its figures mean nothing")
-    file = Results(asked.out or FOLDER / f"tune-{record['date']}.json", record)
+    file = Results(asked.out or free(f"tune-{record['date']}"), record)
     done: list[dict[str, Any]] = []
     for model in ["twin8b-dry" if asked.dry else "twin8b"] if asked.gpu else asked.models:
         done.append(compare(model, asked, asked.logs))

@@ -180,14 +180,14 @@ def time_model(run: Run) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    from benchmarks._runner.results import add_option
+    from benchmarks._runner.results import add_option, free
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="rehearse on the CPU: tiny shapes, Triton's interpreter")
     parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="these ops of benchmarks/kernels alone")
     parser.add_argument("--no-model", action="store_true", help="without the end-to-end part")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds (default: %(default)s)")
-    add_option(parser, "benchmarks/results/gpu-DEVICE.json")
+    add_option(parser, "benchmarks/results/gpu-DEVICE.json, or the next free gpu-DEVICE-N.json")
     asked = parser.parse_args(words)
     import torch
 
@@ -195,7 +195,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error("torch sees no CUDA device; --dry rehearses on the CPU")
     device = "cpu" if asked.dry else "cuda"
     name = "dry" if asked.dry else torch.cuda.get_device_name(0).replace(" ", "_")
-    out = asked.out or ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
+    out = asked.out or free(f"gpu-{name}")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     run = Run(device, out, asked.budget, asked.dry)

@@ -1,6 +1,7 @@
 """What benchmarks/bench_prune.py says of the order of pruning methods, and the models with uneven inputs."""
 
 import copy
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +33,8 @@ def losses(rise):
 
 
 def row(method, rise, tool="llmops", **more):
-    return {"method": method, "tool": tool, "sparsity": 0.5, "pattern": "2:4", "losses": losses(rise), **more}
+    return {"contender": f"{method}-{tool}", "method": method, "tool": tool, "sparsity": 0.5, "pattern": "2:4",
+            "perplexity": math.exp(3.35 + rise), "losses": losses(rise), **more}
 
 
 def test_the_order_says_what_the_paired_differences_show(benchmark):
@@ -48,6 +50,51 @@ def test_the_order_says_what_the_paired_differences_show(benchmark):
     table = order.order_table([ours, theirs])
     assert table.count("\n") == 3 and "50% 2:4" in table and "+0.80" in table
     assert order.sign(1.0, 0.9, (-0.1, 0.01)) == ">" and order.sign(1.0, 0.5, (-0.5, 0.01)) == ">>"
+
+
+def test_the_order_is_of_the_draws_that_all_three_have(benchmark):
+    order = benchmark("_prune_order")
+    rows = [row("magnitude", 1.0), row("wanda", 0.2), row("sparsegpt", 0.18), row("wanda", 0.2, "peer"),
+            row("sparsegpt", 0.2, "peer"), row("magnitude", 1.2, draw=1), row("wanda", 0.5, draw=1),
+            row("sparsegpt", 0.3, draw=1), row("wanda", 0.9, draw=2), row("wanda", 0.9, "peer", draw=2)]
+    ours, theirs = order.orders({"losses": losses(0)}, rows)
+    assert (ours["draws"], theirs["draws"]) == (2, 1)
+    assert ours["rises"]["wanda"][0] == pytest.approx(0.35, rel=0.02)  # draw 2 has no magnitude beside it
+    assert ours["wanda_minus_sparsegpt"][1] > 0.5  # 0.02 and 0.2 apart: two draws are no certainty
+    assert order.relation(ours) == "dense ~ SparseGPT ~ Wanda << magnitude"
+    lone = [each for each in rows if each["method"] != "magnitude" or each.get("draw")]
+    assert [found["draws"] for found in order.orders({"losses": losses(0)}, lone)] == [1]
+
+
+def test_earlier_rows_are_taken_where_they_are_the_same_and_leave_their_times(benchmark):
+    draws = benchmark("_prune_draws")
+    like = {"model": "given", "calibration": {"crops": 2}, "protocol": {"windows": 8}, "base": {"perplexity": 20.0}}
+    rows = [row("wanda", 0.2, "peer", times=[5.0], cpu_times=[4.0], peak_bytes=9), row("wanda", 0.3, code="new"),
+            row("wanda", 0.4, "peer", draw=1), {**row("sparsegpt", 0.1, "peer"), "failed": "no"}]
+    del rows[3]["perplexity"]
+    wanted = [(name, 0.5, "2:4", draw) for name in ("wanda-peer", "wanda-llmops", "sparsegpt-peer")
+              for draw in (0, 2)]
+    peer, ours = draws.taken([{**like, "rows": rows}], like, wanted, "new")
+    assert (peer["times"], peer["stored"], "peak_bytes" in peer) == ([], True, False)
+    assert ours["losses"] == losses(0.3) and draws.taken([{**like, "rows": rows[1:2]}], like, wanted, "newer") == []
+    for other in ({"model": "text"}, {"calibration": {"crops": 3}}, {"base": {"perplexity": 20.1}}):
+        assert draws.taken([{**like, **other, "rows": rows}], like, wanted, "new") == []
+
+
+def test_ratios_are_of_the_draws_and_turns_that_both_have(benchmark):
+    draws, pairs = benchmark("_prune_draws"), benchmark("_quantize_pairs")
+    mine, its = pairs.gathered([
+        row("wanda", 0.2, times=[1.0, 2.0]), row("wanda", 0.3, draw=1, times=[2.0]),
+        row("wanda", 9.0, draw=3, times=[1.0]),
+        row("wanda", 0.2, "peer", times=[2.0, 4.0]), row("wanda", 0.5, "peer", draw=1, times=[]),
+        row("wanda", 0.1, "peer", draw=2, times=[1.0])], draws.CELL)
+    ratio, half = draws.apart(mine, its)
+    assert ratio == pytest.approx(math.exp(-0.1), rel=0.01) and half > 0.5
+    found = draws.quicker(mine, its, "times")
+    assert (found["ratio"], found["n"]) == (pytest.approx(0.5), 2)
+    assert draws.every(mine, "times") == [1.0, 2.0, 2.0, 1]
+    alone = pairs.gathered([row("wanda", 0.1, "peer", draw=2, times=[1.0])], draws.CELL)[0]
+    assert draws.apart(mine, alone) is None and draws.quicker(mine, alone, "times") is None
 
 
 def test_answers_are_scored_apart_from_their_prompts_and_from_each_other(benchmark):

@@ -77,6 +77,17 @@ def test_the_file_is_whole_after_every_step_and_keeps_what_was_found(tmp_path: P
     results.Results(None, {}).end(lines=[])  # nowhere to write is no error
 
 
+def test_a_second_run_of_a_day_takes_a_name_that_is_free(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        place = results.free("prune-2026-11-24", tmp_path)
+        results.write(place, {})
+        names.append(place.name)
+    assert names == ["prune-2026-11-24.json", "prune-2026-11-24-2.json", "prune-2026-11-24-3.json"]
+    for script in SUBJECTS:
+        assert "asked.out or" not in script.read_text(encoding="utf-8").replace("asked.out or free(", ""), script.name
+
+
 # -------------------------------------------------------------------------------------------------------------- turns
 
 

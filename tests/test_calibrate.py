@@ -237,12 +237,14 @@ def test_layers_that_share_an_input_share_its_statistic() -> None:
     for key, value in apart.items():
         torch.testing.assert_close(together[key], value)
     name = "model.layers.1.self_attn."
-    assert together[f"{name}q_proj"] is together[f"{name}v_proj"] is not together[f"{name}o_proj"]
+    for found in (apart, together):  # in one pass for all, too
+        assert found[f"{name}q_proj"] is found[f"{name}v_proj"] is not found[f"{name}o_proj"]
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
+@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("whole", [0, calibrate.WHOLE])
-def test_what_is_made_of_a_statistic_is_made_once_for_all_who_share_it(whole: int,
+def test_what_is_made_of_a_statistic_is_made_once_for_all_who_share_it(whole: int, sequential: bool,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "WHOLE", whole)
     made: list[torch.Tensor] = []
@@ -256,7 +258,7 @@ def test_what_is_made_of_a_statistic_is_made_once_for_all_who_share_it(whole: in
     model, _ = twin("qwen2", torch.float32)
     apart = gather(model, tokens(), "hessian")
     walk(model, tokens(), "hessian", lambda name, layer, number: got.update({name: number}), ignore=["lm_head"],
-         sequential=True, once=once)
+         sequential=sequential, once=once)
     assert len(made) == 4 * len(decoder_layers(model)[1]) and got.keys() == apart.keys()
     for name, number in got.items():
         torch.testing.assert_close(made[number - 1], apart[name])
@@ -265,7 +267,7 @@ def test_what_is_made_of_a_statistic_is_made_once_for_all_who_share_it(whole: in
         raise LlmopsError("no")
 
     with pytest.raises(LlmopsError, match=r"^model\.layers\.0\.self_attn\.q_proj: no$"):
-        walk(model, tokens(), "hessian", lambda *_: None, ignore=["lm_head"], sequential=True, once=failing)
+        walk(model, tokens(), "hessian", lambda *_: None, ignore=["lm_head"], sequential=sequential, once=failing)
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 

@@ -12,22 +12,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "Results", "add_option", "parser", "write"]
+__all__ = ["FOLDER", "Results", "add_option", "free", "parser", "write"]
 
 FOLDER = Path(__file__).parents[1] / "results"
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with the option of the file."""
+def parser(doc: str | None, default: str = "nowhere") -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with the option of the file. default: as there."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_option(made)
+    add_option(made, default)
     return made
 
 
 def add_option(to: argparse.ArgumentParser, default: str = "nowhere") -> None:
     """`--json FILE`, or `--out FILE`, which is the same. default: what the help says of a run without it."""
     to.add_argument("--json", "--out", dest="out", type=Path, metavar="FILE",
-                    help=f"where the figures go, with machine and versions (default: {default})")
+                    help=f"where the figures go, with machine and versions; a file of that name is replaced (default: "
+                         f"{default})")
+
+
+def free(name: str, folder: Path = FOLDER) -> Path:
+    """`folder/NAME.json`, or NAME-2, NAME-3 ... where one is there: a run of today leaves the morning's figures."""
+    place, number = folder / f"{name}.json", 1
+    while place.exists():
+        number += 1
+        place = folder / f"{name}-{number}.json"
+    return place
 
 
 def write(path: Path, body: Any) -> None:

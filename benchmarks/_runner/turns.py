@@ -1,7 +1,8 @@
 """Contenders in turns, so that a machine that slows down slows all of them, and what their times come to.
 
 Every second turn goes the other way round: what drifts within a turn (heat, another's load) favours nobody. A ratio is
-of two contenders over the same turns, its interval Student's on the logarithm (`llmops.measure.intervals`).
+of two contenders over the same turns, its interval Student's on the logarithm (`llmops.measure.intervals`); where
+turns are many and short, and one is hit by something else now and then, it is that of the medians, with a bootstrap's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, TypeVar
 
-__all__ = ["in_turn", "order", "ratio", "shown", "timed"]
+__all__ = ["in_turn", "median_ratio", "order", "ratio", "shown", "timed"]
 
 T = TypeVar("T")
 Call = Callable[[int], Any]
@@ -65,6 +66,17 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
         return {"median": pairs[0], "ratio": pairs[0], "ci95": None, "n": 1}
     value, interval = log_ratio(over, under)
     return {"median": median(pairs), "ratio": value, "ci95": list(interval), "n": len(pairs)}
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float], resamples: int = 4000, seed: int = 0) -> dict[str, Any]:
+    """{ratio, ci95, n}: median of `over` over the median of `under`, its interval by drawing whole turns again."""
+    import numpy as np
+
+    pair = np.array([over, under], dtype=float)
+    drawn = np.random.default_rng(seed).integers(pair.shape[1], size=(resamples, pair.shape[1]))
+    again = np.median(pair[:, drawn], axis=2)
+    low, high = np.quantile(again[0] / again[1], (0.025, 0.975))
+    return {"ratio": median(over) / median(under), "ci95": [float(low), float(high)], "n": pair.shape[1]}
 
 
 def shown(found: Mapping[str, Any], digits: int = 2) -> str:

@@ -32,7 +32,8 @@ walk, with the block itself in place of its layers. Either walk hands each block
 changes the weights and not what the block computes (a rotation, factors moved between layers) happens there, once the
 block is on the accelerator and in the wider dtype, and before anything of it is measured.
 
-Deliberate differences from others: without `sequential` all linear layers of a block are measured in one pass;
+Deliberate differences from others: without `sequential` all linear layers of a block are measured in one pass, which
+ends at the last of them, and those that see the very same tensor are measured and solved together;
 statistics are summed in float32 or wider whatever the model's dtype; a layer that got no tokens is an error, not a
 silent zero.
 """
@@ -50,7 +51,7 @@ from torch import Tensor, nn
 
 from llmops.block_stream import Stream, computing, finite, lent
 from llmops.errors import LlmopsError
-from llmops.gathering import STATISTICS, InPassing, Turn, measure, statistic_of, tail_of, turns_of
+from llmops.gathering import STATISTICS, InPassing, Turn, measure, merged, statistic_of, tail_of, turns_of
 from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_layers, routers
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
@@ -121,7 +122,10 @@ def walk(model: nn.Module, tokens: Tensor | None, statistic: str, update: Update
                 alone: list[Turn] = [[[layer] for layer in layers]]
                 for turn in turns_of(stream, index, layers) if stream and sequential else alone:
                     found = measure(stream, index, turn, make, routing) if stream and make and turn else None
-                    _updated(turn, found, update, once)
+                    if found is None:
+                        _updated(turn, None, update, once)
+                    else:
+                        _updated(*merged(turn, found), update, once)
                 if stream and wanted:
                     stream.advance(index, name)
         if progress is not None:

@@ -24,14 +24,15 @@ class Charges:
     store: Store
 
     def beside_teacher(self, stage: Stage, row: Mapping[str, Any], teacher: Mapping[str, Any]) -> Quantity:
-        """After how many tokens a student has paid for itself, its teacher standing there anyway."""
+        """After how many tokens a student has paid for itself, its teacher, or who wrote its data, standing there
+        anyway."""
         from llmops.measure.cost import break_even_beside
 
-        assert stage.teacher is not None and self.plan.recipe.measure is not None
-        built = self.chain_energy(stage, without=self._line(self.plan.stage(stage.teacher)))
+        assert stage.taught_by is not None and self.plan.recipe.measure is not None
+        built = self.chain_energy(stage, without=self._line(self.plan.stage(stage.taught_by)))
         batch = str(min(self.plan.recipe.measure.batch_sizes))
         return break_even_beside(built, row["energy"].get(batch) or {}, (teacher.get("energy") or {}).get(batch) or {},
-                                 teacher_is_base=stage.teacher == "base")
+                                 teacher_is_base=stage.taught_by == "base")
 
     def _line(self, stage: Stage) -> list[str]:
         """Keys of a variant's build and of all that it stands on."""

@@ -77,7 +77,8 @@ def validate(recipe: str, sets: Sequence[str], as_json: bool) -> None:
     if as_json:
         _print_json({"valid": True, "name": parsed.name, "variants": list(parsed.variants)})
     else:
-        print(f"{recipe}: valid; {len(parsed.variants)} variants: {', '.join(parsed.variants)}")
+        many = len(parsed.variants)
+        print(f"{recipe}: valid; {many} variant{'' if many == 1 else 's'}: {', '.join(parsed.variants)}")
 
 
 @at_once()

@@ -22,7 +22,8 @@ from llmops.models.experts import Routing, covered
 from llmops.models.tail import Tail, lent_tail, through
 from llmops.ops.float32 import Products
 
-__all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "statistic_of", "tail_of", "turns_of"]
+__all__ = ["AT_ONCE", "STATISTICS", "InPassing", "Named", "Turn", "measure", "merged", "statistic_of", "tail_of",
+           "turns_of"]
 
 Named = Sequence[tuple[str, nn.Linear]]
 Turn = Sequence[Named]  # groups of layers that are measured in one pass; those of a group see the very same tensor
@@ -97,29 +98,74 @@ class _Reached(Exception):
     """Ends a forward pass of which the rest is not needed."""
 
 
-class _Gather:
-    """Adds up one linear layer's statistic through a forward hook; with `stop`, the pass ends there."""
+class _Apart(Exception):
+    """Layers that seemed to see the same tensors did not in a later batch."""
 
-    def __init__(self, name: str, layer: nn.Linear, make: Callable[[], Any], stop: bool = False) -> None:
-        self.name, self.tokens, self.statistic, self.stop = name, 0, make(), stop
+
+class _Pass:
+    """What the gathers of a turn tell each other: who added the input that was seen last, who is still to run.
+
+    The last input is held, so that none is its heir. stop: whether a forward pass ends at the last of the layers;
+    share: whether a layer that sees the input that another has just added takes the other's statistic for its own.
+    """
+
+    def __init__(self, *, stop: bool, share: bool) -> None:
+        self.stop, self.share = stop, share
+        self.last: tuple[Tensor, int, _Gather] | None = None
+        self.left: set[str] = set()
+
+    def begin(self, gathers: Sequence[_Gather]) -> None:
+        self.last, self.left = None, {gather.name for gather in gathers}
+
+    def added(self, gather: _Gather, x: Tensor) -> bool:
+        """Whether the one whose statistic is this gather's, too, has added x. Raises _Apart when it should have."""
+        if self.share and self.last is not None and _same(self.last[0], self.last[1], x):
+            other, first = self.last[2], x.numel() // x.shape[-1]
+            if gather.lead is None and gather.tokens == 0 and other.tokens == first:
+                gather.lead = other
+            if gather.lead is other:
+                return True
+        if gather.lead is not None:
+            raise _Apart
+        self.last = (x, x._version, gather)
+        return False
+
+    def ran(self, name: str) -> None:
+        self.left.discard(name)
+        if self.stop and not self.left:
+            raise _Reached
+
+
+class _Gather:
+    """Adds up one linear layer's statistic through a forward hook. lead: whose statistic is this layer's, too."""
+
+    def __init__(self, name: str, layer: nn.Linear, make: Callable[[], Any], passing: _Pass) -> None:
+        self.name, self.tokens, self.statistic, self.passing = name, 0, make(), passing
+        self.lead: _Gather | None = None
         self.handle = layer.register_forward_pre_hook(self.hook)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
+        if not self.passing.added(self, args[0]):
+            self.statistic.add(x)
         self.tokens += x.shape[0]
-        self.statistic.add(x)
-        if self.stop:
-            raise _Reached
+        self.passing.ran(self.name)
 
-    def result(self, routing: Routing) -> Tensor | None:
-        """The statistic; None for the layer of an expert that saw too few tokens."""
+    def result(self, routing: Routing, known: dict[str, Tensor]) -> Tensor | None:
+        """The statistic; None for the layer of an expert that saw too few tokens. known: those there are, by the name
+        of the first layer; this one is added."""
         self.handle.remove()
         if not routing.enough(self.name, self.tokens):
             return None
         if not self.tokens:
             raise StepError(UNREACHED.format(self.name))
-        value: Tensor = self.statistic.result(self.tokens)
-        return finite(value, f"{self.name}: the input activations hold")
+        if self.lead is not None and self.lead.tokens != self.tokens:
+            raise _Apart
+        first = self.lead or self
+        if first.name not in known:
+            known[first.name] = finite(first.statistic.result(first.tokens),
+                                       f"{first.name}: the input activations hold")
+        return known[first.name]
 
 
 def statistic_of(name: str) -> Callable[[], Any] | None:
@@ -175,22 +221,50 @@ def _experts_together(groups: Sequence[Named]) -> list[Turn]:
 
 
 def measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any], routing: Routing) -> list[Tensor | None]:
-    """The statistic of every group; the first layer's is everybody's there. A turn of one group ends there."""
-    gathers = [_Gather(*group[0], make, stop=len(turn) == 1) for group in turn]
+    """The statistic of every group; the first layer's is everybody's there. A pass ends at the last layer of the turn.
+
+    Groups that turn out to see the very same tensor, one right after the other, get the very same statistic, which is
+    added up once. Each layer is taken to run once in a pass; those of experts may not at all, so nothing ends there.
+    """
+    stop = len(turn) == 1 or not any(expert_of(name) for group in turn for name, _ in group)
+    try:
+        return _measure(stream, index, turn, make, routing, _Pass(stop=stop, share=True))
+    except _Apart:
+        return _measure(stream, index, turn, make, routing, _Pass(stop=stop, share=False))
+
+
+def _measure(stream: Stream, index: int, turn: Turn, make: Callable[[], Any], routing: Routing,
+             passing: _Pass) -> list[Tensor | None]:
+    gathers = [_Gather(*group[0], make, passing) for group in turn]
     found: list[Tensor | None] = []
+    known: dict[str, Tensor] = {}
     try:
         with covered(stream.blocks[index], routing.everything):
             for batch in range(len(stream.hidden)):
+                passing.begin(gathers)
                 with suppress(_Reached):
                     stream.run(index, batch)
+        passing.begin(())
         for gather, group in zip(gathers, turn, strict=True):
-            found.append(gather.result(routing))
+            found.append(gather.result(routing, known))
             for name, _ in group:
                 routing.enough(name, gather.tokens)
     finally:
         for gather in gathers:
             gather.handle.remove()
     return found
+
+
+def merged(turn: Turn, found: Sequence[Tensor | None]) -> tuple[Turn, list[Tensor | None]]:
+    """The turn and its statistics with those groups as one that got the very same."""
+    groups: list[tuple[list[tuple[str, nn.Linear]], Tensor | None]] = []
+    for group, statistic in zip(turn, found, strict=True):
+        same = next((layers for layers, other in groups if statistic is not None and other is statistic), None)
+        if same is None:
+            groups.append((list(group), statistic))
+        else:
+            same.extend(group)
+    return [layers for layers, _ in groups], [statistic for _, statistic in groups]
 
 
 def tail_of(stream: Stream, name: str, head: nn.Linear,
@@ -200,12 +274,13 @@ def tail_of(stream: Stream, name: str, head: nn.Linear,
     def measure(statistic: str, dtype: torch.dtype) -> Tensor:
         make = statistic_of(statistic)
         assert make is not None
-        gather = _Gather(name, head, make, stop=True)
+        gather = _Gather(name, head, make, passing := _Pass(stop=True, share=False))
         try:
             for batch in range(len(stream.hidden)):
+                passing.begin([gather])
                 with suppress(_Reached):
                     through(stream, dtype, batch)
-            found = gather.result(Routing())
+            found = gather.result(Routing(), {})
         finally:
             gather.handle.remove()
         assert found is not None  # a head is no expert

@@ -295,7 +295,7 @@ class _Walk:
                 if self.start is not None:
                     built = Quantity.from_dict(row["building"]["chain_energy_j"])
                     row["carbon"] |= self.start.row(built)
-                teacher = self.rows.get(stage.teacher or "")
+                teacher = self.rows.get(stage.taught_by or "")
                 if teacher is not None and self.plan.recipe.measure is not None:
                     row["building"]["break_even_to_teacher_tokens"] = self.charges.beside_teacher(
                         stage, row, teacher).as_dict()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["storage"]
+__all__ = ["storage", "zeros_save"]
 
 
 def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
@@ -22,7 +22,7 @@ def _bitsandbytes(block: Mapping[str, Any]) -> str | None:
 
 def storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """How the weights lie on disk, and what their zeros are worth."""
-    found: dict[str, Any] = {"sparsity_saves": _zeros_save(manifest, folder)}
+    found: dict[str, Any] = {"sparsity_saves": zeros_save(manifest, folder)}
     config = folder / "config.json"
     if config.exists():
         from llmops.models.embeddings import without_group
@@ -44,7 +44,7 @@ def storage(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def _zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
+def zeros_save(manifest: Mapping[str, Any], folder: Path) -> str | None:
     """What the single zeros of a variant are worth, those of its ancestors among them; None where there are none."""
     from llmops.methods.prune.options import MASKING
 

@@ -91,6 +91,24 @@ def test_ratios_are_those_of_the_times_and_each_cell_is_beside_the_reference(pla
     assert all({orders[place], orders[place + 1]} == {"arm", "reference"} for place in range(0, 6, 2))
 
 
+def test_zeros_of_a_variant_or_of_its_parent_are_marked(played, tmp_path):
+    known, _ = played
+    for name, record in (("sparse", {"kind": "prune", "method": "wanda", "options": {}}),
+                         ("healed", {"kind": "finetune", "method": "lora", "parent_key": "sparse"}),
+                         ("plain", {"kind": "finetune", "method": "lora", "parent_key": None})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "llmops.json").write_text(json.dumps(record))
+        known[str(tmp_path / name)] = (0.1, 0.01, {})
+    made = Matrix([Arm(name, "transformers", str(tmp_path / name), name) for name in ("plain", "sparse", "healed")],
+                  "plain", [1], [16], OPTIONS)
+    for _ in range(2):  # measured, and read again
+        cells = run_matrix(made, tmp_path / "out")
+        assert ["no time" in flat(cell)["notes"] for cell in cells] == [False, True, True]
+        told = lines(cells)
+        assert [line.split("  ")[0] for line in told[1:4]] == ["plain", "sparse †", "healed †"]
+        assert told[4].startswith("† zeros in dense tensors: no time saved")
+
+
 def test_energy_is_the_sensors(played, tmp_path):
     known, _ = played
     known |= {"slow": (0.2, 0.04, {}), "fast": (0.1, 0.01, {})}

@@ -50,7 +50,8 @@ def test_students_of_any_kind_and_of_a_later_run_share_what_was_asked_once(place
         return [f"the lake {number}" for number, _ in enumerate(prompts)]
 
     monkeypatch.setattr(distilling, "ended_answers", said)
-    students: dict[str, dict[str, Any]] = {"live": {}, "cached": {"offline": {"k": 8}}}
+    students: dict[str, dict[str, Any]] = {"live": {}, "cached": {"offline": {"k": 8}},
+                                           "again": {"offline": {"k": 8}, "loss": "reverse_kl"}}
     runs, measured = tmp_path / "runs", {"sensor": "declared", "watts": 10, "prompt_tokens": 8, "new_tokens": 2,
                                          "batch_sizes": [1], "repeats": 2}
     first = llmops.run(body(place, students, measure=measured), runs=runs)
@@ -61,9 +62,12 @@ def test_students_of_any_kind_and_of_a_later_run_share_what_was_asked_once(place
     assert len({each["key"] for each in entries.values()}) == 1 and entries["live"]["answers"] == 12
     whole = entries["live"]["energy_j"]["value"]
     own = json.loads((runs / "r" / "live" / "llmops.json").read_text())["cost"]["energy_j"]["value"]
-    assert whole > 0 and rows["live"]["energy_j"]["value"] == pytest.approx(own + whole / 2)
-    told = [[event for event in row["log"]["events"] if "there already" in event] for row in first.rows[-2:]]
-    assert sorted(map(len, told)) == [0, 1]
+    assert whole > 0 and rows["live"]["energy_j"]["value"] == pytest.approx(own + whole / 3)
+    teacher = {name: sum(part["energy_j"]["value"] / (2 if part["what"] == "signals" else 3)
+                         for part in rows[name]["shared"]) for name in ("cached", "again")}
+    assert {name: rows[name]["teacher_energy_j"]["value"] for name in teacher} == pytest.approx(teacher)
+    told = [[event for event in row["log"]["events"] if "there already" in event] for row in first.rows[-3:]]
+    assert sorted(map(len, told)) == [0, 0, 1]
     assert llmops.run(body(place, {"late": {"max_steps": 2}}), runs=runs).failed == []
     assert asked == [12]
 

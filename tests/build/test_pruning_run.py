@@ -14,10 +14,12 @@ from tests.test_quantizing import job
 import llmops
 from llmops import calibrate
 from llmops.build.variant import apply_step
-from llmops.methods.prune.options import Sparsegpt, Wanda
+from llmops.errors import LlmopsError
+from llmops.methods.prune.options import Magnitude, Sparsegpt, Wanda
 from llmops.models.load import load
 from llmops.models.zeros import linear_weights, lost_zeros, off_pattern, zero_bits
 from llmops.recipe import parse_recipe
+from llmops.recipe.schema import STEPS
 from llmops.report.words import what
 
 SEEN = {"data": "calib", "length": 32}
@@ -197,3 +199,26 @@ def test_layers_of_a_block_are_measured_at_once_where_what_is_measured_fits(
     apply_step("prune", given, options)
     apply_step("prune", job(tmp_path, name), options.model_copy(update={"sequential": not turns}))
     assert asked == [turns, not turns]
+
+
+@pytest.mark.parametrize(("step", "said"), [
+    ({"method": "depth", "layers": 4}, "keeps all 4 of the parent"),
+    ({"method": "depth", "layers": [0, 1, 2, 3]}, "keeps all 4 of the parent"),
+    ({"method": "width", "hidden": 128, "heads": 4, **SEEN}, "hidden is 128, heads is 4, what the parent has"),
+    ({"method": "magnitude", "sparsity": 1e-7}, "no weight became zero: 0 of"),
+    ({"method": "wanda", "sparsity": 1e-4, **SEEN}, "no weight became zero"),
+    ({"method": "sparsegpt", "sparsity": 1e-6, **SEEN}, "expected a sparsity above the parent's")])
+def test_a_step_that_cuts_nothing_is_refused(step: dict[str, Any], said: str, tmp_path: Path) -> None:
+    given = job(workplace(tmp_path))
+    with pytest.raises(LlmopsError, match=said):
+        apply_step("prune", given, STEPS["prune"][step["method"]].model_validate(step))
+
+
+def test_zeros_that_are_there_already_are_no_pruning(tmp_path: Path) -> None:
+    given = job(workplace(tmp_path))
+    options = Magnitude(method="magnitude", sparsity=0.5)
+    work = apply_step("prune", given, options)
+    with pytest.raises(LlmopsError, match=r"sparsity is 0.4, and no weight became zero: [1-9][\d,]+ of"):
+        apply_step("prune", job(tmp_path, model=work.model), options.model_copy(update={"sparsity": 0.4}))
+    more = apply_step("prune", job(tmp_path, model=work.model), options.model_copy(update={"sparsity": 0.6}))
+    assert more.expected.sparsity == pytest.approx(0.6, abs=1e-4)

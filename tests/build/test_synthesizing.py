@@ -105,6 +105,8 @@ def test_any_step_trains_on_what_was_written_and_shares_its_cost(tmp_path, monke
     body = recipe({"tuned": TUNED, "full": {"finetune": {"method": "full", "data": "written", "max_steps": 1}},
                    "some": {"from": "tuned", "finetune": {**TUNED["finetune"], "data": "few", "max_steps": 1}}},
                   evaluate=[])
+    body["measure"] = {"sensor": "declared", "watts": 10, "prompt_tokens": 8, "new_tokens": 2, "batch_sizes": [1],
+                       "repeats": 2}
     body["data"] |= {"written": {"synthesize": {"teacher": "tuned", "prompts": "train"}},
                      "few": {"from": "written", "split": "[:10%]"}}
     parsed = parse_recipe(body, base_dir=place)
@@ -115,6 +117,9 @@ def test_any_step_trains_on_what_was_written_and_shares_its_cost(tmp_path, monke
     assert (rows["full"]["data"]["rows"], rows["some"]["data"]["rows"]) == (64, 6)
     keys = {entry["key"] for name in ("full", "some") for entry in rows[name]["shared"]}
     assert len(keys) == 1 and rows["full"]["shared"][0]["counts"]["kept"] == 64
+    assert rows["full"]["shared"][0]["teacher"] == "tuned" and "break_even_to_teacher_tokens" not in rows["tuned"]
+    for name in ("full", "some"):  # who wrote is who it has to pay off against
+        assert rows[name]["break_even_to_teacher_tokens"]["unit"] == "tokens"
     link = tmp_path / "runs" / "r" / "_written" / "written"
     assert len(link.joinpath("rows.jsonl").read_text().splitlines()) == 64
     assert json.loads(link.joinpath("manifest.json").read_text())["teacher"] == "tuned"

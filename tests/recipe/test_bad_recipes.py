@@ -241,7 +241,7 @@ CASES = [
     ("a workload beyond the context", {"variants": variants(
         "a: {prune: {method: depth, latency: 0.5, prompt_tokens: §500}}")}, ["532 together", "at most the 512"]),
     ("axes of a shape", {"variants": variants(
-        "a: {prune: {method: width, data: calib, hidden: 128, §axes: [hidden]}}")},
+        "a: {prune: {method: width, data: calib, hidden: 64, §axes: [hidden]}}")},
      ["given axes", "nothing to search"]),
     ("groups after a narrow parent", {"variants": variants(
         "a: {prune: {method: width, data: calib, hidden: 96}}",
@@ -249,13 +249,23 @@ CASES = [
      ["given 128", "96 inputs"]),
     ("more layers than a short parent has", {"variants": variants(
         "a: {prune: {method: depth, layers: 2}}",
-        "b: {from: a, prune: {method: depth, layers: §3, choose: perplexity, data: calib}}")}, ["from 1 to 2"]),
+        "b: {from: a, prune: {method: depth, layers: §3, choose: perplexity, data: calib}}")}, ["from 1 to 1"]),
+    ("layers of a parent of one", {"variants": variants(
+        "a: {prune: {method: depth, layers: 1}}",
+        "b: {from: a, prune: {method: §depth, layers: 1}}")}, ["a parent of one layer"]),
     ("sparsegpt on integers", {"variants": variants(
         Q, "a: {from: §q, prune: {method: sparsegpt, data: calib}}")}, ["a quantized variant", "quantize the result"]),
-    ("depth too many", {"variants": variants("a: {prune: {method: depth, layers: §7}}")}, ["given 7", "from 1 to 6"]),
-    ("depth zero", {"variants": variants("a: {prune: {method: depth, layers: §0}}")}, ["given 0", "from 1 to 6"]),
+    ("depth too many", {"variants": variants("a: {prune: {method: depth, layers: §7}}")}, ["given 7", "from 1 to 5"]),
+    ("depth zero", {"variants": variants("a: {prune: {method: depth, layers: §0}}")}, ["given 0", "from 1 to 5"]),
+    ("depth of all", {"variants": variants("a: {prune: {method: depth, layers: §6}}")}, ["6 of the 6 layers", "fewer"]),
+    ("depth of all, by name", {"variants": variants("a: {prune: {method: depth, layers: §[0, 1, 2, 3, 4, 5]}}")},
+     ["all of the 6 layers", "leaves none out"]),
+    ("width of all", {"variants": variants("a: {prune: {method: width, data: calib, §hidden: 128, kv_heads: 2}}")},
+     ["hidden 128, kv_heads 2", "nothing would be cut"]),
+    ("less than a weight of a row", {"variants": variants("a: {prune: {method: wanda, data: calib, sparsity: §1e-5}}")},
+     ["of the 384 inputs", "at least 0.0026"]),
     ("depth twice as many", {"variants": variants("a: {prune: {method: depth, layers: 3}}",
-                                                  "b: {from: a, prune: {method: depth, layers: §4}}")}, ["1 to 3"]),
+                                                  "b: {from: a, prune: {method: depth, layers: §4}}")}, ["1 to 2"]),
     ("depth out of range", {"variants": variants("a: {prune: {method: depth, layers: [0, §6]}}")}, ["from 0 to 5"]),
     ("depth duplicate", {"variants": variants("a: {prune: {method: depth, layers: [0, 2, §2]}}")}, ["2 twice"]),
     ("depth order", {"variants": variants("a: {prune: {method: depth, layers: [3, §1]}}")}, ["1 after 3", "[1, 3]"]),

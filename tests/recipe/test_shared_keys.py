@@ -48,6 +48,7 @@ def test_where_signals_lie_changes_no_student(home: Path) -> None:
 def test_what_differs_between_two_sets_of_parts_is_named() -> None:
     words = {"teacher": "the teacher", "k": "k"}
     assert foreign({"teacher": "a", "k": "8"}, {"teacher": "a", "k": "8"}, words) == ""
+    assert foreign({"data": '["0123456789abcdef", "b"]'}, {"data": '["c"]'}, {}) == "data (0123456789ab and b, here c)"
     assert foreign({"teacher": "abcdefghijklmnop", "k": "8"}, {"teacher": "b", "k": "32"}, words) == (
         "the teacher (abcdefghijkl, here b), k (8, here 32)")
 

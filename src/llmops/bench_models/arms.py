@@ -8,6 +8,7 @@ content, of files over 2 MiB the first and last MiB. A hub id is taken by its na
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 from llmops.bench_models.runtimes import RUNTIMES, check
 from llmops.errors import LlmopsError, unknown
 from llmops.store import Store
+from llmops.stored import zeros_save
 
-__all__ = ["Arm", "arms", "fingerprint"]
+__all__ = ["Arm", "arms", "fingerprint", "zeros"]
 
 MIB = 1 << 20
 DEFAULT = "llmops"
@@ -85,6 +87,12 @@ def _place(model: str, runtime: str, runs: str | None) -> Path | None:
         raise LlmopsError(f"{model}: is not there, neither as a path nor as RUN/VARIANT in {home}; expected a folder, "
                           "a file, builtin:tiny, RUN/VARIANT, or a hub id for llmops, transformers and vllm")
     return None
+
+
+def zeros(arm: Arm) -> str | None:
+    """What the single zeros of a variant are worth; None of what has none, and of what no run of llmops made."""
+    record = Path(arm.model) / "llmops.json"
+    return zeros_save(json.loads(record.read_text(encoding="utf-8")), record.parent) if record.is_file() else None
 
 
 def fingerprint(place: Path) -> str:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmops.bench_models.arms import Arm
+from llmops.bench_models.arms import Arm, zeros
 from llmops.bench_models.pair import measure_pair, refusal
 from llmops.bench_models.runtimes import Opened, Wanted, opened, version_of
 from llmops.errors import LlmopsError, unknown
@@ -98,7 +98,7 @@ def run_matrix(matrix: Matrix, out: Path) -> list[dict[str, Any]]:
         for arm in matrix.arms:
             wanted = {matrix.key(arm, cell): cell for cell in matrix.cells(arm)}
             kept = {key: body for key in wanted if (body := _kept(folder / f"{key}.json"))}
-            found |= {key: {**body, "arm": arm.as_dict()} for key, body in kept.items()}
+            found |= {key: {**body, "arm": arm.as_dict(), "zeros": zeros(arm)} for key, body in kept.items()}
             matrix.say(f"{arm.name}: {len(kept)} of {len(wanted)} cells are there already") if kept else None
             missing = {key: cell for key, cell in wanted.items() if key not in kept}
             if not missing:
@@ -153,7 +153,8 @@ def _body(matrix: Matrix, arm: Arm, cell: MeasureOptions, what: dict[str, Any]) 
     return {"arm": arm.as_dict(), "runtime_version": version_of(arm.runtime),
             "reference": matrix.arms[0].as_dict(), "batch": cell.batch_sizes[0], "context": cell.prompt_tokens,
             "new_tokens": cell.new_tokens, "repeats": cell.repeats, "window_s": cell.window_s, "seed": matrix.seed,
-            "environment": matrix.machine, "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **what}
+            "zeros": zeros(arm), "environment": matrix.machine,
+            "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", **what}
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from llmops.errors import LlmopsError
 from llmops.report.figures import show
 from llmops.report.reading import quantity
+from llmops.report.words import ZEROS_NOTE
 from llmops.store import replace_file
 
 __all__ = ["flat", "lines", "read", "write"]
@@ -31,7 +32,8 @@ def flat(cell: dict[str, Any]) -> dict[str, Any]:
     arm, reference, machine = cell["arm"], cell["reference"], cell["environment"]
     line: dict[str, Any] = {"name": arm["name"], "runtime": arm["runtime"], "model": arm["model"],
                             "model_sha256": arm["sha256"], "reference": reference["name"],
-                            **{name: cell.get(name) for name in PLAIN}, "notes": "; ".join(cell.get("notes") or []),
+                            **{name: cell.get(name) for name in PLAIN}, "notes": "; ".join([*(cell.get("notes") or []),
+                                                 *([f"zeros: {cell['zeros']}"] if cell.get("zeros") else [])]),
                             "saving": (cell.get("energy") or {}).get("saving", "unmeasured"),
                             "cpu": machine.get("cpu"), "gpu": ", ".join(map(str, machine.get("gpu") or [])) or None,
                             "device": machine.get("device"), "threads": machine.get("threads"),
@@ -97,6 +99,8 @@ def lines(cells: Sequence[dict[str, Any]]) -> list[str]:
             for row in (heads, *rows)]
     reasons = dict.fromkeys(f"{cell['arm']['name']}: {cell['state']}: {cell['reason']}" for cell in cells
                             if cell["state"] != "ok")
+    if any(cell.get("zeros") for cell in cells):
+        reasons |= {ZEROS_NOTE: None}
     reasons |= dict.fromkeys(f"{cell['arm']['name']}: no ratio: {cell['not_comparable']}" for cell in cells
                              if cell.get("not_comparable"))
     missing = next((quantity((cell.get("energy") or {}).get("joules_per_token"), "") for cell in cells
@@ -112,7 +116,8 @@ def _line(cell: dict[str, Any]) -> tuple[str, ...]:
     itself = cell["arm"]["name"] == cell["reference"]["name"]
     ratios = ("aa_speed_ratio", "aa_ratio") if itself else ("speed_ratio_to_base", "ratio_to_base")
     mark = " (A/A)" if itself and cell["state"] == "ok" else ""
-    return (cell["arm"]["name"], cell["arm"]["runtime"], str(cell["batch"]), str(cell["context"]),
+    name = cell["arm"]["name"] + (" †" if cell.get("zeros") else "")
+    return (name, cell["arm"]["runtime"], str(cell["batch"]), str(cell["context"]),
             told("latency", "first_token_ms_p50"), told("latency", "decode_tokens_per_s"),
             told("latency", ratios[0], interval=True) + mark, told("energy", "joules_per_token"),
             told("energy", ratios[1], interval=True) + mark,

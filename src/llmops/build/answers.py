@@ -59,11 +59,14 @@ class Answered:
 
         offline, place = self.options.offline, self.job.signals
         beside = f"answers-{source.sha256[:16]}"
+        shared = self.job.answers(name) if self.job.answers is not None else None
         if offline is not None and place is not None and (place.folder / f"{beside}.json").exists():
+            if shared is not None and shared.manifest() is not None:  # the same answers, whose cost is this one's, too
+                shared.used()
+                self.shared.append((f"answers to {name}", shared))
             return place.remembered(beside, list)  # type: ignore[no-any-return]
-        if self.job.answers is None:
+        if shared is None:
             return write(prompts)
-        shared = self.job.answers(name)
         answers = kept_answers(shared, source, prompts, write, self.options.teacher, self.events)
         self.shared.append((f"answers to {name}", shared))
         if offline is not None and offline.cache is None and place is not None:

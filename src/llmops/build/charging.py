@@ -19,7 +19,7 @@ __all__ = ["cost_of"]
 
 #: What a row is told of a folder's manifest.
 TOLD = ("k", "vocabulary", "temperature", "dtype", "bytes_per_token", "tokens", "rows", "counts", "rows_sha256",
-        "answers")
+        "answers", "teacher")
 
 
 def cost_of(spent: Spent, wall_s: float, work: Work, written: Mapping[str, Shared], key: str) -> dict[str, Any]:

@@ -34,11 +34,11 @@ def depth_step(job: Job, options: Depth) -> Work:
     total, before = len(layers), parity.count_parameters(job.model)
     events: list[str] = []
     search: dict[str, Any] = {}
-    if isinstance(options.layers, list):
-        keep, tokens = sorted(options.layers), 0
-    else:
-        count = _layer_count(job, options, events, search)
-        keep, tokens = _chosen(job, options, count, events)
+    count = len(options.layers) if isinstance(options.layers, list) else _layer_count(job, options, events, search)
+    if count == total:
+        raise LlmopsError(f"layers keeps all {total} of the parent, so that none is left out; expected fewer")
+    keep, tokens = (sorted(options.layers), 0) if isinstance(options.layers, list) \
+        else _chosen(job, options, count, events)
     model = renumber_layers(job.model, keep) if tokens == 0 or options.choose == "even" else job.model
     events.append(f"kept layers {', '.join(map(str, keep))} of {total}: {parity.count_parameters(model) / before:.3f}x "
                   "the parameters")
@@ -166,6 +166,9 @@ def _asked(options: Width, full: Shape) -> Shape | None:
         return None
     shape = resized(full, **sizes)
     check_shape(shape, full)
+    if shape == full:
+        raise LlmopsError(f"{', '.join(f'{name} is {getattr(full, name)}' for name in named)}, what the parent has, so "
+                          "that nothing is cut; expected less of one of them")
     if not opens(shape):
         raise LlmopsError(f"hidden is {shape.hidden} with {shape.heads} heads; expected a multiple of {shape.heads}, "
                           "without which transformers does not open such a model")

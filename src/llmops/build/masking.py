@@ -30,6 +30,7 @@ BY_SIZE = "pruned by size alone"  # what becomes of experts that saw too little
 
 def magnitude_step(job: Job, options: Magnitude) -> Work:
     """By size alone: within each layer, or over all of them."""
+    before = parity.sparsity(job.model)[0]
     mask: Callable[[Tensor], Tensor] = partial(magnitude_mask, sparsity=options.sparsity, pattern=options.pattern)
     events = []
     if options.scope == "global":
@@ -45,7 +46,7 @@ def magnitude_step(job: Job, options: Magnitude) -> Work:
         return zeroed(name, layer.weight, mask(layer.weight))
 
     calibrate.walk(job.model, None, "none", update, ignore=options.ignore, progress=bar(job))
-    return _pruned(job, options, [*events, *zeroed.events()])
+    return _pruned(job, options, before, [*events, *zeroed.events()])
 
 
 def _global_mask(job: Job, options: Magnitude) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -75,6 +76,7 @@ def _global_mask(job: Job, options: Magnitude) -> tuple[Callable[[Tensor], Tenso
 
 def wanda_step(job: Job, options: Wanda) -> Work:
     """By |weight| x activation norm within each row; activations are those that what was pruned before gives."""
+    before = parity.sparsity(job.model)[0]
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ratios = block_ratios(job, options, tokens)
     zeroed = _Zeroing(most=0)  # each row is ranked by itself: one without weights is a sparsity that rounds to all
@@ -87,11 +89,12 @@ def wanda_step(job: Job, options: Wanda) -> Work:
 
     calibrate.walk(job.model, tokens, "x_norm", update, ignore=options.ignore, sequential=bool(options.sequential),
                    progress=bar(job), routing=routing)
-    return _pruned(job, options, [calibrated(tokens), *ratios.events, *routing.events(BY_SIZE)], tokens, ratios)
+    return _pruned(job, options, before, [calibrated(tokens), *ratios.events, *routing.events(BY_SIZE)], tokens, ratios)
 
 
 def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
     """By what zeroing costs once the others have made up for it, which they do."""
+    before = parity.sparsity(job.model)[0]
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ratios = block_ratios(job, options, tokens)
     solved: dict[str, Pruned] = {}
@@ -113,7 +116,7 @@ def sparsegpt_step(job: Job, options: Sparsegpt) -> Work:
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=turns,
                    compute=compute, once=once, progress=bar(job), routing=routing)
     events = [calibrated(tokens), *ratios.events, *_troubles(solved), *routing.events(BY_SIZE)]
-    return _pruned(job, options, events, tokens, ratios)
+    return _pruned(job, options, before, events, tokens, ratios)
 
 
 def _troubles(solved: dict[str, Pruned]) -> list[str]:
@@ -151,10 +154,14 @@ def _silenced(by_layer: Mapping[str, int]) -> list[str]:
             + ", ".join(f"{name} {found[name]}" for name in worst)] if found else []
 
 
-def _pruned(job: Job, options: Masks, events: list[str], tokens: Tensor | None = None,
+def _pruned(job: Job, options: Masks, before: int, events: list[str], tokens: Tensor | None = None,
             ratios: Ratios | None = None) -> Work:
+    """before: zeros of the parent. Raises LlmopsError where there are no more now."""
     fuse_experts(job.model)
     zeros, total = parity.sparsity(job.model)
+    if zeros == before:
+        raise LlmopsError(f"sparsity is {options.sparsity:g}, and no weight became zero: {before:,} of {total:,} were "
+                          "zero before, and are now; expected a sparsity above the parent's")
     events = [*events, f"{zeros:,} of {total:,} linear weights are zero"]
     pattern = None if options.pattern == "unstructured" else options.pattern
     work = Work(job.model, partial(save_dense, job.model, job.tokenizer, dtype=job.storage),

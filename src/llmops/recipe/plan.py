@@ -56,9 +56,15 @@ class Stage:
     estimate: Estimate
     summary: str = ""
     teacher: str | None = None
+    writers: tuple[str, ...] = ()
     signals: dict[str, str] | None = None
     written: dict[str, dict[str, str]] = field(default_factory=dict)
     answers: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def taught_by(self) -> str | None:
+        """The teacher, or the one variant that wrote what is read."""
+        return self.teacher or (self.writers[0] if len(set(self.writers)) == 1 else None)
 
     @property
     def shares(self) -> list[str]:
@@ -172,7 +178,8 @@ def _stage(recipe: Recipe, name: str, keys: Mapping[str, str], parts: dict[str, 
         parent_keys=tuple(keys[parent] for parent in parents), key=key, key_parts=parts, score_key=score,
         scored_here=variant.score if variant is not None else True,
         built=variant is None or (store / key / "llmops.json").is_file(), scored=(key, score) in scored,
-        estimate=figures, summary=_summary(recipe, name), teacher=variant.teacher if variant is not None else None)
+        estimate=figures, summary=_summary(recipe, name), teacher=variant.teacher if variant is not None else None,
+        writers=variant.writers if variant is not None else ())
 
 
 def _summary(recipe: Recipe, name: str) -> str:
@@ -193,6 +200,8 @@ def _summary(recipe: Recipe, name: str) -> str:
         words.append(options.kv_cache if variant.method == "kv_cache" else f"kv {options.kv_cache}")
     if hasattr(options, "sparsity"):
         words += [f"{100 * options.sparsity:.4g}%", *([options.pattern] if options.pattern != "unstructured" else [])]
+        words += [value for name, plain in (("scope", "layer"), ("ratios", "uniform"))
+                  if (value := getattr(options, name, plain)) != plain]
     if variant.method in ("depth", "width"):
         words += _size_words(options)
     if hasattr(options, "rank"):
@@ -202,7 +211,7 @@ def _summary(recipe: Recipe, name: str) -> str:
     if hasattr(options, "epochs"):
         epochs = f"{options.epochs:g} epoch{'' if options.epochs == 1 else 's'}"
         words.append(f"{options.max_steps} steps" if options.max_steps else epochs)
-    if variant.kind != "quantize" and quantized_by(recipe.variants, name) is not None:
+    if variant.kind in ("finetune", "distill") and quantized_by(recipe.variants, name) is not None:
         words.append("qat")  # trained through the rounding of its parent, and stored in its bits
     return " ".join(words)
 
@@ -223,8 +232,9 @@ def _size_words(options: Any) -> list[str]:
     words = [f"{layers if isinstance(layers, int) else len(layers)} layers"] if layers is not None else []
     words += [f"{name} {getattr(options, name)}" for name in ("hidden", "intermediate", "heads", "kv_heads")
               if getattr(options, name, None) is not None]
-    return words + [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
-                    if getattr(options, name) is not None]
+    words += [f"{getattr(options, name):g}x {name}" for name in ("parameters", "latency", "joules")
+              if getattr(options, name) is not None]
+    return words + ([f"by {options.choose}"] if getattr(options, "choose", "even") != "even" else [])
 
 
 def _adapter_words(options: Any) -> list[str]:

@@ -92,14 +92,18 @@ def check_masks(problems: Problems, trail: Trail, options: Masks, widths: Mappin
                                         f"every layer; expected pattern: unstructured, or {key}: {plain}")
 
 
-def _check_rows(problems: Problems, trail: Trail, options: Masks, widths: Mapping[str, int]) -> None:
+def _check_rows(problems: Problems, trail: Trail, options: Any, widths: Mapping[str, int]) -> None:
     """A sparsity that must leave more outputs without a weight than a step allows, whatever the weights are."""
     sparsity, scope = options.sparsity, getattr(options, "scope", "layer")
     inputs = (max if scope == "global" else min)(widths.values(), default=0)
     if not inputs:
         return
     if getattr(options, "method", "") == "wanda":
-        if round(sparsity * inputs) == inputs:
+        most = max(widths.values())
+        if round(sparsity * most) == 0 and options.ratios == "uniform":
+            problems.add(trail, f"given {sparsity:g}, which of the {most} inputs of a row at the most is none: nothing "
+                                f"would be cut; expected at least {1 / most:.2g}")
+        elif round(sparsity * inputs) == inputs:
             problems.add(trail, f"given {sparsity:g}, which of the {inputs} inputs of a row is all of them: every "
                                 f"output would be silent; expected at most {1 - 1 / inputs:.3g}")
     elif (1 - sparsity) * inputs < ALIVE:
@@ -127,12 +131,18 @@ def check_depth(problems: Problems, trail: Trail, options: Depth, available: int
         if key in options.model_fields_set and not scored:
             problems.add((*trail, key), f"given {key} with choose: even, which has no scores; expected choose: "
                                         f"block_influence or perplexity, or no {key}", key=True)
+    if available == 1:
+        problems.add((*trail, "method"), "given depth for a parent of one layer, which leaves none to drop; expected "
+                     "another method, or another parent")
+        return
     has = f"the {available} layers there are" if available is not None else "the layers there are"
     place: Trail = (*trail, "layers")
     if isinstance(options.layers, int):
         if options.layers < 1 or (available is not None and options.layers > available):
             problems.add(place, f"given {options.layers}; expected how many layers to keep, from 1 to "
-                                f"{available if available is not None else 'all of them'}")
+                                f"{available - 1 if available is not None else 'one less than there are'}")
+        elif options.layers == available:
+            problems.add(place, f"given {available} of {has}, which leaves none out; expected fewer, or no such step")
     elif options.layers is not None:
         _check_list(problems, place, options, available, has)
 
@@ -145,6 +155,8 @@ def _check_list(problems: Problems, place: Trail, options: Depth, available: int
                                               "choose; expected layers as a number, or no choose")
     if not kept:
         problems.add(place, f"given an empty list; expected at least one of {has}")
+    elif kept == list(range(available or 0)):
+        problems.add(place, f"given all of {has}, which leaves none out; expected fewer, or no such step")
     for index, layer in enumerate(kept):
         if layer < 0 or (available is not None and layer >= available):
             top = f"to {available - 1}" if available is not None else "up"
@@ -182,6 +194,11 @@ def check_width(problems: Problems, trail: Trail, options: Width, dims: Dims | N
         if asked is not None and asked > size:
             problems.add((*trail, name), f"given {asked}; expected 1 to {size}, what there is to keep")
             fits = False
+    named = [name for name in WIDTHS if getattr(options, name) is not None]
+    if named and all(getattr(options, name) == full[name] for name in named):
+        problems.add((*trail, named[0]), f"given {', '.join(f'{name} {full[name]}' for name in named)}, what the "
+                     "parent has: nothing would be cut; expected less of one of them, or no such step", key=True)
+        return
     _check_share(problems, trail, options, _narrowest(options, dims), "the smallest shape that is searched, "
                  f"{', '.join(options.axes)} in multiples of {options.multiple},")
     if fits:

@@ -60,7 +60,9 @@ def foreign(found: Mapping[str, str], wanted: Mapping[str, str], words: Mapping[
 
 
 def _short(value: str | None) -> str:
-    return "none" if value is None else value[:12]
+    if value is None:
+        return "none"
+    return " and ".join(str(each)[:12] for each in json.loads(value)) if value.startswith("[") else value[:12]
 
 
 def answer_parts(recipe: Recipe, variant: Variant, keys: Mapping[str, str], prints: Mapping[str, str],

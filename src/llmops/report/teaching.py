@@ -37,7 +37,9 @@ def teaching(page: Page) -> Markup:
 
 
 def _teacher(row: Row) -> str:
-    return str(group(row, "building", "teaching").get("variant") or "(wrote its data)")
+    wrote = next((entry["teacher"] for entry in group(row, "building").get("shared") or [] if "teacher" in entry),
+                 "(wrote its data)")
+    return str(group(row, "building", "teaching").get("variant") or wrote)
 
 
 def _how(row: Row) -> str:

@@ -64,7 +64,7 @@ def _zeros(options: Mapping[str, Any]) -> list[str]:
     pattern, sparsity = options.get("pattern"), options.get("sparsity")
     if pattern not in (None, "unstructured"):
         return [str(pattern)]
-    words = [f"{sparsity:.0%}"] if isinstance(sparsity, int | float) else []
+    words = [f"{100 * sparsity:.4g}%"] if isinstance(sparsity, int | float) else []
     plain = (None, "layer", "uniform")
     return words + [str(options[key]) for key in ("scope", "ratios") if options.get(key) not in plain]
 
