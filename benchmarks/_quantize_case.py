@@ -185,7 +185,8 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
             scored = {row["contender"]: row["perplexity"] for row in some}
             if len(scored) == 2 and scored[plain] > base:
                 made.append({"bits": bits, "group": group, "method": f"gptq wins back of rtn's rise{whose}",
-                             "plain": plain, "share": won_back(base, scored[plain], scored["gptq-llmops"])})
+                             "plain": plain, "share": won_back(base, scored[plain], scored["gptq-llmops"]),
+                             **_after_factors(here, plain, base)})
     return made
 
 
@@ -199,6 +200,15 @@ def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"divergence_ours": mine["divergence"], "divergence_ours_by": mine["contender"],
             "divergence_peer": peer["divergence"], "divergence_peer_by": peer["contender"],
             "divergence_ratio": ratio, "divergence_half_width": half}
+
+
+def _after_factors(here: Sequence[dict[str, Any]], plain: str, base: float) -> dict[str, float]:
+    """The share that GPTQ after AWQ's factors wins back, over the draws that both have; {} where none are."""
+    some = common([row for row in here if row["contender"] in ("factors+gptq-llmops", plain)])
+    scored = {row["contender"]: row["perplexity"] for row in some}
+    if len(scored) < 2 or scored[plain] <= base:
+        return {}
+    return {"factors": won_back(base, scored[plain], scored["factors+gptq-llmops"])}
 
 
 def _each(row: dict[str, Any], key: str) -> list[list[float]]:
