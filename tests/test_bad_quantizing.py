@@ -19,7 +19,7 @@ from llmops.data.options import DataSource
 from llmops.errors import LlmopsError, ModelError, StepError
 from llmops.methods.finetune.lora import add_lora
 from llmops.methods.prune.options import Magnitude
-from llmops.methods.quantize.options import Rtn
+from llmops.methods.quantize.options import Auto, Rtn
 from llmops.models.quantized import load_quantized, pack
 
 
@@ -55,17 +55,32 @@ def test_narrow_layers_work_with_groups_that_fit_and_are_named_where_none_does(p
         assert torch.allclose(read(tokens(2, 16)).logits, work.model(tokens(2, 16)).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "autoround", "auto"])
+def test_groups_are_held_against_every_layer_before_anything_is_run(place: Path, method: str,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer that does not fit is the last of its block."""
+    import transformers as t
+
+    config = t.LlamaConfig(**COMMON | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
+    model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    monkeypatch.setattr("llmops.calibrate.Stream", None)
+    options = Auto(method="auto", data="calib", length=32, bits=3.5, group_size=[32, 64]) if method == "auto" else \
+        METHODS[method].model_copy(update={"group_size": 64})
+    with pytest.raises(LlmopsError, match=r"layers\.0\.mlp\.down_proj: group_size 64 does not divide the 96"):
+        apply_step("quantize", job(place, model=model), options)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "autoround"])
 def test_less_data_than_asked_for_is_told(place: Path, method: str) -> None:
     short = job(place)
     short.limits = lambda key: DataSource(source="train.jsonl", samples=200)
     work = apply_step("quantize", short, METHODS[method].model_copy(update={"group_size": 32, "iterations": 1}
                                                                     if method == "autoround" else {}))
-    told = [event for event in work.events if "fewer than the 200 crops of 32 asked for: crops overlap" in event]
+    told = [event for event in work.events if "fewer than the 200 crops of 32 asked for: " in event]
     assert len(told) == 1 and told[0].startswith("calib has ")
     enough = job(place)
     enough.limits = lambda key: DataSource(source="train.jsonl", samples=2)
-    assert not any("overlap" in event for event in apply_step("quantize", enough, METHODS["gptq"]).events)
+    assert not any("asked for" in event for event in apply_step("quantize", enough, METHODS["gptq"]).events)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,7 +13,7 @@ from tests.runs import TUNED, recipe, workplace
 from llmops import cli
 from llmops.api import load
 from llmops.errors import LlmopsError, ModelError, StepError
-from llmops.export import RECORD, export
+from llmops.export import RECORD, export, exported
 from llmops.formats import awq, gptq
 from llmops.runner import run
 
@@ -55,6 +55,11 @@ def test_a_variant_of_the_latest_run(runs: Path, tmp_path: Path) -> None:
     assert torch.equal(theirs, ours.logits)
     export("w4", "awq", run="r", runs=str(runs), out=tmp_path / "other")
     assert [each["format"] for each in json.loads((runs / "r" / RECORD).read_text())][-2:] == ["gptq", "awq"]
+    shown = (runs / "r" / "report.html").read_text()
+    assert shown.count('<td>gptq</td><td>' + record["reader"]) == shown.count("<td>awq</td>") == 1
+    export("w4", "gptq", run="r", runs=str(runs), out=tmp_path / "again")
+    assert (runs / "r" / "report.html").read_text().count("<td>gptq</td>") == 1  # the newest of a variant and format
+    assert exported(tmp_path) == []
 
 
 def test_an_adapter_apart_is_merged_first_and_base_is_found(runs: Path) -> None:

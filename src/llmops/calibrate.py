@@ -58,7 +58,7 @@ from llmops.models.experts import Routing
 from llmops.models.tail import Tail
 from llmops.shelf import keeping
 
-__all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "walk", "walk_blocks"]
+__all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "targets", "walk", "walk_blocks"]
 
 Update = Callable[[str, nn.Linear, Any], Tensor | None]
 Once = Callable[[Tensor], Any]
@@ -265,6 +265,12 @@ def block_influence(model: nn.Module, tokens: Tensor, *, batch_size: int = 8, de
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
+def targets(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Full name -> layer of everything that `walk` would give to `update`. Raises LlmopsError as `walk` does."""
+    path, blocks = decoder_layers(model)
+    return _targets(model, path, blocks, ignore)
+
+
 def _inside(todo: Mapping[str, nn.Linear], block: str) -> list[tuple[str, nn.Linear]]:
     return [(name, layer) for name, layer in todo.items() if name.startswith(f"{block}.")]
 

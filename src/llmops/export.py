@@ -1,8 +1,8 @@
 """`llmops export`: a variant in another format, read back by a foreign reader before it is kept.
 
 The folder appears whole or not at all. What the reader computed, held against the variant, lies in its `llmops.json`,
-and for a variant of a run in a line of `runs/RUN/exports.json` as well: the ledger's rows are about the variant itself,
-and are left as they are.
+and for a variant of a run in a line of `runs/RUN/exports.json` as well, which the run's report shows: the ledger's rows
+are about the variant itself, and are left as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmops.formats.options import check_format
 from llmops.models.builtin import local_folder
 from llmops.store import Store, replace_file
 
-__all__ = ["RECORD", "export", "lines"]
+__all__ = ["RECORD", "export", "exported", "lines"]
 
 RECORD = "exports.json"
 
@@ -76,7 +76,19 @@ def export(variant: str, to: str, *, out: str | Path | None = None, run: str | N
     record["folder"] = str(place)
     if found.run is not None:
         _note(found.run / RECORD, record)
+        from llmops.publish import publish
+
+        store = Store(runs)
+        publish(found.facts["run"], store, store.ledger(), list(_rows(store, found.facts["run"])))
     return record
+
+
+def exported(folder: Path) -> list[dict[str, Any]]:
+    """What was exported of a run, oldest first, for its report; a damaged file is passed over."""
+    try:
+        return [dict(record) for record in json.loads((folder / RECORD).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,9 @@
 
 The recipe has been validated by then; this reads the data itself: rows that cannot be read, training rows that stand in
 a scored split or in the held-out data, held-out rows that stand in a scored split, a template that drops the
-terminator, rows with nothing to train on, rows of one answer for a step that compares two, signals of another teacher.
+terminator, rows with nothing to train on, rows of one answer for a step that compares two, signals of another teacher;
+calibration data that does not fill one crop; of a model on the hub, whose config.json is not read before, what its
+dimensions do not allow.
 Found here they cost a second (exit 2, nothing done); found by the step they would cost the steps before it.
 `preflight_report` is the same proof as figures, for each data and length that a step trains on or holds out.
 
@@ -20,10 +22,12 @@ from llmops.errors import DataError, ModelError
 from llmops.methods.finetune.options import Training
 from llmops.models.builtin import locate
 from llmops.recipe.cache_checks import check_caches
+from llmops.recipe.checks import check_steps
+from llmops.recipe.model import Dims, dims_of_file, folder_of, read_dims
 from llmops.recipe.plan import Plan
 from llmops.recipe.schema import Recipe
 from llmops.recipe.shared_keys import writer_of
-from llmops.recipe.source import parse
+from llmops.recipe.source import Problems, from_values, parse
 
 __all__ = ["KINDS", "preflight", "preflight_report", "report_text", "rows_of"]
 
@@ -54,10 +58,12 @@ _ENDS = {True: "yes", False: "NO", None: "as the teacher ends its answers"}
 def preflight(plan: Plan) -> list[str]:
     """Check the data of every stage that is not done; returns a line for each training set, for the log.
 
-    Raises DataError, RecipeError for signals of another teacher or data, ModelError when the tokenizer cannot be
-    loaded.
+    Raises DataError, RecipeError for signals of another teacher or data and for steps that the model's dimensions do
+    not allow, ModelError when the tokenizer cannot be loaded.
     """
     check_caches(plan)
+    dims = _dimensions(plan.recipe)
+    _check_calibration(plan.recipe, {stage.variant for stage in plan.stages if not stage.built}, dims)
     found = _check(plan, {stage.variant for stage in plan.stages if not stage.built})
     return [f"data {use.data}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in report.items()
                                              if count and what != "longest") for use, _, report, _ in found]
@@ -153,6 +159,45 @@ def _check(plan: Plan, variants: set[str]) -> list[tuple[_Use, Rows, dict[str, i
     for name in sorted(variants):
         _check_student(recipe, name, tokenizer)
     return [(use, rows(use.data), *_proved(use, rows(use.data), recipe, tokenizer)) for use in uses]
+
+
+def _dimensions(recipe: Recipe) -> Dims | None:
+    """The model's dimensions, where they are known. Raises RecipeError, with file and line, for steps of a hub model
+    that they do not allow: of folders and built-in models reading the recipe has told them."""
+    if folder_of(recipe.model, recipe.base_dir) is not None:
+        return read_dims(recipe.model, recipe.base_dir)[0]
+    from llmops.models.load import hub_config
+
+    file = hub_config(recipe.model.id, recipe.model.revision)
+    dims = dims_of_file(file)[0] if file is not None else None
+    if dims is not None:
+        problems = Problems(parse(recipe.text, recipe.file) if recipe.text else from_values({}, recipe.file))
+        check_steps(problems, recipe.variants, recipe.data, list(recipe.data), dims)
+        problems.raise_if_any()
+    return dims
+
+
+def _check_calibration(recipe: Recipe, variants: set[str], dims: Dims | None) -> None:
+    """Raise DataError where a step calibrates on data that does not fill one of its crops, cut to the context."""
+    needs: dict[str, dict[int, str]] = {}
+    for name, variant in recipe.variants.items():
+        length, data = getattr(variant.options, "length", None), getattr(variant.options, "data", None)
+        if name in variants and length is not None and isinstance(data, str) and not _asked(recipe, data)[1]:
+            needs.setdefault(data, {})[length] = name
+    if dims is None or dims.context is None or not needs:
+        return
+    from llmops.data.render import check_crop
+    from llmops.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(locate(recipe.model.id, recipe.base_dir), revision=recipe.model.revision,
+                               trust_remote_code=recipe.model.trust_remote_code)
+    for data, lengths in needs.items():
+        rows = rows_of(recipe, data)
+        for length, name in lengths.items():
+            try:
+                check_crop(rows, tokenizer, min(length, dims.context))
+            except DataError as error:
+                raise DataError(f"variant {name}: {error}") from error
 
 
 def _check_student(recipe: Recipe, name: str, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmops.compare import labelled
 from llmops.explain import explained
+from llmops.export import exported
 from llmops.ledger import Ledger
 from llmops.report.verdict import judge
 from llmops.store import Store, replace_file
@@ -49,7 +50,8 @@ def publish(name: str, store: Store, ledger: Ledger, variants: Sequence[str] | N
     rows = {row["identity"]["variant"]: row for row in ledger.rows(name)}
     ordered = labelled(judge([rows[variant] for variant in variants or rows if variant in rows]), ledger)
     folder = store.folder(name)
-    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder))
+    html.write_html(ordered, folder / "report.html", title=name, explained=explained(folder),
+                    exported=exported(folder))
     replace_file(folder / "result.json", json.dumps(ordered, indent=1, sort_keys=True, ensure_ascii=False))
     for row in ordered:
         build = store.build(row["identity"]["key"])

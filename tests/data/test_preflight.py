@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmops.data_view import data_view
-from llmops.errors import DataError
+from llmops.errors import DataError, RecipeError
 from llmops.methods.finetune.options.dpo import Dpo
 from llmops.preflight import preflight, preflight_report, report_text
 from llmops.recipe import Recipe, make_plan, parse_recipe
@@ -139,3 +139,35 @@ def test_data_show_takes_preferences(tmp_path: Path) -> None:
     body = data_view(tmp_path / "recipe.yaml", None, 2, as_json=True)
     assert body["kind"] == "preference" and body["report"]["pairs"] == 1
     assert set(body["samples"][0]) == {"row", "place", "chosen", "rejected"}
+
+
+def test_a_hub_models_dimensions_are_checked_before_its_weights_are_loaded(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is valid, since nothing is fetched for that; the run refuses it as it refuses that of a folder."""
+    config = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2,
+              "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("llmops.models.load.hub_config", lambda *_: tmp_path / "config.json")
+    text = ("version: 1\nname: hub\nmodel: some/model\ndata:\n  calib: {source: calib.jsonl}\nvariants:\n"
+            "  small: {quantize: {method: auto, bits: 3.5, data: calib}}\n")
+    (tmp_path / "calib.jsonl").write_text('{"text": "one"}\n')
+    recipe = parse_recipe(text, file="hub.yaml", base_dir=tmp_path)
+    with pytest.raises(RecipeError, match=r"hub\.yaml:7:.* given no group_size, so 128, but q_proj takes 576 inputs.*"
+                                          "expected a divisor"):
+        preflight(plan_of(recipe, tmp_path))
+    (tmp_path / "config.json").unlink()  # not there, or of a family that is not known: loading the model will tell
+    assert preflight(plan_of(recipe, tmp_path)) == []
+
+
+def test_calibration_data_that_does_not_fill_a_crop_is_told_before_anything_is_built(tmp_path: Path) -> None:
+    """The context of the built-in model is 512, so a crop of 2,048 is one of 512."""
+    text = ("version: 1\nname: thin\nmodel: builtin:tiny\ndata:\n  calib: {source: calib.txt}\nvariants:\n"
+            "  a: {quantize: {method: gptq, scheme: w4a16, data: calib, length: 16}}\n"
+            "  b: {from: base, prune: {method: wanda, sparsity: 0.5, data: calib}}\n")
+    (tmp_path / "calib.txt").write_text("Ada lives in Adaville. " * 20)
+    recipe = parse_recipe(text, file="thin.yaml", base_dir=tmp_path)
+    with pytest.raises(DataError, match=r"variant b: calib: its 1 rows have \d+ tokens, and one calibration crop needs "
+                                        "512"):
+        preflight(plan_of(recipe, tmp_path))
+    (tmp_path / "calib.txt").write_text("Ada lives in Adaville. " * 200)
+    assert preflight(plan_of(parse_recipe(text, file="thin.yaml", base_dir=tmp_path), tmp_path)) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.data.makers import (
@@ -20,12 +22,15 @@ from llmops.data.render import (
     IGNORED,
     answer_crops,
     calibration_tokens,
+    check_crop,
     choice_examples,
     collate,
     encode,
     prompts_and_answers,
+    sequences,
     text_stream,
 )
+from llmops.data.sources import Rows
 from llmops.errors import DataError
 
 STRICT = Limits(dropped=0.0, truncated=0.0)
@@ -191,12 +196,15 @@ def test_crops_are_stretches_of_the_packed_rows(samples: int, length: int) -> No
     rows = text_rows(*SENTENCES[:6])
     stream = [token for text in SENTENCES[:6] for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     tokens = calibration_tokens(rows, tokenizer, samples=samples, length=length, seed=1)
-    assert tokens.shape == (samples, length) and tokens.dtype == torch.long
+    whole = samples * length <= len(stream)
+    assert tokens.shape == (samples if whole else -(-len(stream) // length), length) and tokens.dtype == torch.long
     assert tokenizer.pad_token_id not in tokens
     everywhere = {tuple(stream[i:i + length]): i for i in range(len(stream) - length + 1)}
     starts = sorted(everywhere[tuple(crop)] for crop in tokens.tolist())
-    if samples * length <= len(stream):
+    if whole:
         assert all(b - a >= length for a, b in zip(starts, starts[1:], strict=False))  # no token twice
+    else:  # every token, and no crop more than that takes
+        assert {i for start in starts for i in range(start, start + length)} == set(range(len(stream)))
     again = calibration_tokens(rows, tokenizer, samples=samples, length=length, seed=1)
     other = calibration_tokens(rows, tokenizer, samples=samples, length=length, seed=2)
     assert torch.equal(tokens, again) and not torch.equal(tokens, other)
@@ -214,6 +222,16 @@ def test_crops_of_chats_and_pairs_are_rendered_by_the_template() -> None:
 def test_too_little_text_for_one_crop_says_how_much_there_is() -> None:
     with pytest.raises(DataError, match=r"its 1 rows have \d tokens, and one calibration crop needs 64; use more rows"):
         calibration_tokens(text_rows("Five."), make_tokenizer(), samples=2, length=64, seed=0)
+
+
+@pytest.mark.parametrize("rows", [text_rows(*["Five."] * 200), message_rows(*[chat("Two?", "Five.")] * 200)])
+def test_whether_a_crop_fits_is_known_from_as_few_rows_as_it_takes(rows: Rows) -> None:
+    tokenizer = make_tokenizer("chatml")
+    most = len([token for ids in sequences(rows, tokenizer) for token in ids])
+    check_crop(rows, tokenizer, most)
+    check_crop(replace(rows, rows=[*rows.rows[:64], None]), tokenizer, most // 4)  # the last is never looked at
+    with pytest.raises(DataError, match=f"its 200 rows have {most} tokens, and one calibration crop needs {most + 1}"):
+        check_crop(rows, tokenizer, most + 1)
 
 
 # batches -------------------------------------------------------------------------------------------------------------

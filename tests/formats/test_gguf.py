@@ -150,3 +150,31 @@ def test_llama_cpp_reads_the_same_tokens_and_says_the_same(name: str, bits: int,
     top = body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert top[0]["id"] == int(expected.argmax())
     assert max(abs(entry["logprob"] - float(expected[entry["id"]])) for entry in top) < limit
+
+
+@pytest.mark.parametrize(("name", "bits", "kind", "limit"), [
+    ("llama", 16, "gguf-f16", 1e-5), ("qwen3", 16, "gguf-f16", 1e-5), ("qwen2", 8, "gguf", 1e-3),
+    ("llama", 4, "gguf", 1e-3), ("llama", 16, "gguf-q4_k", 1e-3)])
+def test_llama_cpps_python_binding_computes_the_same_logits(name: str, bits: int, kind: str, limit: float,
+                                                            tmp_path: Path) -> None:
+    """Of every token of a text, over the whole vocabulary; llama-cpp-python, where it is installed. limit: of the mean
+    KL; it rounds activations to float16, and to 8 bits before it multiplies by few."""
+    engine = pytest.importorskip("llama_cpp")
+    from transformers import AutoModelForCausalLM
+
+    source = made(tmp_path, name, bits)
+    exported(source, kind)
+    model, tokenizer = load(source.folder, dtype="float32", device="cpu", kernel="reference")
+    if kind == "gguf-q4_k":  # rounded again: held against what the file says, as transformers reads it
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, gguf_file="model.gguf", dtype=torch.float32)
+    text = "Every bridge's clock counts to 12345,  don't it?\n\nThe old"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    llama = engine.Llama(str(tmp_path / kind / "model.gguf"), n_ctx=128, n_threads=1, logits_all=True, verbose=False)
+    assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+    assert llama.metadata["tokenizer.chat_template"] == TEMPLATE
+    llama.eval(ids)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    given = torch.from_numpy(llama.scores[:len(ids)].copy()).log_softmax(-1)
+    llama.close()
+    assert float((expected.exp() * (expected - given)).sum(-1).mean()) < limit

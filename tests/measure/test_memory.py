@@ -66,6 +66,8 @@ def test_a_section_that_fails_has_no_figure():
 def test_disk_bytes(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "llmops.json").write_bytes(b"{}" * 50)
+    (tmp_path / "README.md").write_bytes(b"# a card")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "blob").write_bytes(b"y" * 30)
     (tmp_path / "adapter.safetensors").symlink_to(tmp_path / "sub" / "blob")

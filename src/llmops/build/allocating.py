@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from llmops import calibrate, swaps
 from llmops.build.job import Job, Work, bar, calibration
+from llmops.build.layer_schemes import check_groups
 from llmops.build.preparing import prepare
 from llmops.build.quantizing import autoround_step, awq_step, computed, gptq_step, rtn_step
 from llmops.data.render import answer_crops
@@ -52,9 +53,9 @@ Groups = Sequence[tuple[str, ...]]
 
 
 def auto_step(job: Job, options: Auto) -> Work:
-    tokens = calibration(job, options.data, options.length)
     schemes = [LayerScheme(bits, group, options.symmetric) for bits, group in options.grids()]
     shapes = _shapes(job, options)
+    tokens = calibration(job, options.data, options.length)
     groups = measured_groups(shapes)
     numbers = [sum(math.prod(shapes[name]) for name in group) for group in groups]
     sizes = _sizes(shapes, groups, schemes, torch.finfo(job.storage).bits)
@@ -220,14 +221,10 @@ def _gradient(job: Job, candidates: Candidates, groups: Groups, crops: Tensor, w
 
 
 def _shapes(job: Job, options: Auto) -> dict[str, tuple[int, int]]:
-    """(out, in) of every layer to be quantized, by full name."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, layer: nn.Linear, _: Tensor | None) -> None:
-        found[name] = layer.out_features, layer.in_features
-
-    calibrate.walk(job.model, None, "none", note, ignore=options.ignore)
-    return found
+    """(out, in) of every layer to be quantized, by full name. Raises LlmopsError where a group does not fit one."""
+    found = calibrate.targets(job.model, options.ignore)
+    check_groups(found, *options.grids())
+    return {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
 
 
 def _sizes(shapes: Mapping[str, tuple[int, int]], groups: Groups, schemes: Sequence[LayerScheme],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmops import calibrate
 from llmops.build.job import Job
-from llmops.build.layer_schemes import Chosen, check_groups, scheme
+from llmops.build.layer_schemes import Chosen, check_groups, kind_of, scheme
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.awq import awq_scales
 from llmops.methods.quantize.options import Autoround, Awq, Gptq, Smoothquant, WeightOnly
@@ -59,7 +59,12 @@ class Prepared:
 
 
 def prepare(job: Job, options: WeightOnly, chosen: Chosen = None) -> Prepared:
-    """What the options ask for before solving: a rotation first, then factors."""
+    """What the options ask for before solving: a rotation first, then factors.
+
+    Raises LlmopsError where a layer cannot be divided into the groups of the options.
+    """
+    if chosen is None:
+        check_groups(calibrate.targets(job.model, options.ignore), kind_of(options))
     ready = Prepared()
     if options.rotations:
         _rotated(job, options, ready)
@@ -103,8 +108,6 @@ def awq_factors(block: calibrate.Block, options: WeightOnly, grid: int, storage:
                 chosen: Chosen = None) -> tuple[dict[str, Tensor], int]:
     """Fold AWQ's best factors into every link of a block. Returns the Hessians by full name, as they are after that,
     and how many links took factors. grid: exponents tried, 0 for none at all."""
-    if chosen is None:
-        check_groups(block.layers, options)
     H = _measured(block, "hessian")
     count = 0
     for link in find_links(block.module, block.run) if grid else []:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmops import calibrate
 from llmops.build.job import Job, Work, bar, calibrated, calibration
 from llmops.build.kept import Kept
-from llmops.build.layer_schemes import Chosen, check_groups, scheme, shared
+from llmops.build.layer_schemes import Chosen, scheme, shared
 from llmops.build.preparing import Prepared, awq_factors, folded, head_awq_factors, prepare
 from llmops.methods.quantize.autoround import Product, Tuned, autoround, inputs_of
 from llmops.methods.quantize.awq import awq_clip
@@ -166,7 +166,6 @@ def smoothquant_step(job: Job, options: Smoothquant) -> Work:
     weights: Weights = Kept()
 
     def update(block: calibrate.Block) -> None:
-        check_groups(block.layers, options)
         alike = shared(options, block.layers)
         for name, layer in block.layers.items():
             how = scheme(options, None, name) | alike.get(name, {})
@@ -191,9 +190,6 @@ def autoround_step(job: Job, options: Autoround, chosen: Chosen = None) -> Work:
     tuned: list[Tuned] = []
 
     def update(block: calibrate.Block) -> None:
-        if chosen is None:
-            check_groups(block.layers, options)
-
         def loss(product: Product, batch: int) -> Tensor:
             out = block.run(batch, product, list(tuning))
             return nn.functional.mse_loss(out.float(), block.targets[batch].to(out.device).float())

@@ -41,8 +41,9 @@ from llmops.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Encoded", "IGNORED", "Prompt", "answer_crops", "calibration_tokens", "check_leak", "choice_examples",
-           "collate", "encode", "joined_texts", "prompts_and_answers", "sequences", "text_stream", "with_answers"]
+__all__ = ["Encoded", "IGNORED", "Prompt", "answer_crops", "calibration_tokens", "check_crop", "check_leak",
+           "choice_examples", "collate", "encode", "joined_texts", "prompts_and_answers", "sequences",
+           "text_stream", "with_answers"]
 
 
 @dataclass(frozen=True)
@@ -315,28 +316,46 @@ def calibration_tokens(rows: Rows, tokenizer: Any, *, samples: int, length: int,
                        note: Callable[[str], None] | None = None) -> Tensor:
     """(samples, length) ids: seeded random crops of all rows packed one after the other, without padding.
 
-    BOS and EOS stay where the rows have them. Crops do not overlap while there is text enough; with less than
-    samples * length tokens they do, and `note` hears of it. Raises DataError when there are fewer than `length` tokens.
+    BOS and EOS stay where the rows have them. Crops do not overlap. Where there are fewer than samples * length tokens
+    they are the fewest that hold all of them, evenly spaced, and `note` hears of it: to run the same words again says
+    nothing new and takes its time. Raises DataError when there are fewer than `length` tokens.
     """
     import torch
 
     stream = [token for ids in sequences(rows, tokenizer) for token in ids]
     spare = len(stream) - samples * length
     if len(stream) < length:
-        raise DataError(f"{rows.name}: its {len(rows.rows)} rows have {len(stream)} tokens, and one calibration crop "
-                        f"needs {length}; use more rows (`samples`, or another `split`) or a shorter `length`")
+        raise _no_crop(rows, len(stream), length)
     draw = random.Random(seed)
     if spare >= 0:  # gaps of random size between crops, then the crops in random order
         gaps = sorted(draw.randint(0, spare) for _ in range(samples))
         starts = [gap + number * length for number, gap in enumerate(gaps)]
         draw.shuffle(starts)
     else:
-        starts = [draw.randint(0, len(stream) - length) for _ in range(samples)]
+        count = -(-len(stream) // length)
+        starts = [number * (len(stream) - length) // max(count - 1, 1) for number in range(count)]
+        draw.shuffle(starts)
         if note is not None:
-            note(f"{rows.name} has {len(stream)} tokens, fewer than the {samples} crops of {length} asked for: crops "
-                 "overlap")
+            note(f"{rows.name} has {len(stream)} tokens, fewer than the {samples} crops of {length} asked for: "
+                 f"{count} crops hold all of them")
     tokens = torch.tensor(stream, dtype=torch.long)
     return torch.stack([tokens[start:start + length] for start in starts])
+
+
+def check_crop(rows: Rows, tokenizer: Any, length: int) -> None:
+    """Raise DataError where `calibration_tokens` would; reads no more rows than it takes to know."""
+    found, first, many = 0, 0, 64
+    while found < length:
+        if first >= len(rows.rows):
+            raise _no_crop(rows, found, length)
+        some = slice(first, first + many)
+        part = replace(rows, rows=rows.rows[some], places=rows.places[some])
+        found, first, many = found + sum(map(len, sequences(part, tokenizer))), first + many, 2 * many
+
+
+def _no_crop(rows: Rows, tokens: int, length: int) -> DataError:
+    return DataError(f"{rows.name}: its {len(rows.rows)} rows have {tokens} tokens, and one calibration crop needs "
+                     f"{length}; use more rows (`samples`, or another `split`) or a shorter `length`")
 
 
 def answer_crops(rows: Rows, tokenizer: Any, *, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from llmops.quantity import Quantity
 __all__ = ["Peak", "disk_bytes", "kv_bytes_per_token", "peak", "weights_bytes"]
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx"}
+TOLD = {"llmops.json", "README.md"}  # what a folder says of itself
 SAMPLE_S = 0.002
 
 
@@ -79,10 +80,14 @@ def kv_bytes_per_token(model: Any, tokens: int = 8) -> Quantity:
 
 
 def disk_bytes(folder: Path | str, *, weights_only: bool = False) -> Quantity:
-    """Bytes of the files of a folder (links followed), or of its weight files alone. Null when there are none."""
+    """Bytes of the files of a folder (links followed) that a server needs, or of its weight files alone.
+
+    The record of a build and its model card are left out: they tell of the model, more of one made by more steps, and
+    the card is written after the figures that it quotes. Null when there are no files.
+    """
     files = [path for path in Path(folder).rglob("*") if path.is_file()
-             and (not weights_only or path.suffix in WEIGHT_SUFFIXES)]
-    what = "weight files" if weights_only else "all files"
+             and (path.suffix in WEIGHT_SUFFIXES if weights_only else path.name not in TOLD)]
+    what = "weight files" if weights_only else "files that loading needs"
     if not files:
         return Quantity.null("B", f"{folder} holds no {'weight ' if weights_only else ''}files")
     return Quantity.measured(float(sum(path.stat().st_size for path in files)), "B", f"{what} of the folder, "

@@ -24,7 +24,7 @@ from llmops.models.kv_cache import restore
 from llmops.models.layouts import COMPRESSED
 from llmops.models.packed import PackedLinear
 
-__all__ = ["DTYPES", "computed_in", "hush", "load", "load_tokenizer", "merged", "pick_device"]
+__all__ = ["DTYPES", "computed_in", "hub_config", "hush", "load", "load_tokenizer", "merged", "pick_device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,6 +93,17 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_rem
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def hub_config(source: str, revision: str | None = None) -> Path | None:
+    """The config.json of a hub id, fetched where it is not cached; None where it cannot be, which loading will tell."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, "config.json", revision=revision)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
 
 
 def hush() -> None:

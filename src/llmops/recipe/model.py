@@ -17,7 +17,7 @@ from llmops.models.builtin import BUILTIN
 from llmops.recipe.schema import ModelSource
 
 __all__ = ["DIVIDED", "LINEARS", "LLAMA_LIKE", "POST_NORMS", "Dims", "bytes_per_weight", "dims_from_config",
-           "folder_of", "looks_like_hub_id", "read_dims"]
+           "dims_of_file", "folder_of", "looks_like_hub_id", "read_dims"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?\Z")
 #: Families whose decoder layer holds exactly these linear layers.
@@ -107,16 +107,21 @@ def read_dims(model: ModelSource, base_dir: Path) -> tuple[Dims | None, str]:
     folder = folder_of(model, base_dir)
     if folder is None:
         return None, f"{model.id} is not on this machine as a folder; planning does not ask the hub"
+    return dims_of_file(folder / "config.json")
+
+
+def dims_of_file(file: Path) -> tuple[Dims | None, str]:
+    """(dimensions that a config.json tells, "") or (None, why they are not known)."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
         text = config.get("text_config", config)
         if any(text.get(key) for key in EXPERTS):
-            return None, f"{folder} is a mixture of experts, whose layers are not counted before it is loaded"
+            return None, f"{file.parent} is a mixture of experts, whose layers are not counted before it is loaded"
         return dims_from_config(config), ""
     except OSError:
-        return None, f"{folder} has no config.json"
+        return None, f"{file.parent} has no config.json"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, f"{folder / 'config.json'} does not describe a decoder with the usual names ({error!r})"
+        return None, f"{file} does not describe a decoder with the usual names ({error!r})"
 
 
 def dims_from_config(config: dict[str, Any]) -> Dims:

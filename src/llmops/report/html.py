@@ -18,7 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from llmops.errors import StoreError
-from llmops.report import bits, breakeven, building, details, fronts, sections, slices, spending, stated, teaching, why
+from llmops.report import (
+    bits,
+    breakeven,
+    building,
+    details,
+    exports,
+    fronts,
+    sections,
+    slices,
+    spending,
+    stated,
+    teaching,
+    why,
+)
 from llmops.report.markup import Markup, raw, tag
 from llmops.report.reading import Row, group, state_of
 from llmops.report.sections import Page
@@ -39,6 +52,7 @@ CONTENTS = {
     "teaching": "Teachers",
     "loss": "Loss",
     "bits": "Bits by layer",
+    "exports": "Exports",
     "use": "Intended use",
     "method": "Method",
     "environment": "Environment",
@@ -47,18 +61,17 @@ CONTENTS = {
 
 
 def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequence[str] | None = None,
-               explained: Sequence[Mapping[str, Any]] = ()) -> Path:
+               explained: Sequence[Mapping[str, Any]] = (), exported: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write the page of `rows` to `path`, whole or not at all; returns the path.
 
-    title: of the page, usually the run's name. log: lines to show at its end. explained: what `llmops explain` found.
-    Raises StoreError when the file cannot be
-    written.
+    title: of the page, usually the run's name. log: lines to show at its end. explained: what `llmops explain` found;
+    exported: the records of `llmops export`. Raises StoreError when the file cannot be written.
     """
     place = Path(path)
     scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(page(rows, title=title, log=log, explained=explained), encoding="utf-8")
+        scratch.write_text(page(rows, title=title, log=log, explained=explained, exported=exported), encoding="utf-8")
         scratch.replace(place)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -69,14 +82,14 @@ def write_html(rows: Sequence[Row], path: str | Path, *, title: str, log: Sequen
 
 
 def page(rows: Sequence[Row], *, title: str, log: Sequence[str] | None = None,
-         explained: Sequence[Mapping[str, Any]] = (), before: Markup = sections.NOTHING,
-         home: str | None = None) -> str:
+         explained: Sequence[Mapping[str, Any]] = (), exported: Sequence[Mapping[str, Any]] = (),
+         before: Markup = sections.NOTHING, home: str | None = None) -> str:
     """The page as text. before: a section ahead of all others; home: where a server has its list of runs."""
     seen = Page(rows)
     body = [sections.outcome(seen), sections.family(seen), fronts.charted(seen), sections.tabled(seen),
             slices.section(seen), why.section(seen, explained), breakeven.section(seen), spending.section(seen),
             building.building(seen), teaching.teaching(seen), building.curves(seen), bits.bits(seen),
-            stated.section(seen), details.method(seen), details.environment(seen),
+            exports.section(seen, exported), stated.section(seen), details.method(seen), details.environment(seen),
             details.every_figure(seen), details.logged(log or [])] if rows else [
         tag("section", tag("h2", "Outcome", id="outcome"), tag("p", "The ledger holds no row of this run yet."))]
     return shell(title, _subtitle(rows), [before, *body], footer=_footer(rows), home=home)

@@ -14,6 +14,7 @@ from typing import Any
 from llmops.compare import labelled, rows_of
 from llmops.errors import LlmopsError, unknown
 from llmops.explain import explained
+from llmops.export import exported
 from llmops.pairing import pair_rows
 from llmops.report.figures import show, told
 from llmops.report.html import page, shell
@@ -110,7 +111,8 @@ def runs(store: Store) -> list[str]:
 def run_page(store: Store, name: str) -> str:
     """The report of a run, from the ledger as it is now. Raises LlmopsError when there is none of that name."""
     rows = labelled(rows_of(str(store.runs), name), store.ledger())
-    return page(rows, title=name, explained=explained(store.folder(name)), home="/")
+    return page(rows, title=name, explained=explained(store.folder(name)),
+                exported=exported(store.folder(name)), home="/")
 
 
 def comparison(store: Store, wanted: Sequence[str]) -> str:
