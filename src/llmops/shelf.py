@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["LEAST", "give_back", "keeping", "shelved"]
 
 #: Bytes under which a tensor is not worth a file.
-LEAST = 1 << 16
+LEAST = 1 << 18
 _TRIM, _MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _MOST_MAPPED = 32 << 20  # the most that the second may be
 
