@@ -34,6 +34,7 @@ CONTENDERS: dict[str, tuple[str, str, str]] = {
     "autoround-autoround": ("autoround", "auto-round", "auto_round"),
     "factors+gptq-llmops": ("awq's factors, gptq", OURS, "llmops"),
     "factors+autoround-llmops": ("awq's factors, autoround", OURS, "llmops"),
+    "auto+autoround-llmops": ("bits by layer, awq's factors, autoround", OURS, "llmops"),
     "factors+autoround+distill-llmops": ("awq's factors, autoround, distilled", OURS, "llmops")}
 #: Packages whose versions belong beside the figures, by module.
 PACKAGES = {"llmcompressor": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "gptqmodel": "gptqmodel",

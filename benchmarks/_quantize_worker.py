@@ -92,11 +92,13 @@ def ours(step: dict[str, Any], *, distilled: bool = False) -> Solve:
         from llmops.build.variant import apply_step
         from llmops.methods.quantize import options
 
-        asked = {**step, "scheme": f"w{bits}a16", "group_size": group}
+        asked = {**step, **scheme_of(step["method"], bits, group)}
         if "data" in step:
             asked["length"] = case.length
+        if "autoround" in (step["method"], step.get("solver")):
+            asked["iterations"] = case.iterations
         if step["method"] == "autoround":
-            asked |= {"iterations": case.iterations, "batch_size": case.batch_size}
+            asked["batch_size"] = case.batch_size
         job, ready = own_job(model, case, "data" in step)
         teacher = load(case) if distilled else None
         quantizing.calibration = lambda *given: ready
@@ -108,6 +110,13 @@ def ours(step: dict[str, Any], *, distilled: bool = False) -> Solve:
         return lambda folder: write(dict(work.model.named_parameters()), folder)
 
     return solve
+
+
+def scheme_of(method: str, bits: int, group: int) -> dict[str, Any]:
+    """The scheme of a cell; of `auto`, which chooses layer by layer, as many bits as it takes with its scales of 16."""
+    if method == "auto":
+        return {"bits": bits + 16 / group, "group_size": [32, 64, 128, -1]}
+    return {"scheme": f"w{bits}a16", "group_size": group}
 
 
 def distill(work: Any, case: Case, teacher: Any) -> Dense:
@@ -244,6 +253,7 @@ SOLVERS: dict[str, Solve] = {
     "autoround-llmops": ours({"method": "autoround", "data": "calib"}),
     "factors+gptq-llmops": ours({"method": "gptq", "data": "calib", "factors": "awq"}),
     "factors+autoround-llmops": ours({"method": "autoround", "data": "calib", "factors": "awq"}),
+    "auto+autoround-llmops": ours({"method": "auto", "solver": "autoround", "data": "calib", "factors": "awq"}),
     "factors+autoround+distill-llmops": ours({"method": "autoround", "data": "calib", "factors": "awq"},
                                              distilled=True),
     "rtn-llmcompressor": llmcompressor("rtn"), "clip-llmcompressor": llmcompressor("clip"),

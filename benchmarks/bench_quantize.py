@@ -36,7 +36,8 @@ ours is stored in the bits of a weight); `lm_head` dense; every other option of 
 AutoRound aside (`--iterations`, for both).
 
 Combinations that no peer has stand for themselves and count among ours of all methods: GPTQ and AutoRound (as many
-steps) after AWQ's factors, and the latter with a `distill` child, 4 epochs over the same calibration tokens.
+steps) after AWQ's factors, the latter with a `distill` child, 4 epochs over the same calibration tokens, and with bits
+and groups chosen layer by layer (`auto`), as many bits a weight on average as the cell has with its scales of 16 bits.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ peers' grid of absmax / 7.5 has the higher divergence and the lower perplexity, 
 has seen its text several times, and rounding that makes it less sure of itself lowers its perplexity, too: a
 distillation that raised its divergence by a third took 9 % off (LOG.md). So read both columns there as well.
 
-Ours of all methods (`best`) counts combinations of its own: GPTQ and AutoRound after AWQ's factors, and the latter with
-a `distill` child, 4 epochs over the same calibration tokens, stored in the same bits and groups."""
+Ours of all methods (`best`) counts combinations of its own: GPTQ and AutoRound after AWQ's factors, the latter with
+a `distill` child, 4 epochs over the same calibration tokens, stored in the same bits and groups, and (`auto+autoround`)
+with bits and groups chosen for each layer, as many bits a weight on average as the cell has with its scales."""
 
 CELLS = ("| model | perplexity: ahead | level | behind | at or below | at 3 and 2 bits: ahead | level | behind | "
          "KL: ahead | level | behind |")
