@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, grid, packing, rtn
-from llmops.methods.quantize.grid import SHRINK
+from llmops.methods.quantize.grid import SHRINK, fit
 
 SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, False), (3, 64, True), (2, 32, False), (2, -1, True), (6, 32, True)]
 

@@ -177,7 +177,7 @@ def _near(bits: int, stride: int) -> tuple[float, ...]:
 
 
 def _spread(bits: Kind, symmetric: bool) -> tuple[float, ...]:
-    """Fractions so far apart that two to either side leave few out, behind those that `_whole` has such neighbours of."""
+    """Fractions so far apart that two to either side leave few out, from where the neighbours of `_whole` end."""
     return SHRINK[{2: 17, 3: 11, 4: 8}[bits]::6] if symmetric and isinstance(bits, int) else SHRINK[4::4]
 
 
