@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "give_back", "keeping", "shelved"]
+__all__ = ["LEAST", "give_back", "keeping", "shelved", "sparing"]
 
 #: Bytes under which a tensor is not worth a file.
 LEAST = 1 << 16
@@ -71,3 +71,17 @@ def keeping(most: int = 1 << 30) -> Iterator[None]:
             with suppress(AttributeError):
                 libc.mallopt(_TRIM, 2 * _MOST_MAPPED)
             give_back()
+
+
+@contextmanager
+def sparing() -> Iterator[None]:
+    import os
+    libc = ctypes.CDLL(None)
+    t = float(os.environ.get("SPARE", "0"))
+    if t:
+        libc.mallopt(_MAP, int(t * (1 << 20)))
+    try:
+        yield
+    finally:
+        if t:
+            libc.mallopt(_MAP, _MOST_MAPPED)
