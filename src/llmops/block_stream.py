@@ -148,6 +148,8 @@ def lent(block: nn.Module, device: str | torch.device | None, dtype: torch.dtype
             stack.enter_context(sparing())
         if moved:
             block.to(device=device, dtype=dtype)
+        if large:
+            give_back()
         try:
             yield
         finally:

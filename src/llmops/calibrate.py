@@ -56,7 +56,7 @@ from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
 from llmops.models.tail import Tail
-from llmops.shelf import keeping
+from llmops.shelf import APART, give_back, keeping
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "targets", "walk", "walk_blocks"]
 
@@ -343,6 +343,8 @@ def _updated(turn: Turn, found: list[Tensor | None] | None, update: Update, once
 def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
     if once is None or statistic is None:
         return statistic
+    if statistic.nbytes >= APART:
+        give_back()
     try:
         return once(statistic)
     except LlmopsError as error:
@@ -351,6 +353,8 @@ def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
 
 def _replace(update: Update, name: str, layer: nn.Linear, statistic: Any) -> None:
     finite(layer.weight, f"{name}: the weight holds")
+    if layer.weight.nbytes >= APART:
+        give_back()  # what the layer before has left in the heap: a millisecond
     try:
         weight = update(name, layer, statistic)
     except LlmopsError as error:
