@@ -343,8 +343,8 @@ def _updated(turn: Turn, found: list[Tensor | None] | None, update: Update, once
 def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
     if once is None or statistic is None:
         return statistic
-    if statistic.nbytes >= APART:
-        give_back()
+    if statistic.nbytes >= 4 * APART:
+        give_back()  # what layers before have left in the heap; this one is about to take twice its size
     try:
         return once(statistic)
     except LlmopsError as error:
@@ -353,8 +353,6 @@ def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
 
 def _replace(update: Update, name: str, layer: nn.Linear, statistic: Any) -> None:
     finite(layer.weight, f"{name}: the weight holds")
-    if layer.weight.nbytes >= APART:
-        give_back()  # what the layer before has left in the heap: a millisecond
     try:
         weight = update(name, layer, statistic)
     except LlmopsError as error:
