@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from _quantize_pairs import alike, common, gathered, paired, paired_divergences
+from _quantize_pairs import alike, common, gathered, over, paired, paired_divergences
 
 OURS = "llmops"
 #: contender -> (method, tool, module that the tool's Python must be able to import)
@@ -31,7 +31,11 @@ CONTENDERS: dict[str, tuple[str, str, str]] = {
     "awq-llmops": ("awq", OURS, "llmops"),
     "awq-llmcompressor": ("awq", "llm-compressor", "llmcompressor"),
     "autoround-llmops": ("autoround", OURS, "llmops"),
-    "autoround-autoround": ("autoround", "auto-round", "auto_round")}
+    "autoround-autoround": ("autoround", "auto-round", "auto_round"),
+    "factors+gptq-llmops": ("awq's factors, gptq", OURS, "llmops"),
+    "factors+autoround-llmops": ("awq's factors, autoround", OURS, "llmops"),
+    "auto+autoround-llmops": ("bits by layer, awq's factors, autoround", OURS, "llmops"),
+    "factors+autoround+distill-llmops": ("awq's factors, autoround, distilled", OURS, "llmops")}
 #: Packages whose versions belong beside the figures, by module.
 PACKAGES = {"llmcompressor": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "gptqmodel": "gptqmodel",
             "auto_round": "auto-round"}
@@ -67,7 +71,7 @@ def methods_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 def skipped(method: str, bits: int) -> str:
     """Why a cell is not run, or ""."""
-    if bits == 8 and method in ("awq", "autoround"):
+    if bits == 8 and ("awq" in method or "autoround" in method):
         return "not run: at 8 bits plain rounding is already exact to three digits"
     return ""
 
@@ -93,14 +97,14 @@ def picked(names: Iterable[str], only: str | None) -> list[str]:
 
 
 def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Iterable[tuple[int, int]],
-           names: Iterable[str], draws: Iterable[int] = (0,), code: str | None = None) -> list[dict[str, Any]]:
+           names: Iterable[str], draws: Iterable[int] = (0,), codes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of earlier runs that this run need not compute: same model, calibration, protocol (and steps, for
     AutoRound), a cell of `cells` (bits, group), one of `draws` and a contender of `names`. Of several the first that
     was scored.
 
     results: entries of the lists "results" of earlier files. like: this run's entry, without rows. Perplexities do not
-    hang on the machine's load; times do, and are left behind. Ours change with the code: they are taken only where
-    `code` is what their rows say.
+    hang on the machine's load; times do, and are left behind. Ours change with the code: they are taken only where one
+    of `codes` is what their rows say.
     """
     wanted, draws, found = set(cells), set(draws), {}
     for result in results:
@@ -109,9 +113,9 @@ def stored(results: Sequence[dict[str, Any]], like: dict[str, Any], cells: Itera
             continue
         for row in result["rows"]:
             where = place(row)
-            if ((row["tool"] == OURS and row.get("code", "") != code) or row["contender"] not in names
+            if ((row["tool"] == OURS and row.get("code", "") not in codes) or row["contender"] not in names
                     or where[1:3] not in wanted or where[3] not in draws or row.get("failed", "").startswith("not run")
-                    or (row["method"] == "autoround" and result["iterations"] != like["iterations"])):
+                    or ("autoround" in row["method"] and result["iterations"] != like["iterations"])):
                 continue
             if where not in found or ("failed" in found[where] and "failed" not in row):
                 found[where] = {key: value for key, value in row.items()
@@ -134,6 +138,19 @@ def best(rows: Sequence[dict[str, Any]], *, ours: bool, key: str = "perplexity")
         found, key=lambda row: float(row[key]))
 
 
+def contending(rows: Sequence[dict[str, Any]], key: str = "perplexity") -> list[dict[str, Any]]:
+    """The gathered rows that may have the least `key` of their side: without those that another of it, which has all of
+    their draws, is below in these. So a method run on fewer draws does not narrow a verdict that it cannot win."""
+    measured = [({draw for draw, each in row["draws"].items() if key in each}, row) for row in rows if key in row]
+
+    def beaten(draws: set[int], row: dict[str, Any]) -> bool:
+        mine = over(row["draws"], draws)[key]
+        return any((row["tool"] == OURS) == (other["tool"] == OURS) and its >= draws
+                   and over(other["draws"], draws)[key] < mine for its, other in measured)
+
+    return [row for draws, row in measured if not beaten(draws, row)]
+
+
 def won_back(base: float, plain: float, solved: float) -> float:
     """The share of round-to-nearest's rise in perplexity that a method takes back: 1 all of it, below 0 it adds."""
     return (plain - solved) / (plain - base)
@@ -141,8 +158,9 @@ def won_back(base: float, plain: float, solved: float) -> float:
 
 def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]]:
     """One line per width, group and method: ours beside the best peer with the same method, and ours of all methods
-    beside the best of all peers (method "best"); and what our GPTQ wins back of our rounding to nearest, and of plain
-    rounding as published tables have it (llm-compressor's), which errs more than ours.
+    beside the best of all peers (method "best", over the draws that all have which may be it); and what our GPTQ wins
+    back of our rounding to nearest, and of plain rounding as published tables have it (llm-compressor's), which errs
+    more than ours.
 
     Where the divergence was measured, the same for it under names that begin with divergence_: least of ours, least of
     the peers', their ratio. Whatever stands side by side is taken over the draws that all of it has.
@@ -154,7 +172,7 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
         methods = list(dict.fromkeys(row["method"] for row in here))
         for method in [*methods, "best"]:
             those = here if method == "best" else [row for row in here if row["method"] == method]
-            some = common(those)
+            some = common(contending(those) if method == "best" else those)
             mine, peer = best(some, ours=True), best(some, ours=False)
             if mine is None or peer is None:
                 continue
@@ -168,13 +186,14 @@ def verdicts(rows: Sequence[dict[str, Any]], base: float) -> list[dict[str, Any]
             scored = {row["contender"]: row["perplexity"] for row in some}
             if len(scored) == 2 and scored[plain] > base:
                 made.append({"bits": bits, "group": group, "method": f"gptq wins back of rtn's rise{whose}",
-                             "plain": plain, "share": won_back(base, scored[plain], scored["gptq-llmops"])})
+                             "plain": plain, "share": won_back(base, scored[plain], scored["gptq-llmops"]),
+                             **_after_factors(here, plain, base)})
     return made
 
 
 def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The divergence part of a verdict, empty where ours or no peer's was measured. rows: gathered."""
-    rows = common(rows, "divergence")
+    rows = common(contending(rows, "divergence") if len({row["method"] for row in rows}) > 1 else rows, "divergence")
     mine, peer = best(rows, ours=True, key="divergence"), best(rows, ours=False, key="divergence")
     if mine is None or peer is None:
         return {}
@@ -182,6 +201,15 @@ def _nearer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"divergence_ours": mine["divergence"], "divergence_ours_by": mine["contender"],
             "divergence_peer": peer["divergence"], "divergence_peer_by": peer["contender"],
             "divergence_ratio": ratio, "divergence_half_width": half}
+
+
+def _after_factors(here: Sequence[dict[str, Any]], plain: str, base: float) -> dict[str, float]:
+    """The share that GPTQ after AWQ's factors wins back, over the draws that both have; {} where none are."""
+    some = common([row for row in here if row["contender"] in ("factors+gptq-llmops", plain)])
+    scored = {row["contender"]: row["perplexity"] for row in some}
+    if len(scored) < 2 or scored[plain] <= base:
+        return {}
+    return {"factors": won_back(base, scored[plain], scored["factors+gptq-llmops"])}
 
 
 def _each(row: dict[str, Any], key: str) -> list[list[float]]:

@@ -84,27 +84,61 @@ def own_job(model: Any, case: Case, calibrated: bool) -> tuple[Any, Any]:
     return job, ready
 
 
-def ours(step: dict[str, Any]) -> Solve:
-    """The step as `llmops tune` takes it."""
+def ours(step: dict[str, Any], *, distilled: bool = False) -> Solve:
+    """The step as `llmops tune` takes it. distilled: and then `distill` as a child would, from the float model."""
 
     def solve(model: Any, case: Case, bits: int, group: int) -> Dense:
         from llmops.build import quantizing
         from llmops.build.variant import apply_step
         from llmops.methods.quantize import options
 
-        asked = {**step, "scheme": f"w{bits}a16", "group_size": group}
+        asked = {**step, **scheme_of(step["method"], bits, group)}
         if "data" in step:
             asked["length"] = case.length
+        if "autoround" in (step["method"], step.get("solver")):
+            asked["iterations"] = case.iterations
         if step["method"] == "autoround":
-            asked |= {"iterations": case.iterations, "batch_size": case.batch_size}
+            asked["batch_size"] = case.batch_size
         job, ready = own_job(model, case, "data" in step)
+        teacher = load(case) if distilled else None
         quantizing.calibration = lambda *given: ready
         CLOCK.start()
         kind = getattr(options, step["method"].capitalize())
         work = apply_step("quantize", job, kind.model_validate(asked))
+        if distilled:
+            return distill(work, case, teacher)
         return lambda folder: write(dict(work.model.named_parameters()), folder)
 
     return solve
+
+
+def scheme_of(method: str, bits: int, group: int) -> dict[str, Any]:
+    """The scheme of a cell; of `auto`, which chooses layer by layer, as many bits a weight as that takes with its scales
+    of 16 bits."""
+    if method == "auto":
+        return {"bits": bits + 16 / group, "group_size": [32, 64, 128, -1]}
+    return {"scheme": f"w{bits}a16", "group_size": group}
+
+
+def distill(work: Any, case: Case, teacher: Any) -> Dense:
+    """Heal what a step has made on the very calibration tokens, towards the float model; bits and groups stay. Steps
+    and rate were chosen on text that is not scored (LOG.md)."""
+    from llmops.api import apply
+    from llmops.models.packed import PackedLinear
+    from llmops.models.quantized import pack
+
+    words, crops = tokenizer(case), tokens(case)
+    rows = [{"text": words.decode(crop)} for crop in crops]
+    if [words(row["text"])["input_ids"] for row in rows] != crops.tolist():
+        raise ValueError("the calibration tokens do not survive decoding: the distillation would see others")
+    step = {"method": "logits", "teacher": "base", "data": "calib", "epochs": 4, "learning_rate": 2e-4,
+            "batch_size": case.batch_size, "max_length": case.length}
+    made = apply(pack(work.model, work.packed).eval(), words, {"distill": step}, {"calib": rows}, teacher=teacher,
+                 seed=case.seed)
+    state = {name: value for name, value in made.named_parameters() if value.is_floating_point()}
+    layers = {f"{name}.weight": layer.dequantized() for name, layer in made.named_modules()
+              if isinstance(layer, PackedLinear)}
+    return lambda folder: write({**state, **layers}, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- peers
@@ -218,6 +252,11 @@ SOLVERS: dict[str, Solve] = {
     "hqq-llmops": ours({"method": "hqq"}), "gptq-llmops": ours({"method": "gptq", "data": "calib"}),
     "awq-llmops": ours({"method": "awq", "data": "calib"}),
     "autoround-llmops": ours({"method": "autoround", "data": "calib"}),
+    "factors+gptq-llmops": ours({"method": "gptq", "data": "calib", "factors": "awq"}),
+    "factors+autoround-llmops": ours({"method": "autoround", "data": "calib", "factors": "awq"}),
+    "auto+autoround-llmops": ours({"method": "auto", "solver": "autoround", "data": "calib", "factors": "awq"}),
+    "factors+autoround+distill-llmops": ours({"method": "autoround", "data": "calib", "factors": "awq"},
+                                             distilled=True),
     "rtn-llmcompressor": llmcompressor("rtn"), "clip-llmcompressor": llmcompressor("clip"),
     "gptq-llmcompressor": llmcompressor("gptq"), "awq-llmcompressor": llmcompressor("awq"),
     "rtn-torchao": torchao, "hqq-hqq": hqq, "autoround-autoround": auto_round, "gptq-gptqmodel": gptqmodel}

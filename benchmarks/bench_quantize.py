@@ -34,6 +34,10 @@ project); without it the second model is left out. Models are made once and kept
 same: symmetric grids but for HQQ, whose zero point is what it fits (theirs is a float, which no integer format stores;
 ours is stored in the bits of a weight); `lm_head` dense; every other option of a tool at its default, the steps of
 AutoRound aside (`--iterations`, for both).
+
+Combinations that no peer has stand for themselves and count among ours of all methods: GPTQ and AutoRound (as many
+steps) after AWQ's factors, the latter with a `distill` child, 4 epochs over the same calibration tokens, and with bits
+and groups chosen layer by layer (`auto`), as many bits a weight on average as the cell has with its scales of 16 bits.
 """
 
 from __future__ import annotations
@@ -139,7 +143,7 @@ def compare(name: str, asked: argparse.Namespace, pythons: dict[str, str],
     taken = [] if asked.make_models else stored(
         [each for path in asked.against for each in json.loads(path.read_text())["results"]], like,
         [(bits, group) for bits in asked.bits for group in asked.groups], asked.contenders or list(CONTENDERS),
-        range(asked.draws), code())
+        range(asked.draws), [code(), *asked.codes])
 
     def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
         timed = [] if asked.only or asked.against else speeds(rows)
@@ -188,6 +192,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", choices=["ours", "peers"], help="run no others; no times are compared then")
     parser.add_argument("--against", nargs="+", type=Path, default=[], help="results of earlier runs: the peers' cells "
                         "that are in them are not run again, nor ours of the very same code; no times are compared")
+    parser.add_argument("--codes", nargs="+", default=[], help="of ours in earlier results (key code) whose answers "
+                        "are known to be those of this code, to the bit")
     parser.add_argument("--gather", action="store_true", help="run nothing: one file of what --against holds")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4, 8])
     parser.add_argument("--groups", nargs="+", type=int, default=[128, 32])

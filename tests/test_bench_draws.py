@@ -98,9 +98,14 @@ def test_verdicts_take_the_draws_that_all_have(bench):
     lines = {line["method"]: line for line in bench.case.verdicts(rows, 5.0)}
     assert lines["gptq"]["draws"] == 2 and lines["gptq"]["peer_by"] == "gptq-llmcompressor"
     assert lines["gptq"]["ours"] == pytest.approx(math.sqrt(120)) and lines["gptq"]["won"]
-    assert lines["best"]["draws"] == 1 and not lines["best"]["won"]  # rtn has no other draw, so the first decides
+    assert lines["best"]["draws"] == 1 and not lines["best"]["won"]  # their rtn is ahead in the one draw that it has
     share = next(line for line in lines.values() if line.get("plain") == "rtn-llmops")
     assert share["share"] == pytest.approx((20 - 12) / 15)
+    more = [*rows[:-1], row("factors+gptq-llmops", 0, 11.0, bench)]
+    line = next(each for each in bench.case.verdicts(more, 5.0) if each.get("plain") == "rtn-llmops")
+    assert line["factors"] == pytest.approx((20 - 11) / 15) and "factors" not in share
+    less = {line["method"]: line for line in bench.case.verdicts(rows[:-1], 5.0)}["best"]
+    assert less["draws"] == 2 and less["ours_by"] == "gptq-llmops"  # ours, behind GPTQ, takes no draw from it
     shown = bench.case.perplexity_table(rows, {"perplexity": 5.0})
     assert "| gptq | llmops | 10.95 (50.0%) |" in shown
     assert bench.pairs.common([]) == []

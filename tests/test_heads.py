@@ -94,11 +94,16 @@ def test_what_is_stored_is_read_to_the_bit_by_plain_transformers_and_by_us(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_row_of_an_embedding_is_off_by_more_than_half_a_step(place: Path, name: str) -> None:
+def test_no_row_of_an_embedding_is_further_off_than_on_the_widest_grid(place: Path, name: str) -> None:
+    """By squared error; a single weight by half a step, or, where the largest is cut by a finer grid, by one."""
     before = twin(name)[0].get_input_embeddings().weight.float()
     after = taken(place, name, embeddings=True).model.get_input_embeddings().weight.float()
     step = before.abs().amax(1, keepdim=True) / 127.5
-    assert bool(((after - before).abs() <= step * 0.52 + 2 ** -8 * before.abs()).all())
+    widest = (before / step.clamp(min=1e-9)).round().clamp(-128, 127) * step
+    stored = 2 ** -8 * before.abs()  # the scale in bfloat16
+    assert bool(((after - before).abs() <= step * 1.02 + stored).all())
+    assert bool(((after - before).norm(dim=1) <= (widest - before).norm(dim=1) + stored.norm(dim=1)).all())
+    assert bool(((after - before).abs() <= step * 0.52 + stored).float().mean() > 0.98)
 
 
 def test_a_shared_matrix_is_held_once_and_counted_once(place: Path, tmp_path: Path) -> None:

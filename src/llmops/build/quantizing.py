@@ -26,8 +26,8 @@ from llmops.build.solving import Together
 from llmops.methods.quantize.autoround import Product, Tuned, autoround, inputs_of
 from llmops.methods.quantize.awq import awq_clip
 from llmops.methods.quantize.floats import FLOATS, AnyWeight
-from llmops.methods.quantize.gptq import Factor, Solved, factorize
-from llmops.methods.quantize.grid import group_of
+from llmops.methods.quantize.gptq import Factor, Solved, factorize, usual
+from llmops.methods.quantize.grid import Kind, group_of
 from llmops.methods.quantize.hqq import hqq
 from llmops.methods.quantize.options import BITSANDBYTES, Autoround, Awq, Gptq, Hqq, Rtn, Smoothquant, WeightOnly
 from llmops.methods.quantize.rtn import rtn
@@ -97,19 +97,24 @@ def gptq_step(job: Job, options: Gptq, chosen: Chosen = None) -> Work:
         weights[name], solved[name] = solve(name, layer, H)
         return weights[name].dequantize().to(layer.weight.dtype)
 
-    def once(H: Tensor) -> Tensor | Factor:
-        """Layers that share an input share its factorisation, unless groups differ from layer to layer."""
-        if len(sizes) > 1:
-            return H
-        return factorize(H, group_size=min(sizes), damping=options.damping, order=options.order)
+    def settings(bits: Kind) -> dict[str, Any]:
+        order, damping = usual(bits)
+        return {"order": options.order or order, "damping": options.damping or damping}
 
-    bits = FLOATS.get(options.number_format or "", options.bits)
-    sizes = {each.group_size for each in chosen.values()} if chosen else {group_of(bits, options.group)}
+    def once(H: Tensor) -> Tensor | Factor:
+        """Layers that share an input share its factorisation, unless groups or widths differ from layer to layer."""
+        if len(sizes) > 1 or any(settings(each) != settings(bits[0]) for each in bits):
+            return H
+        return factorize(H, group_size=min(sizes), **settings(bits[0]))
+
+    bits: list[Kind] = ([each.bits for each in chosen.values()] if chosen
+                        else [FLOATS.get(options.number_format or "", options.bits)])
+    sizes = {each.group_size for each in chosen.values()} if chosen else {group_of(bits[0], options.group)}
     tokens, routing = calibration(job, options.data, options.length), Routing(options.experts == "all")
     ready = prepare(job, options, chosen)
     how = _schemes(job, options, chosen, ready)
-    solve = Together(job.model, options.ignore, how, damping=options.damping, order=options.order, clip=options.clip,
-                     dtype=job.storage)
+    solve = Together(job.model, options.ignore, lambda name: how(name) | settings(how(name)["bits"]),
+                     clip=options.clip, dtype=job.storage)
     calibrate.walk(job.model, tokens, "hessian", update, ignore=options.ignore, sequential=True, prepare=ready.block,
                    tail=ready.tail, compute=ready.compute(computed(job)), once=once, progress=bar(job), routing=routing)
     return _quantized(job, options, weights, ready, tokens, [*_troubles(solved), *routing.events(INSTEAD)])

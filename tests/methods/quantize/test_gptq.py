@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError
 from llmops.methods.quantize import QuantizedWeight, gptq, packing, rtn
-from llmops.methods.quantize.gptq import factorize, gptq_alike, inverse_factor
+from llmops.methods.quantize.gptq import factorize, gptq_alike, inverse_factor, usual
 from llmops.methods.quantize.grid import fit
 
 
@@ -96,6 +96,18 @@ def test_the_searched_clip_loses_less_at_two_bits() -> None:
     W, H = made(rows=64)
     loss = {clip: rise(gptq(W, H, bits=2, group_size=32, clip=clip)[0], W, H) for clip in ("absmax", "mse")}
     assert loss["mse"] < 0.9 * loss["absmax"]
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_above_four_bits_the_usual_order_and_damping_lose_less_on_other_tokens(bits: int) -> None:
+    """Other tokens of the same inputs: what damping is for. Below, the order by groups is what is usual."""
+    W, H = made(rows=64, seed=1)
+    _, other = made(rows=64, tokens=4000, seed=1)  # the same mix, drawn first
+    (order, damping), (before, more) = usual(bits), usual(4)
+    assert (order, before) == ("activation", "groups") and damping < more
+    lost = [rise(gptq(W, H, bits=bits, group_size=32, order=each, damping=by, clip="mse")[0], W, other)
+            for each, by in ((order, damping), (before, more))]
+    assert lost[0] < 0.9 * lost[1]
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:

@@ -35,6 +35,9 @@ Deliberate differences from the paper and from others:
 - a column whose input was always zero is rounded to nearest and gets no say: nothing tells that it stays unused.
 - damping is 0.05 of the mean diagonal, five times the paper's: H comes from a few thousand tokens, and is further from
   the truth than that. It is what other text likes best at 3 and 2 bits (LOG.md), and costs nothing at 4.
+- above 4 bits (`usual`) it is the paper's 0.01, and the order "activation": no weight moves by more than a few small
+  steps, so that a range taken when its group is reached is the one fixed beforehand, and nothing is lost by taking all
+  columns by their size, large errors first.
 - damping that is too small for the factorisation is multiplied by 10, up to 1, and reported. There is no silent return
   to plain rounding: when all fails the step fails.
 - weights that are zero stay zero, so a pruned parent keeps its mask; the others make up for it.
@@ -51,12 +54,12 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError, unknown
 from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
-from llmops.methods.quantize.grid import AnyGrid, Grid, Kind, check, fit, group_of, grouped
+from llmops.methods.quantize.grid import TURNED, AnyGrid, Grid, Kind, check, fit, group_of, grouped
 from llmops.methods.quantize.slabs import slabs
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.ops.float32 import Products
 
-__all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "gptq_alike", "inverse_factor"]
+__all__ = ["MOST_DAMPING", "ORDERS", "Factor", "Solved", "factorize", "gptq", "gptq_alike", "inverse_factor", "usual"]
 
 ORDERS = ("activation", "groups", "none")
 MOST_DAMPING = 1.0
@@ -90,6 +93,11 @@ class Factor:
     damping: float
     failed: tuple[float, ...]
     dead: int
+
+
+def usual(bits: Kind) -> tuple[str, float]:
+    """(order, damping) where nothing else is asked for."""
+    return ("activation", 0.01) if isinstance(bits, int) and bits > TURNED else ("groups", 0.05)
 
 
 def factorize(H: Tensor, *, group_size: int = -1, damping: float = 0.05, order: str = "groups") -> Factor:
