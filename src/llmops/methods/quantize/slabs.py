@@ -16,7 +16,7 @@ MOST = 1 << 20  # bytes of a slab in float32
 _EVEN = 16  # rows that a slab has a multiple of, so that vector instructions meet the same rows
 
 
-def slabs(W: Tensor, most: int = MOST) -> Iterator[slice]:
-    """Slices of the rows of W (rows, ...) that take up to `most` bytes in float32, 16 rows at least."""
-    rows = max(_EVEN, most // (4 * max(1, W[:1].numel())) // _EVEN * _EVEN)
+def slabs(W: Tensor, most: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of W (rows, ...) that take up to `most` (MOST) bytes in float32, 16 rows at least."""
+    rows = max(_EVEN, (MOST if most is None else most) // (4 * max(1, W[:1].numel())) // _EVEN * _EVEN)
     return (slice(first, first + rows) for first in range(0, len(W), rows))
