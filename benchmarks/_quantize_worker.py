@@ -113,8 +113,7 @@ def ours(step: dict[str, Any], *, distilled: bool = False) -> Solve:
 
 
 def scheme_of(method: str, bits: int, group: int) -> dict[str, Any]:
-    """The scheme of a cell; of `auto`, which chooses layer by layer, as many bits a weight as that takes with its scales
-    of 16 bits."""
+    """The scheme of a cell; of `auto`, which chooses layer by layer, as many bits as it takes with its scales of 16."""
     if method == "auto":
         return {"bits": bits + 16 / group, "group_size": [32, 64, 128, -1]}
     return {"scheme": f"w{bits}a16", "group_size": group}

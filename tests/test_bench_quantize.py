@@ -33,7 +33,8 @@ def test_every_method_of_a_peer_stands_beside_ours(bench):
     for method, names in bench.methods_of(bench.CONTENDERS).items():
         assert bench.CONTENDERS[names[0]][1] == bench.OURS, method
         alone += names if len(names) == 1 else []
-    assert alone == ["factors+gptq-llmops", "factors+autoround-llmops", "factors+autoround+distill-llmops"]
+    assert alone == ["factors+gptq-llmops", "factors+autoround-llmops", "auto+autoround-llmops",
+                     "factors+autoround+distill-llmops"]
     assert bench.methods_of(["gptq-gptqmodel", "gptq-llmops"]) == {"gptq": ["gptq-llmops", "gptq-gptqmodel"]}
     assert all(module in bench.PACKAGES for _, tool, module in bench.CONTENDERS.values() if tool != bench.OURS)
 
@@ -142,5 +143,5 @@ def test_peers_of_earlier_runs_are_taken_without_their_times_and_ours_never(benc
 
 def test_ours_and_peers_are_all(bench):
     ours, peers = (bench.picked(bench.CONTENDERS, only) for only in ("ours", "peers"))
-    assert sorted([*ours, *peers]) == sorted(bench.picked(bench.CONTENDERS, None)) and len(ours) == 9
+    assert sorted([*ours, *peers]) == sorted(bench.picked(bench.CONTENDERS, None)) and len(ours) == 10
     assert all(name.endswith("-llmops") for name in ours)
