@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmops import block_stream, shelf
 from llmops.build import quantizing
 from llmops.build.job import Job
 from llmops.build.variant import apply_step
-from llmops.methods.quantize import grid
+from llmops.methods.quantize import awq_clip, awq_scales, gptq, grid, hqq, slabs
 from llmops.methods.quantize.autoround import Tuned
 from llmops.methods.quantize.options import Autoround, Awq, Gptq, Hqq, Rtn
 from llmops.models.load import load
@@ -65,6 +66,7 @@ def test_four_blocks_take_the_memory_of_one(folder: Path, method: str, monkeypat
     monkeypatch.setattr(shelf, "LEAST", 4096)
     for solver in (grid, sys.modules[Tuned.__module__]):
         monkeypatch.setattr(solver, "AT_ONCE", 1 << 12)  # numbers, whatever the model's size; the block here is small
+    monkeypatch.setattr(slabs, "MOST", 1 << 14)
     monkeypatch.setattr(quantizing, "calibration", lambda *_: torch.arange(32).view(2, 16))
     model, tokenizer = load(folder, dtype="stored", device="cpu")
     block = 2 * sum(parameter.nbytes for parameter in model.model.layers[0].parameters())  # as float32
@@ -95,3 +97,25 @@ def test_a_shelved_tensor_is_the_same_and_its_own() -> None:
     assert torch.equal(again.float(), given.t().float())
     small = torch.zeros(10)
     assert shelved(small) is small
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_slabs_of_rows_change_no_bit(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 rows in slabs of 16 and in one, which is what the solvers were without slabs."""
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(300, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    H = X.t() @ X / 100
+    how: dict[str, Any] = {"bits": 3, "group_size": 32, "symmetric": symmetric}
+
+    def solved() -> list[Tensor]:
+        made = [hqq(W, bits=3, group_size=32, iterations=3), awq_clip(W, H, **how), gptq(W, H, **how)[0]]
+        zeros = [each.zero_point for each in made if each.zero_point is not None]
+        return [*(each.codes for each in made), *(each.scale for each in made), *zeros,
+                awq_scales([W], H, **how, steps=3).s]
+
+    few = partial(slabs.slabs, most=1)
+    assert [rows.start for rows in few(W)] == list(range(0, 300, 16))
+    whole = solved()
+    for solver in ("hqq", "awq", "gptq"):
+        monkeypatch.setattr(sys.modules[f"llmops.methods.quantize.{solver}"], "slabs", few)
+    assert all(map(torch.equal, whole, solved()))

@@ -9,7 +9,7 @@ for the time of its turn (`lent`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmops.errors import LlmopsError, StepError
 from llmops.ops.finite import all_finite
 from llmops.ops.float32 import linear
-from llmops.shelf import give_back, shelved
+from llmops.shelf import give_back, shelved, sparing
 
 __all__ = ["SHELVED_FROM", "Call", "Stream", "computing", "finite", "instead", "lent", "passing"]
 
@@ -144,17 +144,22 @@ def lent(block: nn.Module, device: str | torch.device | None, dtype: torch.dtype
     stored = {name: tensor.dtype for name, tensor in tensors.items()}
     large = changes and sum(tensor.nbytes for tensor in tensors.values()) >= SHELVED_FROM
     moved = dtype is not None or (device is not None and torch.device(device) != home)
-    if moved:
-        block.to(device=device, dtype=dtype)
-    try:
-        yield
-    finally:
-        for name, tensor in chain(block.named_parameters(), block.named_buffers()) if moved or large else ():
-            data = tensor.data.to(device=home, dtype=stored[name])
-            tensor.data = shelved(data) if large else data
-            del data
+    with ExitStack() as stack:
+        if large:
+            stack.enter_context(sparing())
+        if moved:
+            block.to(device=device, dtype=dtype)
         if large:
             give_back()
+        try:
+            yield
+        finally:
+            for name, tensor in chain(block.named_parameters(), block.named_buffers()) if moved or large else ():
+                data = tensor.data.to(device=home, dtype=stored[name])
+                tensor.data = shelved(data) if large else data
+                del data
+            if large:
+                give_back()
 
 
 def _hidden(call: Call) -> Tensor:

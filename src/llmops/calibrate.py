@@ -56,7 +56,7 @@ from llmops.models.arch import check_ignore, decoder_layers, is_ignored, linear_
 from llmops.models.expert_names import expert_of
 from llmops.models.experts import Routing
 from llmops.models.tail import Tail
-from llmops.shelf import keeping
+from llmops.shelf import APART, give_back, keeping
 
 __all__ = ["STATISTICS", "Block", "block_influence", "block_scores", "targets", "walk", "walk_blocks"]
 
@@ -343,6 +343,8 @@ def _updated(turn: Turn, found: list[Tensor | None] | None, update: Update, once
 def _made(once: Once | None, name: str, statistic: Tensor | None) -> Any:
     if once is None or statistic is None:
         return statistic
+    if statistic.nbytes >= 4 * APART:
+        give_back()  # what layers before have left in the heap; this one is about to take twice its size
     try:
         return once(statistic)
     except LlmopsError as error:

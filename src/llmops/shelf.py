@@ -20,10 +20,12 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "give_back", "keeping", "shelved"]
+__all__ = ["APART", "LEAST", "give_back", "keeping", "shelved", "sparing"]
 
 #: Bytes under which a tensor is not worth a file.
 LEAST = 1 << 18
+#: Bytes from which on a tensor of a large block has pages of its own.
+APART = 1 << 22
 _TRIM, _MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _MOST_MAPPED = 32 << 20  # the most that the second may be
 
@@ -71,3 +73,24 @@ def keeping(most: int = 1 << 30) -> Iterator[None]:
             with suppress(AttributeError):
                 libc.mallopt(_TRIM, 2 * _MOST_MAPPED)
             give_back()
+
+
+@contextmanager
+def sparing() -> Iterator[None]:
+    """Within, tensors of `APART` bytes and more get pages of their own, which go back when they do (glibc alone).
+
+    For the time that a large block is worked on: out of the heap, layers and Hessians of a few MiB would leave gaps
+    between what lives on, several blocks of them. Smaller tensors still come from the heap: of those there are
+    thousands, and zeroing their pages every time takes up to as long as the work. Leaves the limit as `keeping` does.
+    """
+    libc = None
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if libc is not None:
+            libc.mallopt(_MAP, APART)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            with suppress(AttributeError):
+                libc.mallopt(_MAP, _MOST_MAPPED)

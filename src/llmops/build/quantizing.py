@@ -148,7 +148,7 @@ def awq_step(job: Job, options: Awq, chosen: Chosen = None) -> Work:
         alike = shared(options, block.layers)
         for name, layer in block.layers.items():
             how = scheme(options, chosen, name) | alike.get(name, {}) | {"dtype": job.storage}
-            block.put(name, rounded(name, layer.weight, H.get(name), how))
+            block.put(name, rounded(name, layer.weight, H.pop(name, None), how))
 
     def last(tail: Tail) -> None:
         H, links = head_awq_factors(tail, options, options.grid, job.storage, chosen)

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
-from llmops.methods.quantize.grid import Kind, both_ways, check, fit, grid_between, group_of, grouped
+from llmops.methods.quantize.grid import AnyGrid, Grid, Kind, both_ways, check, fit, grid_between, group_of, grouped
+from llmops.methods.quantize.slabs import slabs
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["CLIPS", "Scales", "awq_clip", "awq_scales", "input_size", "output_error"]
@@ -68,14 +69,17 @@ def awq_scales(Ws: Sequence[Tensor], H: Tensor, *, bits: Kind, group_size: int =
     x = input_size(H)
     x = x if shared is None else shared(x)
     best = Scales(torch.ones_like(x), 0.0, 0.0, 0.0)
+    room = x.new_empty(2, max(W.numel() for W in wide))
     for step in range(steps + 1):
         s = _normalised(x.pow(step / steps)) if step else torch.ones_like(x)
         loss = 0.0
         for W in wide:
-            G = grouped(W * s, group_of(bits, group_size))
-            rounded = fit(G, bound(bits, G), symmetric, stored).nearest(G).flatten(1).div_(s)
-            del G
-            loss += float(output_error(rounded.sub_(W), H).sum())
+            D, product = (part[:W.numel()].view_as(W) for part in room)
+            for rows in slabs(W) if isinstance(bits, int) else [slice(None)]:
+                G = grouped(W[rows] * s, group_of(bits, group_size))
+                rounded = fit(G, bound(bits, G), symmetric, stored).nearest(G).flatten(1).div_(s)
+                torch.sub(rounded, W[rows], out=D[rows])
+            loss += float(output_error(D, H, product).sum())
         if step == 0:
             best = Scales(s, 0.0, loss, loss)
         elif loss < best.loss:
@@ -109,13 +113,15 @@ def awq_clip(W: Tensor, H: Tensor, *, bits: Kind, group_size: int = -1, symmetri
     kind = bound(bits, W)
     whole = fit(G, kind, symmetric, stored)
     chosen: Any = whole
-    least = whole.pooled(_group_error(whole.nearest(G).sub_(G), blocks))
+    D, room = torch.empty_like(G), G.new_empty(G.shape[1], len(G), size)  # taken once for all that is tried
+    least = whole.pooled(_group_error(_change(whole, G, D), blocks, room))
     for p in (1.0, *CLIPS):
         for tried in both_ways(grid_between(low * p, high * p, kind, symmetric, stored)):
-            error = tried.pooled(_group_error(tried.nearest(G).sub_(G), blocks))
+            error = tried.pooled(_group_error(_change(tried, G, D), blocks, room))
             chosen, least = tried.where(error < least, chosen), torch.minimum(error, least)
-    before, after = (whole.pooled(output_error(grid.nearest(G).sub_(G).flatten(1), H).unsqueeze(1).expand_as(least))
-                     for grid in (whole, chosen))
+    before, after = (whole.pooled(output_error(_change(grid, G, D).flatten(1), H, room.view_as(W)).unsqueeze(1)
+                                  .expand_as(least)) for grid in (whole, chosen))
+    del D, room
     chosen = chosen.where(after < before, whole)
     return chosen.weight(chosen.steps(G), group_size)  # type: ignore[no-any-return]
 
@@ -128,15 +134,30 @@ def input_size(H: Tensor) -> Tensor:
     return x.clamp(min=max(float(x[x > 0].min()), 1e-4 * float(x.max())))
 
 
-def output_error(D: Tensor, H: Tensor) -> Tensor:
-    """(out,) D_i H D_i^T: what a change D (out, in) of the weight does to each output, squared; times 2/N."""
-    return (D @ H.float()).mul_(D).sum(1)
+def output_error(D: Tensor, H: Tensor, out: Tensor | None = None) -> Tensor:
+    """(out,) D_i H D_i^T: what a change D (out, in) of the weight does to each output, squared; times 2/N.
+
+    out: (out, in) float32, for what is between.
+    """
+    return torch.mm(D, H.float(), out=out).mul_(D).sum(1)
 
 
-def _group_error(D: Tensor, blocks: Tensor) -> Tensor:
-    """(out, groups) from D (out, groups, group) and the diagonal blocks (groups, group, group) of H."""
+def _change(grid: AnyGrid, G: Tensor, out: Tensor) -> Tensor:
+    """What rounding changes of G (out, groups, group), written to `out`."""
+    if not isinstance(grid, Grid):
+        return torch.sub(grid.nearest(G), G, out=out)
+    for rows in slabs(G):
+        torch.sub(grid.of(rows).nearest(G[rows]), G[rows], out=out[rows])
+    return out
+
+
+def _group_error(D: Tensor, blocks: Tensor, room: Tensor) -> Tensor:
+    """(out, groups) from D (out, groups, group) and the diagonal blocks (groups, group, group) of H.
+
+    room: (groups, out, group), for what is between.
+    """
     D = D.transpose(0, 1)  # (groups, out, group)
-    return (D @ blocks).mul_(D).sum(-1).t()
+    return torch.bmm(D, blocks, out=room).mul_(D).sum(-1).t()
 
 
 def _normalised(s: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, StepError, unknown
 from llmops.methods.quantize.floats import FloatFormat, FloatWeight, bound
-from llmops.methods.quantize.grid import TURNED, AnyGrid, Kind, check, fit, group_of, grouped
+from llmops.methods.quantize.grid import TURNED, AnyGrid, Grid, Kind, check, fit, group_of, grouped
+from llmops.methods.quantize.slabs import slabs
 from llmops.methods.quantize.weight import QuantizedWeight
 from llmops.ops.finite import all_finite
 from llmops.ops.float32 import Products
@@ -345,11 +346,19 @@ class _Pass:
 
     def weight(self, group_size: int) -> QuantizedWeight | FloatWeight:
         """The result, its columns in their own order."""
+        whole: AnyGrid = self.grids[0].joined(self.grids)
+        shape = self.w_t.shape[1], len(self.grids), self.size
+        if isinstance(whole, Grid):
+            codes = torch.empty(shape[0], len(self.w_t), dtype=torch.int8, device=self.w_t.device)
+            for rows in slabs(codes):
+                steps = torch.empty_like(self.w_t[:, rows])
+                steps[self.factor.perm] = self.w_t[:, rows]
+                codes[rows] = whole.of(rows).weight(steps.t().reshape(-1, *shape[1:]), group_size).codes
+            return QuantizedWeight(codes, whole.scale, whole.zero, whole.bits, group_size)
         steps = torch.empty_like(self.w_t)
         steps[self.factor.perm] = self.w_t
         self.w_t = steps  # the other one goes: they are large
-        whole: AnyGrid = self.grids[0].joined(self.grids)
-        return whole.weight(steps.t().reshape(steps.shape[1], len(self.grids), self.size), group_size)
+        return whole.weight(steps.t().reshape(shape), group_size)
 
 
 def _order(diagonal: Tensor, order: str, size: int) -> Tensor:

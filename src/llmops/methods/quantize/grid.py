@@ -84,6 +84,10 @@ class Grid:
         zero = None if self.zero is None or other.zero is None else torch.where(better, self.zero, other.zero)
         return Grid(torch.where(better, self.scale, other.scale), zero, self.bits)
 
+    def of(self, rows: slice) -> Grid:
+        """The grid of some rows alone."""
+        return Grid(self.scale[rows], None if self.zero is None else self.zero[rows], self.bits)
+
     def part(self, g: int) -> Grid:
         """The grid of group g alone."""
         return Grid(self.scale[:, g:g + 1], None if self.zero is None else self.zero[:, g:g + 1], self.bits)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError
 from llmops.methods.quantize.grid import Grid, check, fit, grouped
+from llmops.methods.quantize.slabs import slabs
 from llmops.methods.quantize.weight import QuantizedWeight
 
 __all__ = ["P", "hqq", "lp_error"]
@@ -41,14 +42,23 @@ def hqq(W: Tensor, *, bits: int, group_size: int = 64, iterations: int = 20, bet
         dtype: torch.dtype | None = None) -> QuantizedWeight:
     """Quantize `W` (out, in) asymmetrically, with the grid of least l_p error of `iterations` half-quadratic steps.
 
-    dtype: of the stored scale, W's own by default. Cost: about 10 passes over W an iteration. Raises LlmopsError as
+    dtype: of the stored scale, W's own by default. Cost: about 10 passes over W an iteration, some rows at
+    a time. Raises LlmopsError as
     `rtn` does, or when iterations are negative.
     """
     check(W, bits)
     if iterations < 0:
         raise LlmopsError(f"iterations is {iterations}; expected 0 or more")
+    made = [_solved(W[rows], bits, group_size, iterations, beta, dtype or W.dtype) for rows in slabs(W)]
+    zeros = [each.zero_point for each in made if each.zero_point is not None]
+    return QuantizedWeight(torch.cat([each.codes for each in made]), torch.cat([each.scale for each in made]),
+                           torch.cat(zeros), bits, group_size)
+
+
+def _solved(W: Tensor, bits: int, group_size: int, iterations: int, beta: float, dtype: torch.dtype) -> QuantizedWeight:
+    """`hqq` of some rows."""
     G = grouped(W, group_size).float()
-    grid = best = fit(G, bits, False, dtype or W.dtype)
+    grid = best = fit(G, bits, False, dtype)
     least = lp_error(G, grid)
     for _ in range(iterations):
         grid = _updated(G, grid, beta)
