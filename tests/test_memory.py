@@ -88,7 +88,7 @@ def test_four_blocks_take_the_memory_of_one(folder: Path, method: str, monkeypat
 
 def test_a_shelved_tensor_is_the_same_and_its_own() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn):
-        given = (torch.randn(300, 400) * 10).to(dtype)
+        given = (torch.randn(600, 500) * 10).to(dtype)
         on_shelf = shelved(given.t())
         assert on_shelf.dtype == dtype and torch.equal(on_shelf.float(), given.t().float())
         assert on_shelf.data_ptr() != given.data_ptr()

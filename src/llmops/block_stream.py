@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmops.errors import LlmopsError, StepError
+from llmops.ops.finite import all_finite
 from llmops.ops.float32 import linear
 from llmops.shelf import give_back, shelved, sparing
 
@@ -29,7 +30,7 @@ SHELVED_FROM = 1 << 24
 
 def finite(value: Tensor, what: str) -> Tensor:
     """`value` itself. Raises StepError, `what` before "NaN", unless every entry is finite."""
-    if value.numel() and not bool(torch.stack(torch.aminmax(value.detach())).isfinite().all()):  # NaN is least and most
+    if not all_finite(value):
         raise StepError(f"{what} NaN or infinity; expected finite values. Was training stable, and is the dtype "
                         f"wide enough (float16 overflows at 65504)?")
     return value

@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["APART", "LEAST", "give_back", "keeping", "shelved", "sparing"]
 
 #: Bytes under which a tensor is not worth a file.
-LEAST = 1 << 16
+LEAST = 1 << 18
 #: Bytes from which on a tensor of a large block has pages of its own.
 APART = 1 << 22
 _TRIM, _MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h

@@ -16,6 +16,7 @@ from llmops.methods.quantize.floats import AnyWeight
 from llmops.methods.quantize.gptq import Factor, Solved, gptq, gptq_alike
 from llmops.models.arch import is_ignored
 from llmops.models.schemes import fused_groups
+from llmops.ops.finite import all_finite
 
 __all__ = ["Together"]
 
@@ -44,7 +45,7 @@ class Together:
         alike = {name: layer.weight}
         for other in self.fellows.get(name, ()) if isinstance(how["bits"], int) else ():
             W = self.model.get_parameter(f"{other}.weight")
-            if self.how(other) == how and W.shape[1] == layer.in_features and bool(W.sum().isfinite()):
+            if self.how(other) == how and W.shape[1] == layer.in_features and all_finite(W):
                 alike[other] = W
         if len(alike) == 1:
             return {name: (H, *gptq(layer.weight, H, **how, **self.more))}

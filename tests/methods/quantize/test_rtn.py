@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmops.errors import LlmopsError, ModelError
 from llmops.methods.quantize import QUANTIZERS, QuantizedWeight, grid, packing, rtn
-from llmops.methods.quantize.grid import SHRINK
+from llmops.methods.quantize.grid import SHRINK, fit
 
 SCHEMES = [(8, -1, True), (4, 128, True), (4, 32, False), (3, 64, True), (2, 32, False), (2, -1, True), (6, 32, True)]
 
@@ -219,3 +219,18 @@ def test_the_name_stays_the_function_whoever_imports_the_file_first() -> None:
     module = sys.modules["llmops.methods.quantize.rtn"]
     package.rtn = module  # type: ignore[attr-defined]  # what the import system does
     assert package.rtn is module.rtn is QUANTIZERS["rtn"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_quick_search_finds_what_all_ranges_do_but_for_a_hundredth(bits: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    G = torch.randn(256, 2, size, generator=generator) * torch.rand(256, 2, 1, generator=generator).exp()
+    G[::3] = G[::3].pow(3)  # long tails, which want narrow ranges
+    importance = torch.rand(2, size, generator=generator) + 0.1
+
+    def error(quick: bool) -> float:
+        grid = fit(G, bits, True, torch.float32, "mse", importance, quick=quick)
+        return float(((grid.nearest(G) - G).square() * importance).sum())
+
+    assert error(quick=False) <= error(quick=True) <= 1.01 * error(quick=False)

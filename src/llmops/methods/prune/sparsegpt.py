@@ -47,6 +47,7 @@ from torch import Tensor
 from llmops.errors import LlmopsError, unknown
 from llmops.methods.prune.patterns import check_sparsity, drop_lowest, silenced_rows
 from llmops.methods.quantize.gptq import inverse_factor
+from llmops.ops.finite import all_finite
 
 __all__ = ["ORDERS", "Factor", "Pruned", "factorize", "sparsegpt"]
 
@@ -88,7 +89,7 @@ def factorize(H: Tensor, pattern: str = "unstructured", *, damping: float = 0.01
     """What `sparsegpt` makes of H first. Cost: in^3. Raises as `sparsegpt`."""
     if order not in ORDERS:
         raise LlmopsError(unknown("order", order, ORDERS))
-    if not _finite(H):
+    if not all_finite(H):
         raise LlmopsError("the Hessian holds NaN or infinity; expected finite calibration activations")
     importance = H.diagonal().float().clone()
     live, perm = importance > 0, None
@@ -119,7 +120,7 @@ def sparsegpt(W: Tensor, H: Tensor | Factor, sparsity: float, pattern: str = "un
     inputs = len(H.U) if isinstance(H, Factor) else len(H)
     if inputs != W.shape[1]:
         raise LlmopsError(f"H is {(inputs, inputs)}; expected {(W.shape[1], W.shape[1])}, one row per input feature")
-    if not _finite(W):
+    if not all_finite(W):
         raise LlmopsError("the weight holds NaN or infinity; expected finite weights")
     factor = H if isinstance(H, Factor) else factorize(H, pattern, damping=damping, order=order)
     if factor.pattern != pattern:
@@ -239,11 +240,6 @@ class _Groups:
         for _ in range(self.rounds):
             torch.mul(torch.addmm(W, self.below[group], E, alpha=-1), drop, out=E)
         W.addmm_(self.below[group], E, alpha=-1)
-
-
-def _finite(x: Tensor) -> bool:
-    """In one pass: a NaN is least and most."""
-    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x.detach())).isfinite().all())
 
 
 def _every(pattern: str) -> int:
