@@ -22,8 +22,9 @@ from _quantize_case import Case
 __all__ = ["code", "drawn", "permuted"]
 
 #: What our answers hang on, in src/llmops: files and folders.
-SOURCES = ("methods/quantize", "build/quantizing.py", "build/preparing.py", "build/layer_schemes.py", "calibrate.py",
-           "gathering.py", "block_stream.py", "models/fold.py", "models/rotate.py", "ops/float32.py")
+SOURCES = ("methods/quantize", "build/quantizing.py", "build/preparing.py", "build/layer_schemes.py",
+           "build/solving.py", "calibrate.py", "gathering.py", "block_stream.py", "models/fold.py", "models/rotate.py",
+           "ops/float32.py")
 
 
 def code(sources: Sequence[str] = SOURCES) -> str:
