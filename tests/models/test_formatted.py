@@ -87,7 +87,7 @@ def test_in_float32_and_with_its_divisor_plain_transformers_gives_our_logits(
     monkeypatch.setattr(int8_matmul, "quantize_rows", lambda x, top: quantize_rows(x, 127.5))
     ours = load_quantized(tmp_path, kernel="reference")
     mine, other, dense = logits(ours), logits(theirs), logits(model)
-    assert float((mine - other)[0, :4].abs().max()) < 1e-4  # the first tokens, which no turned tie has reached yet
+    assert float((mine - other)[0, :1].abs().max()) < 1e-4  # the first token, which no turned tie has reached yet
     assert float((mine - other).norm()) < 0.6 * float((mine - dense).norm())  # what rounding activations changes
     x = torch.randn(2, 20, 128)  # of two dimensions compressed-tensors takes one scale for all
     for layer in (layer for layer in found if "down_proj" not in layer and "o_proj" not in layer):
