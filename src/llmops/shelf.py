@@ -60,19 +60,13 @@ def keeping(most: int = 1 << 30) -> Iterator[None]:
     comes back page by page, zeroed: a fifth of a calibration walk's time on a CPU. The limits are left where glibc's
     own growing ones end (32 and 64 MiB).
     """
-    libc = None
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        if libc is not None:
-            libc.mallopt(_MAP, _MOST_MAPPED)
-            libc.mallopt(_TRIM, most)
+    _limit(_MAP, _MOST_MAPPED)
+    _limit(_TRIM, most)
     try:
         yield
     finally:
-        if libc is not None:
-            with suppress(AttributeError):
-                libc.mallopt(_TRIM, 2 * _MOST_MAPPED)
-            give_back()
+        _limit(_TRIM, 2 * _MOST_MAPPED)
+        give_back()
 
 
 @contextmanager
@@ -83,14 +77,15 @@ def sparing() -> Iterator[None]:
     between what lives on, several blocks of them. Smaller tensors still come from the heap: of those there are
     thousands, and zeroing their pages every time takes up to as long as the work. Leaves the limit as `keeping` does.
     """
-    libc = None
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        if libc is not None:
-            libc.mallopt(_MAP, APART)
+    _limit(_MAP, APART)
     try:
         yield
     finally:
-        if libc is not None:
-            with suppress(AttributeError):
-                libc.mallopt(_MAP, _MOST_MAPPED)
+        _limit(_MAP, _MOST_MAPPED)
+
+
+def _limit(which: int, value: int) -> None:
+    """One of malloc's limits, where the C library has them (glibc alone)."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).mallopt(which, value)

@@ -42,9 +42,8 @@ def hqq(W: Tensor, *, bits: int, group_size: int = 64, iterations: int = 20, bet
         dtype: torch.dtype | None = None) -> QuantizedWeight:
     """Quantize `W` (out, in) asymmetrically, with the grid of least l_p error of `iterations` half-quadratic steps.
 
-    dtype: of the stored scale, W's own by default. Cost: about 10 passes over W an iteration, some rows at
-    a time. Raises LlmopsError as
-    `rtn` does, or when iterations are negative.
+    dtype: of the stored scale, W's own by default. Cost: about 10 passes over W an iteration, some rows at a time.
+    Raises LlmopsError as `rtn` does, or when iterations are negative.
     """
     check(W, bits)
     if iterations < 0:
